@@ -1,0 +1,218 @@
+"""What we know of a model from its config.json: its shapes, its family, and the tensors its folder must hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mha2mla_megatron.config import MHA2MLAConfig, config_from_dict
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
+
+MLA_MODEL_TYPE = "mha2mla_llama"
+MAX_DIMENSION = 1 << 24
+"""No real model has a dimension near this; a config that says so is damaged."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A dense Llama-like decoder, original (`mla` is None) or converted."""
+
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_parameters: dict[str, Any]
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    mla: MHA2MLAConfig | None
+
+    @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """hidden size, query heads, key/value heads, head dim."""
+        return self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    def layout(self, layer: int) -> LatentLayout:
+        """The shapes of one converted layer."""
+        assert self.mla is not None
+        return self.mla.layout(layer, *self.heads)
+
+    def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Name under `self_attn.` -> shape of every attention tensor of one layer."""
+        h, heads, groups, d = self.heads
+        if self.mla is None:
+            shapes = {
+                "q_proj": (heads * d, h),
+                "k_proj": (groups * d, h),
+                "v_proj": (groups * d, h),
+                "o_proj": (h, heads * d),
+            }
+            biased = frozenset(("q_proj", "k_proj", "v_proj"))
+        else:
+            shapes = self.layout(layer).projections()
+            biased = BIASED_PROJECTIONS
+        tensors: dict[str, tuple[int, ...]] = {}
+        for name, shape in shapes.items():
+            tensors[f"{name}.weight"] = shape
+            if self.attention_output_bias if name == "o_proj" else self.qkv_bias and name in biased:
+                tensors[f"{name}.bias"] = shape[:1]
+        if self.mla is not None and self.layout(layer).qk_rope_head_dim > 0:
+            tensors["rope_pairs"] = (groups, self.layout(layer).qk_rope_head_dim // 2)
+        return tensors
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that the model's folder must hold, no more and no less."""
+        h, m = self.hidden_size, self.intermediate_size
+        tensors: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, h)}
+        mlp = {"gate_proj": (m, h), "up_proj": (m, h), "down_proj": (h, m)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            tensors[prefix + "input_layernorm.weight"] = (h,)
+            for name, shape in self.attention_shapes(layer).items():
+                tensors[f"{prefix}self_attn.{name}"] = shape
+            tensors[prefix + "post_attention_layernorm.weight"] = (h,)
+            for name, shape in mlp.items():
+                tensors[f"{prefix}mlp.{name}.weight"] = shape
+                if self.mlp_bias:
+                    tensors[f"{prefix}mlp.{name}.bias"] = shape[:1]
+        tensors["model.norm.weight"] = (h,)
+        if not self.tie_word_embeddings:
+            tensors["lm_head.weight"] = (self.vocab_size, h)
+        return tensors
+
+    def droppable(self, name: str) -> bool:
+        """Tensors that some folders hold and no model needs: saved inv_freq tables, a tied lm_head."""
+        return name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.tie_word_embeddings)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The folder's config.json as a dict."""
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a Hugging Face model folder (no config.json)") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a config")
+    return values
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """Read and check `folder`/config.json. Raises UserError naming the key for anything that we cannot do exactly."""
+    return parse_architecture(read_config(folder), str(folder / "config.json"))
+
+
+def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
+    """`read_architecture` of a config that is already in memory; `source` is named in errors."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise UserError(f"{source}: unknown architecture model_type={model_type!r}; known: {', '.join(FAMILIES)}")
+    for key in ("rope_interleaved", "rope_interleave", "rotary_interleaved"):
+        if config.get(key):
+            raise UserError(f"{source}: {key}=true: interleaved rotary embeddings are not supported, only half-split")
+    if config.get("quantization_config"):
+        raise UserError(f"{source}: quantization_config is set; convert the unquantised model instead")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported; valid: 'silu'")
+    number = _Numbers(config, source)
+    h, heads = number("hidden_size"), number("num_attention_heads")
+    groups = number("num_key_value_heads", heads)
+    if config.get("head_dim") is None and h % heads:
+        raise UserError(f"{source}: hidden_size {h} does not divide by num_attention_heads {heads}, and no head_dim")
+    head_dim = number("head_dim", h // heads)
+    if heads % groups:
+        raise UserError(f"{source}: num_attention_heads {heads} does not divide by num_key_value_heads {groups}")
+    if head_dim % 2:
+        raise UserError(f"{source}: head_dim {head_dim} is odd; rotary dims come in pairs")
+    num_layers = number("num_hidden_layers")
+    mla = None
+    if model_type == MLA_MODEL_TYPE:
+        mla = config_from_dict(config.get("mha2mla") or {}, f"{source}: mha2mla").resolve(
+            num_layers, h, heads, groups, head_dim
+        )
+    qkv_bias, attention_output_bias = FAMILIES[model_type](config, source)
+    return Architecture(
+        model_type=model_type,
+        num_layers=num_layers,
+        hidden_size=h,
+        intermediate_size=number("intermediate_size"),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=head_dim,
+        vocab_size=number("vocab_size"),
+        max_position_embeddings=number("max_position_embeddings", 2048),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rope_parameters=_rope_parameters(config, source),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        attention_output_bias=attention_output_bias,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        mla=mla,
+    )
+
+
+def _llama(config: dict[str, Any], source: str) -> tuple[bool, bool]:
+    bias = bool(config.get("attention_bias", False))
+    return bias, bias
+
+
+def _qwen2(config: dict[str, Any], source: str) -> tuple[bool, bool]:
+    if config.get("use_sliding_window"):
+        raise UserError(f"{source}: use_sliding_window=true: sliding windows are not supported yet")
+    return True, False
+
+
+def _mistral(config: dict[str, Any], source: str) -> tuple[bool, bool]:
+    if config.get("sliding_window") is not None:
+        raise UserError(f"{source}: sliding_window={config['sliding_window']}: sliding windows are not supported yet")
+    return False, False
+
+
+def _converted(config: dict[str, Any], source: str) -> tuple[bool, bool]:
+    return bool(config.get("attention_bias", False)), bool(config.get("attention_output_bias", False))
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any], str], tuple[bool, bool]]] = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "mistral": _mistral,
+    MLA_MODEL_TYPE: _converted,
+}
+"""model_type -> (q/k/v biases, o bias) of its attention; refuses what that family has and we do not."""
+
+
+class _Numbers:
+    """Reads positive whole numbers out of a config."""
+
+    def __init__(self, config: dict[str, Any], source: str) -> None:
+        self.config, self.source = config, source
+
+    def __call__(self, key: str, default: int | None = None) -> int:
+        value = self.config.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_DIMENSION:
+            raise UserError(f"{self.source}: {key}={value!r}; a whole number from 1 to {MAX_DIMENSION} is needed")
+        return value
+
+
+def _rope_parameters(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """transformers 5's `rope_parameters`, also from the older `rope_theta` and `rope_scaling`."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.pop("type", None) or "default")
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor is not 1: the model is already partially rotated")
+    return rope

@@ -1,0 +1,74 @@
+"""Where models come from and go to: local folders, hub ids, and output folders that appear only when complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mha2mla_megatron.errors import UserError
+
+COMPANION_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+"""What travels with the weights, where present. Code files do not: an export brings its own."""
+
+
+def resolve_model(name: str) -> Path:
+    """The local folder of a model: `name` itself if it is one, else the hub id's snapshot (downloaded or cached).
+
+    Raises UserError where it is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise UserError(f"{name}: a file, not a model folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if name.count("/") > 1 or name.startswith((".", "/")):
+        raise UserError(f"{name}: no such folder")
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: neither a folder nor a hub model that can be had ({reason})") from None
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A scratch folder beside `target` that takes its place when the block ends well and vanishes when it does not.
+
+    Raises UserError if `target` exists, is not empty and `overwrite` is false, or cannot be written.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: exists and is not a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise UserError(f"{target}: exists and is not empty; give overwrite=true to replace it")
+    scratch = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    try:
+        yield scratch
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy the tokenizer and generation files."""
+    for name in COMPANION_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)

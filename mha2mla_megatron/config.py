@@ -1,0 +1,169 @@
+"""What a conversion is: which rotations are kept and how keys and values are factored (paper arXiv 2502.14837)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, layer_value
+
+ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm")
+SINGULAR_VALUES = ("up", "sqrt")
+
+
+@dataclass(frozen=True)
+class PartialRopeConfig:
+    """Which of the d/2 rotary pairs of each head keep their rotation (paper section 3.1)."""
+
+    strategy: str = "uniform"
+    """full (all), high (fastest), low (slowest), uniform (every d/r-th), ends (both ends), 2-norm (largest scores)."""
+
+    qk_rope_head_dim: Any = None
+    """r, rotated dims kept per head: one even number or a list with one per layer. None: d for full, else d/8."""
+
+    uniform_start: int = 0
+    """uniform: the first pair kept; below the step d/r."""
+
+    ends_high_pairs: int | None = None
+    """ends: how many of the r/2 pairs are taken from the fast end. None: half of them, rounded up."""
+
+    scores: str | None = None
+    """2-norm: a safetensors file of float scores [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
+
+    def __post_init__(self) -> None:
+        _one_of("partial_rope.strategy", self.strategy, ROPE_STRATEGIES)
+        _numbers("partial_rope.qk_rope_head_dim", self.qk_rope_head_dim, minimum=0, even=True)
+        if self.uniform_start < 0:
+            raise UserError(f"partial_rope.uniform_start: {self.uniform_start} is negative")
+        if self.ends_high_pairs is not None and self.ends_high_pairs < 0:
+            raise UserError(f"partial_rope.ends_high_pairs: {self.ends_high_pairs} is negative")
+        if self.strategy == "2-norm" and self.scores is None:
+            raise UserError("partial_rope.strategy=2-norm needs partial_rope.scores=FILE")
+
+
+@dataclass(frozen=True)
+class LowRankConfig:
+    """How the unrotated keys and the values are factored (paper section 3.2)."""
+
+    method: str = "joint"
+    """joint (one latent for both), split (one each), key or value (only that one), none (partial RoPE alone)."""
+
+    kv_lora_rank: Any = None
+    """c, total latent width: one number or a list with one per layer. split has a latent of this width twice."""
+
+    d_kv: Any = None
+    """The paper's name for c / G, latent width per kv head; given instead of kv_lora_rank, never with it."""
+
+    singular_values: str = "up"
+    """up (all in the up-projection, as the authors' code) or sqrt (half in each, as the paper writes)."""
+
+    def __post_init__(self) -> None:
+        _one_of("low_rank.method", self.method, LOW_RANK_METHODS)
+        _one_of("low_rank.singular_values", self.singular_values, SINGULAR_VALUES)
+        _numbers("low_rank.kv_lora_rank", self.kv_lora_rank, minimum=1)
+        _numbers("low_rank.d_kv", self.d_kv, minimum=1)
+        if self.kv_lora_rank is not None and self.d_kv is not None:
+            raise UserError("low_rank.kv_lora_rank and low_rank.d_kv are both set; give one (kv_lora_rank = d_kv * G)")
+        given = self.kv_lora_rank is not None or self.d_kv is not None
+        if self.method == "none" and given:
+            raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
+        if self.method != "none" and not given:
+            raise UserError(f"low_rank.method={self.method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv")
+
+
+@dataclass(frozen=True)
+class MHA2MLAConfig:
+    """The whole conversion. Written into the exported config.json (resolved for its model) and every checkpoint."""
+
+    partial_rope: PartialRopeConfig = field(default_factory=PartialRopeConfig)
+    low_rank: LowRankConfig = field(default_factory=lambda: LowRankConfig(method="none"))
+
+    def resolve(
+        self, num_layers: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> MHA2MLAConfig:
+        """The same conversion with nothing left open for a model of these shapes: r filled in, d_kv as kv_lora_rank.
+
+        Raises UserError for lists of another length than L and for an r or c that the model cannot have.
+        """
+        rope, low_rank = self.partial_rope, self.low_rank
+        if rope.qk_rope_head_dim is None:
+            r = head_dim if rope.strategy == "full" else head_dim // 16 * 2
+            rope = dataclasses.replace(rope, qk_rope_head_dim=r)
+        if low_rank.d_kv is not None:
+            d_kv = low_rank.d_kv
+            c = d_kv * num_key_value_heads if isinstance(d_kv, int) else [n * num_key_value_heads for n in d_kv]
+            low_rank = dataclasses.replace(low_rank, d_kv=None, kv_lora_rank=c)
+        resolved = MHA2MLAConfig(rope, low_rank)
+        for key, value in (
+            ("partial_rope.qk_rope_head_dim", rope.qk_rope_head_dim),
+            ("low_rank.kv_lora_rank", low_rank.kv_lora_rank),
+        ):
+            if isinstance(value, list) and len(value) != num_layers:
+                raise UserError(f"{key}: a list of {len(value)}, but the model has {num_layers} layers; give one each")
+        for layer in range(num_layers):
+            _check_layer(
+                resolved,
+                resolved.layout(layer, hidden_size, num_attention_heads, num_key_value_heads, head_dim),
+                layer,
+            )
+        return resolved
+
+    def layout(
+        self, layer: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int
+    ) -> LatentLayout:
+        """One layer's shapes, from a resolved config."""
+        r = layer_value(self.partial_rope.qk_rope_head_dim, layer)
+        assert r is not None, "the config is not resolved"
+        c = layer_value(self.low_rank.kv_lora_rank, layer)
+        return LatentLayout(
+            hidden_size, num_attention_heads, num_key_value_heads, head_dim, r, self.low_rank.method, c
+        )
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:
+    """The config that `dataclasses.asdict` wrote; `source` is named in the UserError where it is none."""
+    try:
+        return MHA2MLAConfig(PartialRopeConfig(**values["partial_rope"]), LowRankConfig(**values["low_rank"]))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{source}: not an MHA2MLA config ({error})") from None
+
+
+def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int) -> None:
+    rope, r, d = config.partial_rope, layout.qk_rope_head_dim, layout.head_dim
+    where = f" (layer {layer})" if isinstance(rope.qk_rope_head_dim, list) else ""
+    if r > d:
+        raise UserError(f"partial_rope.qk_rope_head_dim: {r} is more than the head dim {d}{where}")
+    if rope.strategy == "full" and r != d:
+        raise UserError(f"partial_rope.strategy=full keeps all {d} dims, but qk_rope_head_dim is {r}{where}")
+    if rope.strategy == "uniform" and r > 0 and rope.uniform_start + (r // 2 - 1) * d // r >= d // 2:
+        raise UserError(
+            f"partial_rope.uniform_start: {rope.uniform_start} is too large; "
+            f"with r = {r} of {d} it can be 0 to {d // 2 - 1 - (r // 2 - 1) * d // r}{where}"
+        )
+    if rope.strategy == "ends" and rope.ends_high_pairs is not None and rope.ends_high_pairs > r // 2:
+        raise UserError(f"partial_rope.ends_high_pairs: {rope.ends_high_pairs} of only {r // 2} kept pairs{where}")
+    limit, c = layout.kv_lora_rank_limit, layout.kv_lora_rank
+    if limit is not None and c is not None and c > limit:
+        raise UserError(
+            f"low_rank.kv_lora_rank: {c} is more than the rank {limit} of what {layout.method} factors in layer {layer}"
+        )
+
+
+def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UserError(f"{key}: unknown value '{value}'; valid: {', '.join(valid)}")
+
+
+def _numbers(key: str, value: Any, minimum: int, even: bool = False) -> None:
+    """Refuse anything but None, an int or a list of ints, each at least `minimum` (and even)."""
+    if value is None:
+        return
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise UserError(f"{key}: {number!r} is not a whole number; give one number or a list with one per layer")
+        if number < minimum:
+            raise UserError(f"{key}: {number} is too small; at least {minimum}")
+        if even and number % 2:
+            raise UserError(f"{key}: {number} is odd; rotary dims come in pairs, so it must be even")

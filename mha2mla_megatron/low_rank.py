@@ -1,0 +1,51 @@
+"""Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2, equation 9).
+
+Everything is computed in float64 through the eigenvectors of the smaller Gram matrix, which is many times faster than
+a singular value decomposition of the stacked matrix and exact at full rank: the basis is orthogonal whatever the
+spectrum.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def factorise(weight: torch.Tensor, rank: int, singular_values: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors of the truncated singular value decomposition U_c S_c V_c^T of `weight`.
+
+    weight: [n, h], any float dtype; 1 <= rank <= min(n, h).
+    singular_values: `up` gives (U_c S_c, V_c^T), `sqrt` gives (U_c S_c^1/2, S_c^1/2 V_c^T).
+
+    Returns (up [n, c], down [c, h]), float64.
+    """
+    w = weight.to(torch.float64)
+    n, h = w.shape
+    if n <= h:
+        left = _top_eigenvectors(w @ w.T, rank)  # U_c
+        projected = left.T @ w  # S_c V_c^T
+        s = projected.norm(dim=1)
+        up, down = left * s, projected / _nonzero(s)[:, None]
+    else:
+        down = _top_eigenvectors(w.T @ w, rank).T  # V_c^T
+        up = w @ down.T  # U_c S_c
+        s = up.norm(dim=0)
+    if singular_values == "sqrt":
+        root = s.sqrt()
+        up, down = up / _nonzero(root), down * root[:, None]
+    return up, down
+
+
+def _top_eigenvectors(gram: torch.Tensor, count: int) -> torch.Tensor:
+    """Eigenvectors of the `count` largest eigenvalues, largest first: [n, count], signs fixed.
+
+    The sign of an eigenvector is arbitrary; the component of largest magnitude is made positive, so that the result
+    does not depend on the linear algebra library.
+    """
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _nonzero(s: torch.Tensor) -> torch.Tensor:
+    """s with 1 where it vanishes, so that a rank-deficient weight gives zero factors and not 0/0."""
+    return torch.where(s > 0, s, torch.ones_like(s))

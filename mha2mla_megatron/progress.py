@@ -1,0 +1,55 @@
+"""Progress of long work on stderr: a line rewritten on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+
+class Progress:
+    """Counts work done and says the rate and the time left.
+
+    total: amount of work (layers, bytes, tokens); unit: its name; scale: divides what is shown (1e9 for "GB").
+    """
+
+    def __init__(self, what: str, total: float, unit: str, scale: float = 1.0) -> None:
+        self.what, self.total, self.unit, self.scale = what, total, unit, scale
+        self.done = 0.0
+        self.started = time.monotonic()
+        self.terminal = sys.stderr.isatty()
+        self.interval = 0.2 if self.terminal else 5.0
+        self.shown = self.started
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if now - self.shown >= self.interval:
+            self.shown = now
+            self._show(now, end="\r" if self.terminal else "\n")
+
+    def close(self) -> None:
+        """Show the final count and rate."""
+        self._show(time.monotonic(), end="\n")
+
+    def _show(self, now: float, end: str) -> None:
+        seconds = max(now - self.started, 1e-9)
+        rate = self.done / seconds
+        left = (self.total - self.done) / rate if rate > 0 else float("inf")
+        eta = f", {format_seconds(left)} left" if self.done < self.total else f" in {format_seconds(seconds)}"
+        print(
+            f"{self.what}: {self.done / self.scale:.4g}/{self.total / self.scale:.4g} {self.unit}, "
+            f"{rate / self.scale:.3g} {self.unit}/s{eta}   ",
+            end=end,
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def format_seconds(seconds: float) -> str:
+    """73 -> '1m13s'."""
+    if seconds == float("inf"):
+        return "?"
+    whole = int(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m" if whole >= 3600 else f"{whole // 60}m{whole % 60:02d}s"

@@ -1,0 +1,86 @@
+"""Settings of every command: a frozen dataclass filled from YAML and `key=value` words through OmegaConf."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mha2mla_megatron.errors import UserError
+
+Settings = TypeVar("Settings")
+
+
+def load_settings(schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
+    """Make a `schema` from its defaults, then `file` (YAML), then `overrides` (`a.b=value` words; later wins).
+
+    Raises UserError for an unknown key, a value of the wrong type, or whatever the dataclass itself refuses.
+    """
+    merged = OmegaConf.structured(schema)
+    if file is not None:
+        merged = _merge(merged, _read_yaml(file), str(file))
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"'{word}': settings are given as key=value")
+        try:
+            update = OmegaConf.from_dotlist([word])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"'{word}': the value is not valid YAML ({_first_line(error)})") from None
+        merged = _merge(merged, update, f"'{word}'")
+    try:
+        return OmegaConf.to_object(merged)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        raise UserError(_first_line(error)) from None
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """The settings as plain YAML/JSON values."""
+    return dataclasses.asdict(settings)
+
+
+def save_settings(settings: Any, file: Path) -> None:
+    """Write the settings as YAML that `load_settings` reads back."""
+    file.write_text(yaml.safe_dump(to_dict(settings), sort_keys=False))
+
+
+def require_keys(settings: Any, *keys: str) -> None:
+    """Raise UserError for the first of the dotted `keys` that was left at None."""
+    for key in keys:
+        value = settings
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is None:
+            raise UserError(f"{key} is not set; give it in the YAML file or as {key}=VALUE")
+
+
+def _read_yaml(file: Path) -> Any:
+    try:
+        return OmegaConf.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such settings file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({_first_line(error)})") from None
+
+
+def _merge(base: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or "?"
+        parent = base
+        for part in str(key).split(".")[:-1]:
+            parent = parent[part] if part in parent else base
+        known = ", ".join(str(k) for k in parent) if OmegaConf.is_dict(parent) else ""
+        if known and "not in" in str(error):
+            raise UserError(f"{source}: unknown key '{key}'; known here: {known}") from None
+        raise UserError(f"{source}: {key}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

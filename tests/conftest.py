@@ -1,0 +1,57 @@
+"""Shared fixtures: tiny random models on disk, and the folder of packaged real data where present."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_tool(tool: str, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run tools/<tool>.py as a user does."""
+    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if check and done.returncode != 0:
+        raise AssertionError(f"{tool} failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+def refused(tool: str, *words: object) -> str:
+    """Run a tool on bad input; return its one line, after checking that it is one line and that the exit code is 2."""
+    done = run_tool(tool, *words, check=False)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    return lines[0]
+
+
+def make_llama(
+    folder: Path, *, groups: int = 2, tied: bool = True, bias: bool = False, seed: int = 0, **changes: object
+) -> Path:
+    """A tiny random float32 Llama on disk: 3 layers, h 64, H 4, d 16, vocabulary 256; initialised widely enough that
+    attention is far from uniform, so that a mistake in it shows in the logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    settings = dict(
+        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=groups, head_dim=16, max_position_embeddings=128, tie_word_embeddings=tied,
+        attention_bias=bias, initializer_range=0.15,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size=changes.pop("max_shard_size", "5GB"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_llama(tmp_path_factory.mktemp("models") / "llama")
