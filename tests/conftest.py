@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +12,41 @@ from pathlib import Path
 import pytest
 import torch
 
+from mha2mla_megatron import errors
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_tool(tool: str, *words: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run tools/<tool>.py as a user does."""
-    command = [sys.executable, str(ROOT / "tools" / f"{tool}.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def run_tool(
+    tool: str, *words: object, check: bool = True, own_process: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run tools/<tool>.py with these words, as a user does.
+
+    In this process by default, because importing torch for each of hundreds of runs takes longer than all of them.
+    """
+    file, argv = ROOT / "tools" / f"{tool}.py", [str(word) for word in words]
+    if own_process:
+        done = subprocess.run([sys.executable, str(file), *argv], capture_output=True, text=True, cwd=ROOT)
+    else:
+        spec = importlib.util.spec_from_file_location(f"tools_{tool}", file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                errors.run_tool(module.main, argv)
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        done = subprocess.CompletedProcess([str(file), *argv], code, out.getvalue(), err.getvalue())
     if check and done.returncode != 0:
         raise AssertionError(f"{tool} failed with {done.returncode}:\n{done.stdout}\n{done.stderr}")
     return done
 
 
-def refused(tool: str, *words: object) -> str:
+def refused(tool: str, *words: object, own_process: bool = False) -> str:
     """Run a tool on bad input; return its one line, after checking that it is one line and that the exit code is 2."""
-    done = run_tool(tool, *words, check=False)
+    done = run_tool(tool, *words, check=False, own_process=own_process)
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr

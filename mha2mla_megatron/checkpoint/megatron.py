@@ -1,0 +1,157 @@
+"""Megatron `torch_dist` checkpoints as folders: where things are, and reading and writing global tensors.
+
+A checkpoint root holds `hf/` (config.json and the tokenizer of the model), one folder `iter_0000100` per saved step and
+`latest_checkpointed_iteration.txt`, written last. Tensors are stored with their global shapes, so that one process can
+read what any parallel layout wrote, and the reverse.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+
+from mha2mla_megatron.errors import UserError
+
+LATEST = "latest_checkpointed_iteration.txt"
+HF_FOLDER = "hf"
+
+
+def iteration_folder(root: Path, iteration: int) -> Path:
+    return root / f"iter_{iteration:07d}"
+
+
+def read_latest(root: Path) -> int | None:
+    """The newest complete step of a checkpoint root; None where there is none yet."""
+    try:
+        return int((root / LATEST).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{root / LATEST}: not a step number") from None
+
+
+def write_latest(root: Path, iteration: int) -> None:
+    """Point at a complete step; the file changes all at once."""
+    scratch = root / f".{LATEST}"
+    scratch.write_text(f"{iteration}\n")
+    scratch.replace(root / LATEST)
+
+
+def locate_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, Path]:
+    """(hf folder, step folder) of a checkpoint root, or of one of its step folders.
+
+    Raises UserError naming what is missing.
+    """
+    if (path / "metadata.json").exists():
+        root, step = path.resolve().parent, path
+    else:
+        root = path
+        latest = read_latest(root) if iteration is None else iteration
+        if latest is None:
+            raise UserError(f"{path}: not a Megatron checkpoint (no {LATEST} and no metadata.json)")
+        step = iteration_folder(root, latest)
+    for needed in (root / HF_FOLDER / "config.json", step / "metadata.json", step / ".metadata"):
+        if not needed.is_file():
+            raise UserError(f"{path}: not a complete Megatron checkpoint ({needed} is missing)")
+    return root / HF_FOLDER, step
+
+
+class TorchDistReader:
+    """Global tensors of one step folder, by name, one at a time.
+
+    Nothing in the folder is executed: the index is unpickled with an allow-list of torch's own metadata types, tensors
+    with `weights_only`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.metadata = _MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
+            self.entries = dict(self.metadata.state_dict_metadata)
+            self.storage = dict(self.metadata.storage_data)
+        except UserError:
+            raise
+        except Exception as error:  # a damaged pickle can raise nearly anything
+            raise UserError(f"{folder / '.metadata'}: damaged ({type(error).__name__}: {error})") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> global shape of every tensor (optimizer state too, if it was saved)."""
+        return {k: tuple(v.size) for k, v in self.entries.items() if isinstance(v, TensorStorageMetadata)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The whole tensor, put together from the pieces that the ranks wrote."""
+        entry = self.entries[name]
+        if isinstance(entry, BytesStorageMetadata):
+            raise KeyError(f"{name} is not a tensor")
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        covered = 0
+        for chunk in entry.chunks:
+            piece = self._read(name, chunk)
+            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+            tensor[where] = piece
+            covered += piece.numel()
+        if covered != tensor.numel():
+            raise UserError(f"{self.folder}: {name}: {covered} of {tensor.numel()} elements are stored")
+        return tensor
+
+    def _read(self, name: str, chunk: Any) -> torch.Tensor:
+        info = self.storage[MetadataIndex(name, chunk.offsets)]
+        file = self.folder / info.relative_path
+        if Path(info.relative_path).name != info.relative_path:
+            raise UserError(f"{self.folder}: {info.relative_path!r} is not the name of a file in this folder")
+        try:
+            with file.open("rb") as stream:
+                stream.seek(info.offset)
+                data = stream.read(info.length)
+            piece = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise UserError(f"{file}: {name} cannot be read ({type(error).__name__}: {error})") from None
+        if tuple(piece.shape) != tuple(chunk.sizes):
+            raise UserError(f"{file}: {name}: a piece of shape {tuple(piece.shape)}, expected {tuple(chunk.sizes)}")
+        return piece
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Loads torch.distributed.checkpoint's index and refuses any type that is not a plain part of one."""
+
+    ALLOWED = frozenset(
+        [("torch.distributed.checkpoint.metadata", name) for name in (
+            "Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
+            "BytesStorageMetadata", "StorageMeta", "_MEM_FORMAT_ENCODING",
+        )]
+        + [
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+        ]
+    )  # fmt: skip
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in self.ALLOWED:
+            return super().find_class(module, name)
+        raise UserError(f".metadata: refuses to load {module}.{name}")
+
+
+def save_global_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write whole tensors as a `torch_dist` checkpoint with Megatron's own writer; the process is a world of one."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from mha2mla_megatron.model.parallel import initialize_single_process
+
+    initialize_single_process()
+    state = {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in tensors.items()}
+    dist_checkpointing.save(state, str(folder))

@@ -1,0 +1,1 @@
+"""Text files -> documents -> tokens -> Megatron's .bin/.idx."""

@@ -1,0 +1,274 @@
+"""Text or JSON lines -> Megatron's .bin/.idx, tokenised by several processes.
+
+The bytes written depend on the documents, the tokenizer and the settings, not on the number of workers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mha2mla_megatron.architecture import read_config
+from mha2mla_megatron.checkpoint.folders import resolve_model
+from mha2mla_megatron.data.documents import SEPARATORS, Document, DocumentReader
+from mha2mla_megatron.data.tokenizer import DocumentEncoder, EncodedBatch, load_tokenizer
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.settings import require_keys
+
+BATCH_BYTES = 256 << 10
+"""Text sent to a worker at a time, or one document if that is more."""
+
+BYTES_IN_FLIGHT = 8 << 20
+"""Per worker: no more text is read while this much is being tokenised. Tokenising takes ~120 bytes of memory per byte
+of text, so this bounds it at ~1 GB per worker, or ~120 times the largest document."""
+
+
+@dataclass(frozen=True)
+class PreprocessSettings:
+    """Settings of tools/preprocess_data.py."""
+
+    tokenizer: str | None = None
+    """The model whose tokenizer is used: a folder or a hub id."""
+
+    document_separator: str = "none"
+    """What ends a document of a plain text file: none (a file is one document), newline (a line is), blank_line."""
+
+    text_key: str = "text"
+    """The field that holds the text, in .jsonl and .jsonl.gz files."""
+
+    append_eod: bool = True
+    """Put the tokenizer's eos token after each document."""
+
+    prepend_bos: bool = False
+    """Put the tokenizer's bos token before each document. No other special token is ever added."""
+
+    workers: int | None = None
+    """Tokenising processes. null: as many as there are CPU cores."""
+
+    overwrite: bool = False
+    """Replace OUT.bin, OUT.idx and OUT.json if they exist."""
+
+    def __post_init__(self) -> None:
+        if self.document_separator not in SEPARATORS:
+            raise UserError(
+                f"document_separator: unknown value '{self.document_separator}'; valid: {', '.join(SEPARATORS)}"
+            )
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"workers: {self.workers} is too few; at least 1")
+
+
+def preprocess(inputs: Sequence[Path], output: Path, settings: PreprocessSettings) -> dict[str, Any]:
+    """Tokenise the documents of `inputs`, in order, into OUT.bin and OUT.idx, with their origin in OUT.json.
+
+    Returns what OUT.json holds. Blank documents are left out and counted. Raises UserError for bad input; nothing is
+    left behind then.
+    """
+    require_keys(settings, "tokenizer")
+    assert settings.tokenizer is not None
+    reader = DocumentReader(inputs, settings.document_separator)
+    if output.is_file():
+        raise UserError(f"{output}: a file; the last word is the prefix of the output files")
+    targets = [Path(f"{output}{suffix}") for suffix in (".bin", ".idx", ".json")]
+    with new_files(targets, settings.overwrite) as (bin_file, idx_file, json_file):
+        folder = resolve_model(settings.tokenizer)
+        encoder, vocab_size = _document_encoder(folder, settings)
+        documents, tokens, blank = _write(reader, encoder, settings.workers or _cpu_count(), bin_file, idx_file)
+        tokenizer_json = folder / "tokenizer.json"
+        report = {
+            "tokenizer": settings.tokenizer,
+            "tokenizer_json_sha256": _sha256(tokenizer_json) if tokenizer_json.is_file() else None,
+            "vocab_size": vocab_size,
+            "dtype": encoder.dtype,
+            "documents": documents,
+            "blank_documents_left_out": blank,
+            "tokens": tokens,
+            "eod_id": encoder.suffix[0] if encoder.suffix else None,
+            "bos_id": encoder.prefix[0] if encoder.prefix else None,
+            "inputs": [{"file": str(f), "bytes": size} for f, size in zip(inputs, reader.sizes, strict=True)],
+            "document_separator": settings.document_separator,
+            "text_key": settings.text_key,
+            "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
+        }
+        write_json(json_file, report)
+    return report
+
+
+def _document_encoder(folder: Path, settings: PreprocessSettings) -> tuple[DocumentEncoder, int]:
+    """The encoder, and the tokenizer's vocabulary size (largest id + 1), which decides the dtype."""
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.is_fast:
+        raise UserError(f"{folder}: its tokenizer is not one of the tokenizers library's (tokenizer.json)")
+    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    limit = vocab_size
+    if (folder / "config.json").is_file():
+        # A tokenizer can know more ids than its model has embeddings; training would crash on them.
+        rows = read_config(folder).get("vocab_size")
+        limit = min(limit, rows) if isinstance(rows, int) else limit
+
+    def special(name: str, wanted: bool) -> tuple[int, ...]:
+        if not wanted:
+            return ()
+        token = getattr(tokenizer, f"{name}_token_id")
+        key = "append_eod" if name == "eos" else "prepend_bos"
+        if token is None:
+            raise UserError(f"{folder}: its tokenizer has no {name}_token; set {key}=false or use another tokenizer")
+        if token >= limit:
+            raise UserError(f"{folder}: {name}_token_id {token} is beyond the vocabulary of {limit}")
+        return (token,)
+
+    backend: Any = tokenizer.backend_tokenizer
+    encoder = DocumentEncoder(
+        tokenizer=backend.to_str(),
+        split_special_tokens=bool(tokenizer.split_special_tokens),
+        text_key=settings.text_key,
+        prefix=special("bos", settings.prepend_bos),
+        suffix=special("eos", settings.append_eod),
+        vocab_size=limit,
+        dtype=_indexed_dataset().DType.optimal_dtype(vocab_size).__name__,
+    )
+    return encoder, vocab_size
+
+
+def _write(
+    reader: DocumentReader, encoder: DocumentEncoder, workers: int, bin_file: Path, idx_file: Path
+) -> tuple[int, int, int]:
+    """Write the two files. Returns the numbers of documents, of tokens and of blank documents."""
+    builder = _indexed_dataset().IndexedDatasetBuilder(str(bin_file), dtype=np.dtype(encoder.dtype).type)
+    documents = tokens = blank = 0
+    started = time.monotonic()
+    progress = Progress("tokenise", reader.size, "MB", 1e6)
+    for encoded, bytes_read in _encode(_batches(reader), encoder, workers):
+        start = 0
+        for length in encoded.lengths:
+            builder.add_document(encoded.tokens[start : start + length], [length])
+            start += length
+        documents += len(encoded.lengths)
+        tokens += start
+        blank += encoded.blank
+        rate = tokens / max(time.monotonic() - started, 1e-9)
+        progress.what = f"tokenise: {tokens / 1e6:.4g} M tokens, {rate / 1e6:.3g} M tokens/s"
+        progress.advance(bytes_read)
+    if documents == 0:
+        raise UserError(f"{', '.join(map(str, reader.files))}: no text: {blank} documents, all of them blank")
+    progress.close()
+    builder.finalize(str(idx_file))
+    return documents, tokens, blank
+
+
+class _Batch(NamedTuple):
+    documents: list[Document]
+    size: int
+    """Bytes of text."""
+    bytes_read: int
+    """Bytes on disk since the batch before."""
+
+
+def _batches(reader: DocumentReader) -> Iterator[_Batch]:
+    """The documents in batches of BATCH_BYTES or one document."""
+    documents: list[Document] = []
+    size = position = 0
+    for document in reader:
+        documents.append(document)
+        size += len(document.data)
+        if size >= BATCH_BYTES:
+            yield _Batch(documents, size, reader.position - position)
+            documents, size, position = [], 0, reader.position
+    if documents or reader.position > position:
+        yield _Batch(documents, size, reader.position - position)
+
+
+def _encode(batches: Iterator[_Batch], encoder: DocumentEncoder, workers: int) -> Iterator[tuple[EncodedBatch, int]]:
+    """(tokens, bytes read from disk) of each batch, in order, while later ones are being tokenised."""
+    # Not fork: this process has threads (torch's, the tokenizers') that a forked child would find dead.
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,))
+    waiting: deque[tuple[Future[EncodedBatch], _Batch]] = deque()
+    in_flight = 0
+    finished = False
+
+    def first() -> tuple[EncodedBatch, int]:
+        nonlocal in_flight
+        future, batch = waiting.popleft()
+        in_flight -= batch.size
+        return future.result(), batch.bytes_read
+
+    try:
+        for batch in batches:
+            while waiting and in_flight >= workers * BYTES_IN_FLIGHT:
+                yield first()
+            waiting.append((pool.submit(_encode_in_worker, batch.documents), batch._replace(documents=[])))
+            in_flight += batch.size
+            while waiting and waiting[0][0].done():
+                yield first()
+        while waiting:
+            yield first()
+        finished = True
+    except BrokenProcessPool:
+        raise UserError("a tokenising process was killed, most likely for want of memory; give fewer workers") from None
+    finally:
+        pool.shutdown(wait=finished, cancel_futures=True)
+        if not finished:  # what the workers are at may take minutes, and nobody wants it
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+
+
+_worker: tuple[DocumentEncoder, Tokenizer] | None = None
+"""In a worker process: its encoder and tokenizer."""
+
+
+def _start_worker(encoder: DocumentEncoder) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = encoder, encoder.load()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers: they would wait for more work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _encode_in_worker(documents: list[Document]) -> EncodedBatch:
+    assert _worker is not None
+    encoder, tokenizer = _worker
+    return encoder.encode(tokenizer, documents)
+
+
+def _indexed_dataset() -> Any:
+    """Megatron's module, imported late (it takes seconds, which the workers do without) and without its warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def _cpu_count() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,56 @@
+"""Output files that appear only when they are complete."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mha2mla_megatron.errors import UserError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
+    """Scratch files beside `targets` that take their places when the block ends well, and vanish when it does not.
+
+    The block must write every one of them. Of several, the last is the seal: an old one goes first and the new one
+    comes last, so that it never stands beside a mixture of old and new.
+
+    Raises UserError if a target exists and `overwrite` is false, or cannot be written, or the disk fills up.
+    """
+    for target in targets:
+        if target.is_dir():
+            raise UserError(f"{target}: exists and is a folder")
+        if target.exists() and not overwrite:
+            raise UserError(f"{target}: exists; give overwrite=true to replace it")
+    scratch = [target.with_name(f".{target.name}.partial") for target in targets]
+    try:
+        for target, file in zip(targets, scratch, strict=True):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(b"")
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+    try:
+        yield scratch
+        for target in reversed(targets):
+            target.unlink(missing_ok=True)
+        for target, file in zip(targets, scratch, strict=True):
+            os.replace(file, target)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise UserError(f"{targets[0]}: cannot be written ({error.strerror})") from None
+    finally:
+        for file in scratch:
+            file.unlink(missing_ok=True)
+
+
+def write_json(file: Path, values: Any) -> None:
+    """Write indented JSON; NaN and infinities, which JSON has not, are an error."""
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

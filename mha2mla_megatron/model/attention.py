@@ -1,0 +1,168 @@
+"""The converted attention layer in Megatron-core.
+
+Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
+B batch, h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width,
+tp tensor-parallel size. Activations are [sequence, batch, ...], as everywhere in Megatron-core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
+
+
+@dataclass
+class MHA2MLASelfAttentionSubmodules:
+    """What an MHA2MLASelfAttention is built from."""
+
+    column_parallel_linear: Callable[..., Any]
+    """All projections whose output is split over the heads."""
+
+    replicated_linear: Callable[..., Any]
+    """The projection to the latents, which every head reads."""
+
+    core_attention: Callable[..., Any]
+    linear_proj: Callable[..., Any]
+
+
+class MHA2MLASelfAttention(Attention):
+    """Self-attention with partial RoPE and keys and values that come from latents.
+
+        query = linear_q x                                   H heads of d, inside a head [r | d - r]
+        key   = [rope(linear_k_rope x) | linear_k_up c_k]    G heads of [r | d - r]
+        value = linear_v_up c_v                              G heads of d
+        c_k, c_v = linear_kv_down x
+
+    with c_k = c_v (joint) or [c_k | c_v] = linear_kv_down x (split). What is not factored is a full-rank projection of
+    x: linear_k_nope, linear_v. Of all these a layer has those that its `LatentLayout` names; the others are None.
+
+    linear_kv_down is the same on every tensor-parallel process, all others are split by head. Without sequence
+    parallelism its gradient is complete on each process, because the split projections that read the latents sum theirs
+    over the processes. With it each process sees s of the S tokens, and the mark `sequence_parallel` on the weight has
+    Megatron sum the gradients.
+
+    The buffer `rope_pairs`, int64 [G, r/2], says which of the model's d/2 rotary frequencies each head uses. It holds
+    all heads on every process, and integers, so that casting the module to bf16 leaves it alone.
+    """
+
+    rope_pairs: torch.Tensor
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: MHA2MLASelfAttentionSubmodules,
+        layer_number: int,
+        layout: LatentLayout,
+        qkv_bias: bool,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        **kwargs: Any,
+    ) -> None:
+        """layout: the shapes of this layer. qkv_bias: whether q, k_rope and v have a bias.
+
+        kwargs: what TransformerLayer passes to any attention (process groups, layer offset, name).
+        """
+        super().__init__(
+            config=config,
+            submodules=submodules,  # type: ignore[arg-type]  # only core_attention and linear_proj are read
+            layer_number=layer_number,
+            attn_mask_type=attn_mask_type,
+            attention_type="self",
+            **kwargs,
+        )
+        self.layout = layout
+        # Attention.forward reads both; there is no norm on queries or keys.
+        self.q_layernorm = None
+        self.k_layernorm = None
+
+        shapes = layout.projections()
+        shared: dict[str, Any] = dict(
+            config=config, init_method=config.init_method, skip_bias_add=False, is_expert=False
+        )
+
+        def column(hf_name: str, bias: bool = False) -> Any:
+            if hf_name not in shapes:
+                return None
+            rows, columns = shapes[hf_name]
+            return submodules.column_parallel_linear(
+                columns, rows, bias=bias, gather_output=False, tp_group=self.tp_group, **shared
+            )
+
+        self.linear_q = column("q_proj", qkv_bias)
+        self.linear_k_rope = column("k_rope_proj", qkv_bias)
+        self.linear_kv_down: Any = None
+        if "kv_down_proj" in shapes:
+            rows, columns = shapes["kv_down_proj"]
+            self.linear_kv_down = submodules.replicated_linear(columns, rows, bias=False, **shared)
+        # A bias on k_nope adds one number to all scores of a query, which softmax ignores: there is none.
+        self.linear_k_up = column("k_up_proj")
+        self.linear_k_nope = column("k_nope_proj")
+        self.linear_v_up = column("v_up_proj", qkv_bias)
+        self.linear_v = column("v_proj", qkv_bias)
+        if layout.qk_rope_head_dim > 0:
+            pairs = torch.arange(layout.qk_rope_head_dim // 2, device=self.linear_q.weight.device)
+            self.register_buffer("rope_pairs", pairs.repeat(layout.num_key_value_heads, 1))
+
+    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """Attention.forward with the tables of this layer's heads in place of the model's.
+
+        rotary_pos_emb: float32 [S, 1, 1, d], the angles of the d/2 frequencies, twice.
+        """
+        return super().forward(*args, rotary_pos_emb=self.rotary_tables(rotary_pos_emb), **kwargs)
+
+    def rotary_tables(self, rotary_pos_emb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Angles of this process's query heads [S, 1, H/tp, r] and key heads [S, 1, G/tp, r]; None where r = 0.
+
+        Attention rotates the first r dims of each head, half-split, and leaves the others as they are.
+        """
+        if rotary_pos_emb is None or self.layout.qk_rope_head_dim == 0:
+            return None
+        pairs = self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
+        angles = rotary_pos_emb[:, :, 0, : self.layout.head_dim // 2][..., pairs]
+        keys = torch.cat((angles, angles), dim=-1)
+        group_size = self.layout.num_attention_heads // self.layout.num_key_value_heads
+        return keys.repeat_interleave(group_size, dim=2), keys
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        output_gate: bool = False,
+        split_qkv: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query [S, B, H/tp, d], key and value [S, B, G/tp, d] before rotation, from hidden states [s, B, h]."""
+        assert key_value_states is None and not output_gate and split_qkv, "not offered by this layer"
+        r, d = self.layout.qk_rope_head_dim, self.layout.head_dim
+        latent_k = latent_v = hidden_states
+        if self.linear_kv_down is not None:
+            latent_k, latent_v = self._split_latents(self.linear_kv_down(hidden_states)[0])
+        key_parts = []
+        if self.linear_k_rope is not None:
+            key_parts.append(_heads(self.linear_k_rope(hidden_states), r))
+        if self.linear_k_up is not None:
+            key_parts.append(_heads(self.linear_k_up(latent_k), d - r))
+        if self.linear_k_nope is not None:
+            key_parts.append(_heads(self.linear_k_nope(hidden_states), d - r))
+        value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
+        return _heads(self.linear_q(hidden_states), d), torch.cat(key_parts, dim=-1), _heads(value, d)
+
+    def _split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """c_k and c_v, each [s, B, c]; the same one where there is only one."""
+        if latents.shape[-1] == self.layout.kv_lora_rank:
+            return latents, latents
+        c_k, c_v = latents.chunk(2, dim=-1)
+        # Sequence parallelism gathers them with a collective that takes contiguous tensors only.
+        return c_k.contiguous(), c_v.contiguous()
+
+
+def _heads(projected: tuple[torch.Tensor, torch.Tensor | None], width: int) -> torch.Tensor:
+    """A linear layer's (output, None) as heads: [S, B, heads * width] to [S, B, heads, width]."""
+    output, _ = projected
+    return output.unflatten(-1, (-1, width))

@@ -1,0 +1,159 @@
+"""The parts that the layers are built from: Megatron-core's own (`local`) or Transformer Engine's.
+
+Whatever the implementation, a model's checkpoint has the same names: those of Transformer Engine, where a norm that
+only one linear layer reads belongs to that layer (`mlp.linear_fc1.layer_norm_weight`). The converted attention reads
+the normalised input in several projections, so there the norm stands for itself: `input_layernorm.weight`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_submodules,
+    get_gpt_layer_with_transformer_engine_submodules,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.model.attention import MHA2MLASelfAttention, MHA2MLASelfAttentionSubmodules
+
+Implementation = Literal["local", "transformer_engine"]
+
+
+def layer_specs(
+    architecture: Architecture, config: TransformerConfig, implementation: Implementation
+) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm.
+
+    A converted model has one spec a layer, since r and c may differ from layer to layer.
+    """
+    if implementation == "local":
+        norm: Callable[..., Any] = RMSNorm
+        backend: Any = LocalSpecProvider()
+        replicated_linear: Callable[..., Any] = ReplicatedLinear
+        layer = dataclasses.replace(
+            get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=norm, pre_mlp_layernorm=norm
+        )
+    else:
+        from megatron.core.extensions.transformer_engine import TELinear, TENorm
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        norm, backend = TENorm, TESpecProvider()
+        replicated_linear = partial(TELinear, parallel_mode="duplicated", skip_weight_param_allocation=False)
+        layer = get_gpt_layer_with_transformer_engine_submodules()
+
+    linear_proj = with_bias(backend.row_parallel_linear(), architecture.attention_output_bias)
+    first = get_transformer_layer_offset(config)
+    stage = range(first, first + get_num_layers_to_build(config))
+    if architecture.mla is None:
+        layers = [original_layer(architecture, layer, linear_proj)] * len(stage)
+    else:
+        parts = MHA2MLASelfAttentionSubmodules(
+            column_parallel_linear=backend.column_parallel_linear(),
+            replicated_linear=replicated_linear,
+            core_attention=backend.core_attention(),
+            linear_proj=linear_proj,
+        )
+        layers = [converted_layer(architecture, index, layer, parts, norm) for index in stage]
+    specs = [ModuleSpec(module=TransformerLayer, submodules=submodules) for submodules in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def original_layer(
+    architecture: Architecture, layer: TransformerLayerSubmodules, linear_proj: Callable[..., Any]
+) -> TransformerLayerSubmodules:
+    """Upstream's layer with the biases of this model."""
+    assert isinstance(layer.self_attention, ModuleSpec)
+    parts: Any = layer.self_attention.submodules
+    parts = dataclasses.replace(
+        parts, linear_qkv=with_bias(parts.linear_qkv, architecture.qkv_bias), linear_proj=linear_proj
+    )
+    return dataclasses.replace(layer, self_attention=dataclasses.replace(layer.self_attention, submodules=parts))
+
+
+def converted_layer(
+    architecture: Architecture,
+    index: int,
+    layer: TransformerLayerSubmodules,
+    parts: MHA2MLASelfAttentionSubmodules,
+    norm: Callable[..., Any],
+) -> TransformerLayerSubmodules:
+    """Upstream's layer with our attention; `index` counts the model's layers from 0."""
+    names = {k: v for k, v in layer.sharded_state_dict_keys_map.items() if k != "input_layernorm."}
+    attention = ModuleSpec(
+        module=MHA2MLASelfAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "layout": architecture.layout(index),
+            "qkv_bias": architecture.qkv_bias,
+        },
+        submodules=parts,
+    )
+    return dataclasses.replace(layer, self_attention=attention, input_layernorm=norm, sharded_state_dict_keys_map=names)
+
+
+def with_bias(build: Callable[..., Any], bias: bool) -> Callable[..., Any]:
+    """`build` with `bias` whatever its caller asks for: Megatron-core has one setting for attention and MLP."""
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        return build(*args, **{**kwargs, "bias": bias})
+
+    return built
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Upstream's own wrapper of torch's norm refuses sequence parallelism; this one marks its weight for it."""
+
+    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
+        _mark_replicated(self.weight, config)
+
+
+class ReplicatedLinear(torch.nn.Module):
+    """A linear layer without bias that every tensor-parallel process holds whole: [..., in] to ([..., out], None)."""
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[torch.Tensor], Any],
+        bias: bool,
+        skip_bias_add: bool,
+        is_expert: bool,
+    ) -> None:
+        super().__init__()
+        assert not bias and not skip_bias_add and not is_expert
+        weight = torch.empty(output_size, input_size, device=_device(config), dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
+        if config.perform_initialization:
+            with torch.no_grad():
+                init_method(self.weight)
+        _mark_replicated(self.weight, config)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(x, self.weight), None
+
+
+def _mark_replicated(weight: torch.Tensor, config: TransformerConfig) -> None:
+    # Under sequence parallelism each process sees a part of the tokens; Megatron sums the gradients of marked weights.
+    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _device(config: TransformerConfig) -> torch.device | int | str:
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()

@@ -1,0 +1,165 @@
+"""From an Architecture to Megatron-core's model. The only file that names the model class."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.cpu_mode import has_transformer_engine
+from mha2mla_megatron.model.layer_specs import Implementation, layer_specs
+from mha2mla_megatron.model.parallel import ParallelConfig
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Those whose frequencies do not depend on the sequence's length."""
+
+NOT_FOR_CONVERTED = ("apply_rope_fusion", "fused_single_qkv_rope", "flash_decode", "tp_comm_overlap")
+"""TransformerConfig switches for kernels that take one rotary table for all heads, or one fused qkv projection."""
+
+
+def default_implementation() -> Implementation:
+    """transformer_engine where it is installed and has a GPU, else local."""
+    return "transformer_engine" if has_transformer_engine() else "local"
+
+
+def transformer_config(
+    architecture: Architecture, parallel: ParallelConfig, dtype: torch.dtype, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's config of this model.
+
+    dtype: of the weights and activations, float32 or bfloat16. overrides: any other TransformerConfig fields.
+    Raises UserError for a switch that the converted attention cannot work with.
+    """
+    if architecture.mla is not None:
+        for name in NOT_FOR_CONVERTED:
+            if overrides.get(name):
+                raise UserError(f"{name}: not possible with the converted attention; leave it off")
+    on_gpu = torch.cuda.is_available()
+    settings: dict[str, Any] = dict(
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.intermediate_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_key_value_heads,
+        kv_channels=architecture.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=architecture.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=architecture.mlp_bias,
+        add_qkv_bias=architecture.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        attention_softmax_in_fp32=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.uses_sequence_parallel,
+        # One name per layer in checkpoints, since the shapes of converted layers may differ.
+        hetereogenous_dist_checkpoint=True,
+        use_cpu_initialization=not on_gpu,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        apply_rope_fusion=architecture.mla is None and has_transformer_engine(),
+        # With the local linear layers this would need apex.
+        gradient_accumulation_fusion=False,
+    )
+    return TransformerConfig(**{**settings, **overrides})
+
+
+def build_model(
+    architecture: Architecture,
+    config: TransformerConfig,
+    implementation: Implementation | None = None,
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    parallel_output: bool = True,
+) -> GPTModel:
+    """This process's part of the model, with random weights and on its device.
+
+    config: from `transformer_config`. pre_process and post_process: whether to hold the embedding and the output layer;
+    by default the first and the last pipeline stage do. parallel_output: leave the logits split over the vocabulary
+    between tensor-parallel processes, as the vocabulary-parallel loss wants them. Call `initialize_parallel` before.
+
+    Raises UserError for a rope scaling that cannot be reproduced exactly.
+    """
+    if pre_process is None:
+        pre_process = parallel_state.is_pipeline_first_stage()
+    if post_process is None:
+        post_process = parallel_state.is_pipeline_last_stage()
+    frequencies = inverse_frequencies(architecture)
+    with _no_deprecation_notice():
+        model = GPTModel(
+            config,
+            layer_specs(architecture, config, implementation or default_implementation()),  # type: ignore[arg-type]
+            vocab_size=architecture.vocab_size,
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=parallel_output,
+            share_embeddings_and_output_weights=architecture.tie_word_embeddings,
+            position_embedding_type="rope",
+        )
+    model.rotary_pos_emb.inv_freq = frequencies
+    return model
+
+
+def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
+    """The model's rotary frequencies after its own scaling, as transformers computes them: float32 [d/2].
+
+    Raises UserError for a kind of scaling that depends on the sequence or scales the attention too.
+    """
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    rope = architecture.rope_parameters
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise UserError(f"rope_type {rope['rope_type']!r} is not supported; valid: {', '.join(ROPE_TYPES)}")
+    rotary = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=architecture.hidden_size,
+            num_attention_heads=architecture.num_attention_heads,
+            head_dim=architecture.head_dim,
+            max_position_embeddings=architecture.max_position_embeddings,
+            rope_parameters=dict(rope),
+        )
+    )
+    if rotary.attention_scaling != 1.0:
+        raise UserError(
+            f"rope_type {rope['rope_type']!r} with an attention factor of {rotary.attention_scaling:g} "
+            "is not supported; valid: attention_factor 1"
+        )
+    # A plain tensor, not a module's buffer: as in Megatron, casting the model to bf16 must leave it alone.
+    return rotary.inv_freq.clone()
+
+
+def sharded_weights(model: GPTModel) -> dict[str, Any]:
+    """The model's weights for `dist_checkpointing`, named alike for every implementation.
+
+    Linear layers add an `_extra_state`, the scales of quantised kernels; none are used here, and it is left out.
+    """
+    state = model.sharded_state_dict()
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+@contextmanager
+def _no_deprecation_notice() -> Iterator[None]:
+    """GPTModel logs that HybridModel replaces it; that one takes neither our layers nor the models' rope scaling."""
+    logger = logging.getLogger(GPTModel.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

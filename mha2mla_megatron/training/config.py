@@ -1,0 +1,158 @@
+"""Settings of tools/finetune.py; the defaults are those of the paper's SmolLM recipe where it names one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Token files made by tools/preprocess_data.py."""
+
+    train: Any = None
+    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight."""
+
+    sequence_length: int = 2048
+    """Tokens a sample."""
+
+    eod_mask_loss: bool = False
+    """Leave out the loss of the token after each end of document, which nothing before it predicts."""
+
+    workers: int = 0
+    """Processes that read ahead. 0: read in the training process."""
+
+    cache: str | None = None
+    """Folder for the sample indices. None: `cache` under save."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.train, dict):
+            for prefix, weight in self.train.items():
+                if not isinstance(weight, int | float) or weight <= 0:
+                    raise UserError(f"data.train: the weight of {prefix} is {weight!r}; a positive number is needed")
+        elif self.train is not None and not isinstance(self.train, str):
+            raise UserError("data.train: give one prefix or a mapping prefix -> weight")
+        _at_least("data.sequence_length", self.sequence_length, 1)
+        _at_least("data.workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule (paper section 4.1 and appendix)."""
+
+    lr: float = 1e-4
+    """Peak learning rate."""
+
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+
+    warmup_steps: int | None = None
+    """Linear warm-up from 0. None: a tenth of the steps."""
+
+    decay_steps: int | None = None
+    """Length of the decay at the end. None: a sixth of the steps."""
+
+    decay_style: str = "minus_sqrt"
+    """Shape of the decay: minus_sqrt (1 - sqrt), linear, cosine, exponential."""
+
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices; norms and biases have none."""
+
+    clip_grad: float = 1.0
+    """Largest global gradient norm."""
+
+    def __post_init__(self) -> None:
+        styles = ("minus_sqrt", "linear", "cosine", "exponential")
+        if self.decay_style not in styles:
+            raise UserError(f"optimizer.decay_style: unknown value '{self.decay_style}'; valid: {', '.join(styles)}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UserError(f"optimizer.min_lr: {self.min_lr} is not between 0 and optimizer.lr {self.lr}")
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Everything a run is made of."""
+
+    load: str | None = None
+    """Megatron checkpoint to start from (weights only), made by tools/convert_hf_to_megatron.py."""
+
+    save: str | None = None
+    """Checkpoint root of this run. Where it holds a complete step already, the run resumes from there."""
+
+    steps: int = 1000
+    """Optimizer steps in all, resumed ones included."""
+
+    micro_batch_size: int = 1
+    """Samples a forward pass on one data-parallel rank."""
+
+    global_batch_size: int = 64
+    """Samples an optimizer step over all ranks."""
+
+    dtype: str = "auto"
+    """float32, or bfloat16 with float32 master weights and gradients; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    implementation: str = "auto"
+    """local (plain torch), transformer_engine, or auto (the latter where a GPU and the package are there)."""
+
+    recompute: str = "none"
+    """Activations recomputed in the backward pass: none, selective (core attention), full (every layer)."""
+
+    save_interval: int = 500
+    """Steps between checkpoints; the last step is saved always."""
+
+    keep_last: int | None = None
+    """How many of the newest checkpoints to keep. None: all."""
+
+    seed: int = 1234
+    """Order of the samples."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "micro_batch_size", "global_batch_size", "save_interval"):
+            _at_least(key, getattr(self, key), 1)
+        if self.keep_last is not None:
+            _at_least("keep_last", self.keep_last, 1)
+        for key, valid in (
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("implementation", ("auto", "local", "transformer_engine")),
+            ("recompute", ("none", "selective", "full")),
+        ):
+            if getattr(self, key) not in valid:
+                raise UserError(f"{key}: unknown value '{getattr(self, key)}'; valid: {', '.join(valid)}")
+        warmup, decay = self.warmup_steps, self.decay_steps
+        if warmup + decay > self.steps or warmup < 0 or decay < 1:
+            raise UserError(
+                f"optimizer.warmup_steps {warmup} + optimizer.decay_steps {decay} do not fit into steps {self.steps}"
+            )
+
+    @property
+    def warmup_steps(self) -> int:
+        given = self.optimizer.warmup_steps
+        return self.steps // 10 if given is None else given
+
+    @property
+    def decay_steps(self) -> int:
+        given = self.optimizer.decay_steps
+        return max(1, self.steps // 6) if given is None else given
+
+
+def _at_least(key: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise UserError(f"{key}: {value} is too small; at least {minimum}")

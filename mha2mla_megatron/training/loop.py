@@ -1,0 +1,232 @@
+"""The training loop: Megatron's DDP, schedules and distributed optimizer over an original or converted model."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
+from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
+from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
+from mha2mla_megatron.data.dataset import build_dataset, sample_batches
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
+from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.settings import require_keys, save_settings
+from mha2mla_megatron.training.checkpoint import load_weights, resume_run, save_run
+from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.log import StepLog
+from mha2mla_megatron.training.optimizer import build_optimizer
+
+
+def finetune(settings: FinetuneSettings) -> None:
+    """Run (or resume) a fine-tuning to its last step; checkpoints, settings and logs go under `settings.save`.
+
+    Raises UserError for bad settings, an impossible layout or files of another model, before a weight is read.
+    """
+    require_keys(settings, "load", "save", "data.train")
+    side, weights = locate_checkpoint(Path(str(settings.load)))
+    root = Path(str(settings.save))
+    architecture = read_architecture(side)
+    check_layout(architecture, settings.parallel, launched_world_size())
+    data_size = launched_world_size() // settings.parallel.model_parallel_size
+    if settings.global_batch_size % (settings.micro_batch_size * data_size):
+        raise UserError(
+            f"global_batch_size: {settings.global_batch_size} does not divide by micro_batch_size "
+            f"{settings.micro_batch_size} x {data_size} data-parallel ranks"
+        )
+    if settings.data.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
+            f"{architecture.max_position_embeddings}"
+        )
+    device = initialize_parallel(settings.parallel, settings.seed)
+    dtype = _dtype(settings, device)
+    model = _wrapped_model(architecture, settings, dtype, device)
+    optimizer, schedule = build_optimizer([model], settings, dtype)
+    rank = torch.distributed.get_rank()
+    step = 0
+    run = resume_run(root, model.module, optimizer, schedule)
+    if run is not None:
+        step = run["step"]
+    else:
+        load_weights(model.module, weights, architecture)
+        optimizer.reload_model_params()
+        if rank == 0:
+            write_hf_side(side, _made(root))
+    if rank == 0:
+        save_settings(settings, root / "settings.yaml")
+        print(f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True)
+    batches = _batches(settings, side, architecture, root, step, data_size)
+    _train(settings, root, model, optimizer, schedule, batches, step, device)
+
+
+def _made(root: Path) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    return root
+
+
+def _dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
+    name = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    return getattr(torch, name)
+
+
+def _wrapped_model(
+    architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
+) -> DistributedDataParallel:
+    implementation = None if settings.implementation == "auto" else settings.implementation
+    config = transformer_config(
+        architecture,
+        settings.parallel,
+        dtype,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        **_recompute(settings.recompute),
+    )
+    model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
+    if dtype == torch.bfloat16:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=device.type == "cuda",
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+    )
+    return DistributedDataParallel(config, ddp, model)
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    return {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[kind]
+
+
+def _batches(
+    settings: FinetuneSettings, side: Path, architecture: Architecture, root: Path, step: int, data_size: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    eod = read_config(side).get("eos_token_id")
+    eod = eod[0] if isinstance(eod, list) else eod
+    if settings.data.eod_mask_loss and eod is None:
+        raise UserError(f"data.eod_mask_loss: {side / 'config.json'} has no eos_token_id")
+    total = settings.steps * settings.global_batch_size
+    dataset = build_dataset(
+        settings.data.train,
+        settings.data.sequence_length,
+        total,
+        settings.seed,
+        settings.data.eod_mask_loss,
+        -1 if eod is None else eod,
+        architecture.vocab_size,
+        Path(settings.data.cache) if settings.data.cache else root / "cache",
+    )
+    return sample_batches(
+        dataset,
+        step * settings.global_batch_size,
+        total,
+        settings.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        data_size,
+        settings.data.workers,
+    )
+
+
+def _train(
+    settings: FinetuneSettings,
+    root: Path,
+    model: DistributedDataParallel,
+    optimizer: Any,
+    schedule: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+    step: int,
+    device: torch.device,
+) -> None:
+    micro_batches = settings.global_batch_size // (
+        settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    )
+    forward_backward = get_forward_backward_func()
+    log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
+    stop = _StopRequest(device)
+    model.train()
+    schedule.step(0)
+    while step < settings.steps:
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        lr = optimizer.param_groups[0]["lr"]
+        losses = forward_backward(
+            forward_step_func=partial(forward_step, device=device),
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=micro_batches,
+            seq_length=settings.data.sequence_length,
+            micro_batch_size=settings.micro_batch_size,
+            forward_only=False,
+        )
+        _, grad_norm, _ = optimizer.step()
+        schedule.step(1)
+        step += 1
+        loss, tokens = _mean_loss(losses, device)
+        if log is not None:
+            log.step(step, loss, float(grad_norm), float(lr), tokens)
+        stopping = stop.requested()
+        if step == settings.steps or step % settings.save_interval == 0 or stopping:
+            save_run(root, step, model.module, optimizer, schedule, {"step": step}, settings.keep_last)
+        if stopping:
+            break
+    if log is not None:
+        log.close()
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:
+    """Megatron's forward step: the model's output and the function that makes a loss of it."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(masked_loss, batch["loss_mask"])
+
+
+def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Sum of the token losses [b, s] under the mask and their number, which Megatron divides by over all ranks."""
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum().to(torch.int)
+    return total, count, {"loss": torch.stack((total.detach(), count.float()))}
+
+
+def _mean_loss(losses: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
+    """Mean over all predicted tokens of the step, and their number, known to every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for micro_batch in losses:  # empty but on the last pipeline stage
+        total += micro_batch["loss"].double()
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    value, count = total.tolist()
+    return value / count, int(count)
+
+
+class _StopRequest:
+    """SIGINT and SIGTERM end the run after the current step, which is saved; a second one ends it at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: Any) -> None:
+        self.asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def requested(self) -> bool:
+        """Whether any rank was asked to stop; all ranks get the same answer."""
+        self.flag.fill_(self.asked)
+        torch.distributed.all_reduce(self.flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(self.flag.item())

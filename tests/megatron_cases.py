@@ -1,0 +1,50 @@
+"""Tiny models for the Megatron tests: 4 layers, h 32, H 4, G 2, d 16, vocabulary 64."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+"""With so short an original context the scaling touches half of the frequencies."""
+
+ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 9, 16, 7]
+"""r and c of each layer, from nothing rotated to everything."""
+
+
+def original_config(**changes: Any) -> dict[str, Any]:
+    """The config.json of a Llama."""
+    sizes = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=100.0,
+    )  # fmt: skip
+    return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **changes}
+
+
+def converted_config(method: str, **changes: Any) -> dict[str, Any]:
+    """The config.json of a converted model whose layers all differ in r and c."""
+    low_rank = LowRankConfig(method=method, kv_lora_rank=None if method == "none" else LATENT_WIDTHS)
+    mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS), low_rank)
+    return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
+
+
+def random_tensor(name: str, shape: tuple[int, ...], head_dim: int) -> torch.Tensor:
+    """A value for the tensor of this name: wide enough that attention is far from uniform; pairs differ per head."""
+    if name.endswith("rope_pairs"):
+        return torch.stack([torch.randperm(head_dim // 2)[: shape[1]] for _ in range(shape[0])])
+    return torch.randn(shape) * 0.2 + (1.0 if "norm" in name else 0.0)
+
+
+def randomize(model: Any) -> None:
+    """Random values for every parameter and buffer of a Megatron model that one process holds whole."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            tensor.copy_(random_tensor(name, tuple(tensor.shape), model.config.kv_channels))

@@ -1,0 +1,134 @@
+"""The example scripts and the shell scripts: what they make, and how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BASH = shutil.which("bash") or "/bin/bash"
+SHELL_SCRIPTS = [*(ROOT / "tools").rglob("*.sh"), *(ROOT / "examples").rglob("*.sh"), ROOT / ".ci" / "run"]
+
+SUBJECTS = ("river", "mountain", "library", "orchard", "harbour", "glacier", "meadow", "castle", "desert", "village")
+
+
+def prose(subject: str, number: str) -> str:
+    """A paragraph of more than 200 characters that no other subject and number begin with."""
+    return (
+        f"The {subject} of the {number} region has been described by many travellers, who wrote about the people that "
+        f"lived near the {subject}, about the weather in the {number} season, and about what they ate and sang and "
+        "believed. Their letters are kept to this day."
+    )
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> Path:
+    """A folder with a hundred documents of prose, and with what has to be left out."""
+    folder = tmp_path / "sources"
+    (folder / "tests").mkdir(parents=True)
+    numbers = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
+    functions = [
+        f'def f_{subject}_{number}():\n    """{prose(subject, number)}\n\n    >>> f(1, 2)\n    """\n'
+        for subject in SUBJECTS
+        for number in numbers
+    ]
+    (folder / "module.py").write_text("\n".join(functions))
+    (folder / "copy.py").write_text("\n".join(functions[:7]))
+    (folder / "broken.py").write_text('def f(:\n    """' + prose("broken", "syntax") + '"""\n')
+    (folder / "short.py").write_text('"""A short docstring about the weather of the region."""\n')
+    (folder / "code.py").write_text('"""' + "x = {1: [2, 3], 4: (5, 6)}; y[7] += 8 * z\n" * 20 + '"""\n')
+    (folder / "README.md").write_text(
+        f"# Title\n\n{prose('readme', 'only')}\n\n```\n{prose('fenced', 'code')}\n```\n\nUse :class:`~a.B` and ``c``"
+        " wherever the two of them are of any help to the reader.\n"
+    )
+    (folder / "tests" / "test_it.py").write_text(f'"""{prose("skipped", "folder")}"""\n')
+    return folder
+
+
+def get_text(out: Path, *sources: Path) -> dict[str, list[str]]:
+    words = [word for source in sources for word in ("--source", str(source))]
+    command = [sys.executable, str(ROOT / "examples" / "get_text.py"), str(out), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    texts = {}
+    for name in ("train", "heldout"):
+        lines = (out / f"{name}.jsonl").read_text().splitlines()
+        texts[name] = [json.loads(line)["text"] for line in lines]
+        assert f"{name}.jsonl: {len(lines)} documents" in done.stdout
+    return texts
+
+
+def test_text_is_prose_without_duplicates(sources: Path, tmp_path: Path) -> None:
+    texts = get_text(tmp_path / "out", sources)
+    documents = texts["train"] + texts["heldout"]
+    assert len(documents) == len(set(documents)) == 101  # 100 docstrings and the README
+    assert all(len(text) >= 200 for text in documents)
+    whole = "\n".join(documents)
+    for absent in (">>>", "fenced", "broken", "skipped", "short docstring", "y[7]", "#", "`"):
+        assert absent not in whole
+    assert "Use a.B and c wherever" in whole
+
+
+def test_text_is_the_same_every_time_and_held_out_text_is_not_trained_on(sources: Path, tmp_path: Path) -> None:
+    first, again = get_text(tmp_path / "a", sources), get_text(tmp_path / "b", sources)
+    assert first == again
+    assert 1 <= len(first["heldout"]) <= 8
+    paragraphs = {name: {p for text in texts for p in text.split("\n\n")} for name, texts in first.items()}
+    assert not paragraphs["train"] & paragraphs["heldout"]
+
+
+def test_text_refuses_a_missing_folder(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "get_text.py"), str(tmp_path), "--source", "/no/such/folder"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "/no/such/folder: no such folder" in done.stderr
+
+
+def test_model_keeps_a_finished_folder_and_refuses_another(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "get_model.py"), str(tmp_path)]
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / name).write_text("mine")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "4-bit model" in done.stdout
+    (tmp_path / "tokenizer.json").unlink()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "not a finished model" in done.stderr
+    assert (tmp_path / "config.json").read_text() == "mine"
+
+
+def setup_env(repository: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of setup_env.sh where no program is to be found but those that `variables` name."""
+    (repository / "tools").mkdir(exist_ok=True)
+    for name in ("tools/setup_env.sh", "setup.py", "constraints.txt"):
+        shutil.copy(ROOT / name, repository / name)
+    environment = {"PATH": "/nonexistent", "HOME": str(repository), **variables}
+    return subprocess.run([BASH, "tools/setup_env.sh"], cwd=repository, env=environment, capture_output=True, text=True)
+
+
+def test_setup_env_says_how_to_get_python(tmp_path: Path) -> None:
+    done = setup_env(tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: Python 3.12 or newer is needed") and "python3.12-venv" in done.stderr
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_setup_env_refuses_a_python_that_is_too_old(tmp_path: Path) -> None:
+    old = tmp_path / "old_python"
+    old.write_text(f"#!{BASH}\nexit 1\n")  # what every version check of an older Python ends with
+    old.chmod(0o755)
+    done = setup_env(tmp_path, PYTHON=str(old))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"PYTHON={old} does not run, or is older than Python 3.12" in done.stderr
+
+
+@pytest.mark.parametrize("script", SHELL_SCRIPTS, ids=lambda path: os.path.relpath(path, ROOT))
+def test_shell_script_parses(script: Path) -> None:
+    done = subprocess.run([BASH, "-n", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert script.read_text().startswith("#!")
