@@ -117,9 +117,7 @@ class MHA2MLAConfig:
         r = layer_value(self.partial_rope.qk_rope_head_dim, layer)
         assert r is not None, "the config is not resolved"
         c = layer_value(self.low_rank.kv_lora_rank, layer)
-        return LatentLayout(
-            hidden_size, num_attention_heads, num_key_value_heads, head_dim, r, self.low_rank.method, c
-        )
+        return LatentLayout(hidden_size, num_attention_heads, num_key_value_heads, head_dim, r, self.low_rank.method, c)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:

@@ -15,7 +15,11 @@ from mha2mla_megatron.errors import UserError
 
 
 def kept_pairs(
-    config: PartialRopeConfig, qk_rope_head_dim: int, num_key_value_heads: int, head_dim: int, scores: torch.Tensor | None
+    config: PartialRopeConfig,
+    qk_rope_head_dim: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    scores: torch.Tensor | None,
 ) -> torch.Tensor:
     """The pairs of one layer that keep their rotation: int64 [G, r/2], ascending within a head.
 

@@ -34,7 +34,10 @@ def reference_logits(
         out = torch.empty_like(q)
         for i in range(heads):
             g = i // (heads // groups)
-            qi, kg = _rotated(q[:, :, i], pairs[layer][g], frequencies), _rotated(k[:, :, g], pairs[layer][g], frequencies)
+            qi, kg = (
+                _rotated(q[:, :, i], pairs[layer][g], frequencies),
+                _rotated(k[:, :, g], pairs[layer][g], frequencies),
+            )
             scores = qi @ kg.transpose(1, 2) / numpy.sqrt(d)
             future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
             out[:, :, i] = scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, :, g]

@@ -45,7 +45,12 @@ EXACT = [
     ["partial_rope.strategy=full"],
     ["partial_rope.strategy=full", "low_rank.method=joint", "low_rank.kv_lora_rank=32"],
     ["partial_rope.strategy=full", "low_rank.method=split", "low_rank.d_kv=16", "low_rank.singular_values=sqrt"],
-    ["partial_rope.strategy=high", "partial_rope.qk_rope_head_dim=16", "low_rank.method=value", "low_rank.kv_lora_rank=32"],
+    [
+        "partial_rope.strategy=high",
+        "partial_rope.qk_rope_head_dim=16",
+        "low_rank.method=value",
+        "low_rank.kv_lora_rank=32",
+    ],
 ]
 
 
@@ -275,7 +280,10 @@ BAD_SETTINGS = {
     "unknown strategy": (["partial_rope.strategy=best"], ["best", "uniform"]),
     "unknown method": (["low_rank.method=svd", "low_rank.kv_lora_rank=8"], ["svd", "joint"]),
     "wrong type": (["partial_rope.uniform_start=x"], ["partial_rope.uniform_start", "x"]),
-    "start too large": (["partial_rope.qk_rope_head_dim=4", "partial_rope.uniform_start=4"], ["uniform_start", "0 to 3"]),
+    "start too large": (
+        ["partial_rope.qk_rope_head_dim=4", "partial_rope.uniform_start=4"],
+        ["uniform_start", "0 to 3"],
+    ),
     "too many high pairs": (
         ["partial_rope.strategy=ends", "partial_rope.qk_rope_head_dim=4", "partial_rope.ends_high_pairs=3"],
         ["ends_high_pairs", "3", "2"],

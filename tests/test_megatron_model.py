@@ -10,8 +10,16 @@ import torch
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
-from mha2mla_megatron.model.provider import build_model, inverse_frequencies, sharded_weights, transformer_config
+from mha2mla_megatron.model.provider import (
+    build_model,
+    default_implementation,
+    inverse_frequencies,
+    sharded_weights,
+    transformer_config,
+)
 from tests.megatron_cases import LLAMA3, converted_config, original_config, random_tensor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
 TOKENS = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0))
 METHODS = ("joint", "split", "key", "value", "none")
@@ -175,6 +183,15 @@ def test_checkpoint_names_do_not_depend_on_where_the_norms_are() -> None:
         assert not [name for name in names if "_extra_state" in name or "pre_mlp_layernorm" in name]
     assert converted["decoder.layers.1.self_attention.rope_pairs"] == (2, 2)
     assert not [name for name in converted if name.startswith("decoder.layers.0.") and "rope" in name]
+
+
+def test_missing_transformer_engine_is_named() -> None:
+    architecture = parse_architecture(original_config(), "test")
+    assert default_implementation() == "local"
+    with pytest.raises(UserError, match="transformer_engine needs a GPU and the package"):
+        build_model(
+            architecture, transformer_config(architecture, ParallelConfig(), torch.float32), "transformer_engine"
+        )
 
 
 @pytest.mark.parametrize("switch", ["apply_rope_fusion", "fused_single_qkv_rope", "flash_decode", "tp_comm_overlap"])

@@ -90,7 +90,11 @@ class HFWriter:
         """Write what is pending; name the shards as transformers does and index them if there are several."""
         self._flush()
         count = len(self.shards)
-        names = ["model.safetensors"] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = (
+            ["model.safetensors"]
+            if count == 1
+            else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        )
         for i, name in enumerate(names):
             (self.folder / f"shard-{i}").rename(self.folder / name)
         if count > 1:
@@ -130,7 +134,9 @@ def _shards(folder: Path) -> Iterator[str]:
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         if not (folder / "model.safetensors").exists():
-            raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json; safetensors are needed")
+            raise UserError(
+                f"{folder}: no model.safetensors and no model.safetensors.index.json; safetensors are needed"
+            )
         yield "model.safetensors"
         return
     try:

@@ -1,8 +1,13 @@
-"""Documents in text and JSON-lines files, read as a stream; what is wrong with one is said by file and line or byte."""
+"""Documents in text and JSON-lines files, read as a stream; what is wrong with one is said by file and line or byte.
+
+Reading and decoding are apart: `DocumentReader` cuts files into blocks of whole documents, which costs next to nothing,
+and `Block.documents` takes a block apart, which the worker processes do.
+"""
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,64 +17,75 @@ from typing import BinaryIO, NamedTuple
 from mha2mla_megatron.errors import UserError
 
 SEPARATORS = ("none", "newline", "blank_line")
+_JSON_LINES = "json_lines"
+
+BLOCK_BYTES = 256 << 10
+"""A block is closed by the first end of a document after this many bytes."""
+
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_READ_SIZE = 1 << 20
 
 
 class Document(NamedTuple):
-    """One document, not decoded yet: decoding and JSON parsing are left to the workers."""
+    """The text of one document and where it begins."""
+
+    text: str
+    file: str
+    line: int
+    """1-based."""
+
+
+class Block(NamedTuple):
+    """Whole documents as they stand in a file."""
 
     data: bytes
-    """UTF-8 text, or a line of JSON."""
+    """UTF-8."""
 
     file: str
 
     line: int
-    """1-based number of its first line."""
+    """1-based number of the first line."""
 
     offset: int
-    """Bytes before it in the file (in the uncompressed file, of a .gz)."""
+    """Bytes before the block in the file (in the uncompressed file, of a .gz)."""
 
-    is_json: bool
+    layout: str
+    """How documents are told apart: one of SEPARATORS, or "json_lines"."""
 
-    def text(self, text_key: str) -> str:
-        """The document's text; `text_key` is the field that holds it, in JSON. Raises UserError if there is none."""
+    def documents(self, text_key: str = "text") -> Iterator[Document]:
+        """The documents, blank ones included; `text_key` names the field that holds the text, in JSON.
+
+        Raises UserError, naming file and byte or line, for what is not UTF-8, not JSON or has no text.
+        """
         try:
             text = self.data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.file}: not valid UTF-8 at byte {self.offset + error.start}") from None
-        return self._field(text, text_key) if self.is_json else text
-
-    def _field(self, line: str, key: str) -> str:
-        where = f"{self.file}, line {self.line}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
-        except (RecursionError, ValueError) as error:
-            raise UserError(f"{where}: not readable as JSON ({error})") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a '{key}' field")
-        if key not in row:
-            raise UserError(f"{where}: no '{key}' field; it has: {', '.join(map(repr, row)) or 'none'}")
-        text = row[key]
-        if not isinstance(text, str):
-            raise UserError(f"{where}: '{key}' is a {type(text).__name__}, not a string")
-        if "\\u" in line:  # only an escape can bring in half of a surrogate pair
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise UserError(f"{where}: '{key}' has an unpaired surrogate at character {error.start}") from None
-        return text
+        if self.layout == "none":
+            yield Document(text, self.file, self.line)
+            return
+        lines = enumerate(text.removesuffix("\n").split("\n"), start=self.line)
+        if self.layout == "blank_line":
+            for blank, group in itertools.groupby(lines, key=lambda line: not line[1] or line[1].isspace()):
+                if not blank:
+                    paragraph = list(group)
+                    document = "\n".join(line for _, line in paragraph)
+                    yield Document(document.removesuffix("\r"), self.file, paragraph[0][0])
+        elif self.layout == "newline":
+            for number, line in lines:
+                yield Document(line.removesuffix("\r"), self.file, number)
+        else:
+            for number, line in lines:
+                if line and not line.isspace():
+                    yield Document(_field(line, text_key, f"{self.file}, line {number}"), self.file, number)
 
 
 class DocumentReader:
-    """Iterates over the documents of files, in order.
+    """Iterates over the blocks of files, in order.
 
     A name that ends in .jsonl is JSON lines, a document each; anything else is plain text; .gz after either is
     unpacked. separator, for plain text: `none` (the file is one document), `newline` (each line is one) or
     `blank_line` (lines up to an empty or blank one are one); a document does not include the line end before its
-    separator. Memory: one document, plus a read buffer.
+    separator. Memory: one block, that is BLOCK_BYTES and a document.
 
     size, position: bytes of all files, and how many are read, both as they are on disk.
     """
@@ -82,15 +98,20 @@ class DocumentReader:
         self.size = sum(self.sizes)
         self.position = 0
 
-    def __iter__(self) -> Iterator[Document]:
-        before = 0
+    def __iter__(self) -> Iterator[Block]:
+        self.position = before = 0
         for file, size in zip(self.files, self.sizes, strict=True):
+            layout = _JSON_LINES if file.name.removesuffix(".gz").endswith(".jsonl") else self.separator
+            line, offset = 1, 0
             try:
-                with open(file, "rb", buffering=_READ_SIZE) as raw:
-                    stream = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw
-                    for document in self._documents(file, stream):  # type: ignore[arg-type]
+                with open(file, "rb") as raw:
+                    stream: BinaryIO = gzip.GzipFile(fileobj=raw) if file.suffix == ".gz" else raw  # type: ignore[assignment]
+                    while data := _read_block(stream, layout):
                         self.position = before + raw.tell()
-                        yield document
+                        mark = len(_BYTE_ORDER_MARK) if offset == 0 and data.startswith(_BYTE_ORDER_MARK) else 0
+                        yield Block(data[mark:], str(file), line, offset + mark, layout)
+                        line += data.count(b"\n")
+                        offset += len(data)
             except (gzip.BadGzipFile, zlib.error, EOFError) as error:
                 raise UserError(f"{file}: damaged gzip data ({error})") from None
             except OSError as error:
@@ -98,59 +119,46 @@ class DocumentReader:
             before += size
             self.position = before
 
-    def _documents(self, file: Path, stream: BinaryIO) -> Iterator[Document]:
-        name = str(file)
-        if _is_json_lines(file):
-            for number, offset, line in _lines(stream):
-                if not line.isspace():
-                    yield Document(line, name, number, offset, True)
-        elif self.separator == "none":
-            data = stream.read()
-            mark = len(_BYTE_ORDER_MARK) if data.startswith(_BYTE_ORDER_MARK) else 0
-            yield Document(data[mark:], name, 1, mark, False)
-        elif self.separator == "newline":
-            for number, offset, line in _lines(stream):
-                yield Document(_without_line_end(line), name, number, offset, False)
-        else:
-            yield from _paragraphs(name, stream)
-
 
 def read_text(file: Path) -> str:
     """The whole text of a file: a text file as it is, or the `text` fields of JSON lines, joined by newlines."""
-    return "\n".join(document.text("text") for document in DocumentReader([file]))
+    return "\n".join(document.text for block in DocumentReader([file]) for document in block.documents())
 
 
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, int, bytes]]:
-    """(1-based number, byte offset, line with its end) without a byte order mark at the start."""
-    offset = 0
-    for number, line in enumerate(stream, start=1):
-        mark = len(_BYTE_ORDER_MARK) if number == 1 and line.startswith(_BYTE_ORDER_MARK) else 0
-        yield number, offset + mark, line[mark:]
-        offset += len(line)
+def _read_block(stream: BinaryIO, layout: str) -> bytes:
+    """The next bytes up to an end of a document; b"" at the end of the file."""
+    if layout == "none":
+        return stream.read()
+    parts = [stream.read(BLOCK_BYTES), stream.readline()]
+    if layout == "blank_line":
+        # What was read may end anywhere, even between the two line ends before a blank line: go on to the next one.
+        while parts[-1]:
+            parts.append(stream.readline())
+            if parts[-1].isspace():
+                break
+    return b"".join(parts)
 
 
-def _paragraphs(name: str, stream: BinaryIO) -> Iterator[Document]:
-    lines: list[bytes] = []
-    first_number = first_offset = 0
-    for number, offset, line in _lines(stream):
-        if not line or line.isspace():
-            if lines:
-                yield Document(_without_line_end(b"".join(lines)), name, first_number, first_offset, False)
-                lines = []
-            continue
-        if not lines:
-            first_number, first_offset = number, offset
-        lines.append(line)
-    if lines:
-        yield Document(_without_line_end(b"".join(lines)), name, first_number, first_offset, False)
-
-
-def _without_line_end(line: bytes) -> bytes:
-    return line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-def _is_json_lines(file: Path) -> bool:
-    return file.name.removesuffix(".gz").endswith(".jsonl")
+def _field(line: str, key: str, where: str) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not readable as JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a '{key}' field")
+    if key not in row:
+        raise UserError(f"{where}: no '{key}' field; it has: {', '.join(map(repr, row)) or 'none'}")
+    text = row[key]
+    if not isinstance(text, str):
+        raise UserError(f"{where}: '{key}' is a {type(text).__name__}, not a string")
+    if "\\u" in line:  # only an escape can bring in half of a surrogate pair
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: '{key}' has an unpaired surrogate at character {error.start}") from None
+    return text
 
 
 def _file_size(file: Path) -> int:

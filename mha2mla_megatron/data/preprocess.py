@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,15 +28,12 @@ from tokenizers import Tokenizer
 
 from mha2mla_megatron.architecture import read_config
 from mha2mla_megatron.checkpoint.folders import resolve_model
-from mha2mla_megatron.data.documents import SEPARATORS, Document, DocumentReader
+from mha2mla_megatron.data.documents import BLOCK_BYTES, SEPARATORS, Block, DocumentReader
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, EncodedBatch, load_tokenizer
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import require_keys
-
-BATCH_BYTES = 256 << 10
-"""Text sent to a worker at a time, or one document if that is more."""
 
 BYTES_IN_FLIGHT = 8 << 20
 """Per worker: no more text is read while this much is being tokenised. Tokenising takes ~120 bytes of memory per byte
@@ -175,7 +173,9 @@ def _write(
 
 
 class _Batch(NamedTuple):
-    documents: list[Document]
+    """What a worker is given at a time: a block, or the small files that make up one."""
+
+    blocks: list[Block]
     size: int
     """Bytes of text."""
     bytes_read: int
@@ -183,17 +183,16 @@ class _Batch(NamedTuple):
 
 
 def _batches(reader: DocumentReader) -> Iterator[_Batch]:
-    """The documents in batches of BATCH_BYTES or one document."""
-    documents: list[Document] = []
+    blocks: list[Block] = []
     size = position = 0
-    for document in reader:
-        documents.append(document)
-        size += len(document.data)
-        if size >= BATCH_BYTES:
-            yield _Batch(documents, size, reader.position - position)
-            documents, size, position = [], 0, reader.position
-    if documents or reader.position > position:
-        yield _Batch(documents, size, reader.position - position)
+    for block in reader:
+        blocks.append(block)
+        size += len(block.data)
+        if size >= BLOCK_BYTES:
+            yield _Batch(blocks, size, reader.position - position)
+            blocks, size, position = [], 0, reader.position
+    if blocks or reader.position > position:
+        yield _Batch(blocks, size, reader.position - position)
 
 
 def _encode(batches: Iterator[_Batch], encoder: DocumentEncoder, workers: int) -> Iterator[tuple[EncodedBatch, int]]:
@@ -216,7 +215,9 @@ def _encode(batches: Iterator[_Batch], encoder: DocumentEncoder, workers: int) -
         for batch in batches:
             while waiting and in_flight >= workers * BYTES_IN_FLIGHT:
                 yield first()
-            waiting.append((pool.submit(_encode_in_worker, batch.documents), batch._replace(documents=[])))
+            with _interrupts_held_back():  # submitting starts a worker where none is idle
+                future = pool.submit(_encode_in_worker, batch.blocks)
+            waiting.append((future, batch._replace(blocks=[])))
             in_flight += batch.size
             while waiting and waiting[0][0].done():
                 yield first()
@@ -236,9 +237,19 @@ _worker: tuple[DocumentEncoder, Tokenizer] | None = None
 """In a worker process: its encoder and tokenizer."""
 
 
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Ctrl-C waits until the block is over. Processes started in it never see one, though it is sent to the whole
+    group: the parent ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(encoder: DocumentEncoder) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker = encoder, encoder.load()
 
@@ -251,10 +262,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode_in_worker(documents: list[Document]) -> EncodedBatch:
+def _encode_in_worker(blocks: list[Block]) -> EncodedBatch:
     assert _worker is not None
     encoder, tokenizer = _worker
-    return encoder.encode(tokenizer, documents)
+    return encoder.encode(tokenizer, blocks)
 
 
 def _indexed_dataset() -> Any:

@@ -6,12 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mha2mla_megatron.data.documents import Document
+from mha2mla_megatron.data.documents import Block
 from mha2mla_megatron.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,30 +72,27 @@ class DocumentEncoder:
         tokenizer.encode_special_tokens = self.split_special_tokens
         return tokenizer
 
-    def encode(self, tokenizer: Tokenizer, documents: Sequence[Document]) -> EncodedBatch:
+    def encode(self, tokenizer: Tokenizer, blocks: Sequence[Block]) -> EncodedBatch:
         """Raises UserError for a document without valid text and for an id outside the vocabulary."""
-        texts = [(document, document.text(self.text_key)) for document in documents]
-        texts = [(document, text) for document, text in texts if text and not text.isspace()]
+        found = [document for block in blocks for document in block.documents(self.text_key)]
+        documents = [document for document in found if document.text and not document.text.isspace()]
         # "fast" leaves out the offsets, which nobody asks for here; the ids are the same.
-        encodings = tokenizer.encode_batch_fast([text for _, text in texts], add_special_tokens=False)
+        encodings = tokenizer.encode_batch_fast([document.text for document in documents], add_special_tokens=False)
         ids: list[int] = []
         lengths: list[int] = []
-        for encoding in encodings:
+        for document, encoding in zip(documents, encodings, strict=True):
             document_ids = encoding.ids
-            if document_ids:
-                ids += (*self.prefix, *document_ids, *self.suffix)
-                lengths.append(len(self.prefix) + len(document_ids) + len(self.suffix))
-        tokens = np.array(ids, dtype=np.int64)
-        if tokens.size and tokens.max() >= self.vocab_size:
-            self._refuse(tokenizer, [document for document, _ in texts], [encoding.ids for encoding in encodings])
-        return EncodedBatch(tokens.astype(self.dtype), lengths, len(documents) - len(lengths))
-
-    def _refuse(self, tokenizer: Tokenizer, documents: list[Document], ids: list[list[int]]) -> NoReturn:
-        for document, document_ids in zip(documents, ids, strict=True):
-            largest = max(document_ids, default=0)
+            if not document_ids:
+                continue
+            largest = max(document_ids)
             if largest >= self.vocab_size:
                 raise UserError(
                     f"{document.file}, line {document.line}: the tokenizer gives id {largest} "
                     f"({tokenizer.id_to_token(largest)!r}), beyond the vocabulary of {self.vocab_size}"
                 )
-        raise AssertionError("the prefix and suffix are checked by the caller")
+            start = len(ids)
+            ids += self.prefix
+            ids += document_ids
+            ids += self.suffix
+            lengths.append(len(ids) - start)
+        return EncodedBatch(np.array(ids, dtype=self.dtype), lengths, len(found) - len(lengths))

@@ -32,7 +32,7 @@ def prepare_device() -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise UserError(
             f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
-            f"start at most that many processes a node (torchrun --nproc-per-node)"
+            "start at most that many processes a node (torchrun --nproc-per-node)"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -57,8 +57,16 @@ def enable_cpu_mode() -> None:
     # The tracker of Megatron's random states reads and writes CUDA generators through these two.
     random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
-    _mode = _CpuForCuda()
-    _mode.__enter__()
+    _mode = mode = _CpuForCuda()
+    mode.__enter__()
+    # A backward pass goes through the mode's handler, where the mode is off; recomputing runs whole layers in there.
+    recompute = random.CheckpointFunction.backward
+
+    def recompute_in_mode(*args: Any) -> Any:
+        with mode:
+            return recompute(*args)
+
+    random.CheckpointFunction.backward = staticmethod(recompute_in_mode)  # type: ignore[method-assign]
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
@@ -100,26 +108,11 @@ class _CpuForCuda(TorchFunctionMode):
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # The optimizers compare it with 'torch.cuda.FloatTensor' and refuse anything else.
             return func(*args).replace("torch.", "torch.cuda.", 1)
-        if func is torch.Tensor.backward:
-            # Recomputed activations run whole layers in here, and a mode is off inside its own handler.
-            with self:
-                return _backward(*args, **kwargs)
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
         return func(*args, **kwargs)
-
-
-def _backward(
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Tensor.backward, without asking the mode again."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _names_cuda(device: Any) -> bool:

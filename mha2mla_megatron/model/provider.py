@@ -92,8 +92,13 @@ def build_model(
     by default the first and the last pipeline stage do. parallel_output: leave the logits split over the vocabulary
     between tensor-parallel processes, as the vocabulary-parallel loss wants them. Call `initialize_parallel` before.
 
-    Raises UserError for a rope scaling that cannot be reproduced exactly.
+    Raises UserError for a rope scaling that cannot be reproduced exactly, and for an implementation that is not here.
     """
+    implementation = implementation or default_implementation()
+    if implementation == "transformer_engine" and not has_transformer_engine():
+        raise UserError(
+            "implementation: transformer_engine needs a GPU and the package transformer-engine; valid here: local"
+        )
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage()
     if post_process is None:
@@ -102,7 +107,7 @@ def build_model(
     with _no_deprecation_notice():
         model = GPTModel(
             config,
-            layer_specs(architecture, config, implementation or default_implementation()),  # type: ignore[arg-type]
+            layer_specs(architecture, config, implementation),  # type: ignore[arg-type]
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=pre_process,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -18,7 +18,7 @@ class StepLog:
     def __init__(self, root: Path, total_steps: int, first_step: int) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.total, self.first = total_steps, first_step
-        self.file = (root / "log.jsonl").open("a")
+        self.file = _reopen(root / "log.jsonl", first_step)
         self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
         self.started = self.previous = time.monotonic()
 
@@ -42,3 +42,16 @@ class StepLog:
     def close(self) -> None:
         self.file.close()
         self.board.close()
+
+
+def _reopen(file: Path, first_step: int) -> IO[str]:
+    """The log with the steps up to `first_step`; later ones were lost with the run that is resumed."""
+    kept = [line for line in _lines(file) if json.loads(line)["step"] <= first_step]
+    stream = file.open("w")
+    stream.writelines(kept)
+    return stream
+
+
+def _lines(file: Path) -> list[str]:
+    """Whole lines of the file, none where it does not exist; a killed run may have left half a line."""
+    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.distributed import DistributedDataParallel
 
 from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
@@ -20,12 +17,12 @@ from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.data.dataset import build_dataset, sample_batches
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
-from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import load_weights, resume_run, save_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.optimizer import build_optimizer
+from mha2mla_megatron.training.step import build_training_model, train_step
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -50,8 +47,8 @@ def finetune(settings: FinetuneSettings) -> None:
             f"{architecture.max_position_embeddings}"
         )
     device = initialize_parallel(settings.parallel, settings.seed)
-    dtype = _dtype(settings, device)
-    model = _wrapped_model(architecture, settings, dtype, device)
+    dtype = training_dtype(settings, device)
+    model = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer([model], settings, dtype)
     rank = torch.distributed.get_rank()
     step = 0
@@ -65,7 +62,9 @@ def finetune(settings: FinetuneSettings) -> None:
             write_hf_side(side, _made(root))
     if rank == 0:
         save_settings(settings, root / "settings.yaml")
-        print(f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True)
+        print(
+            f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True
+        )
     batches = _batches(settings, side, architecture, root, step, data_size)
     _train(settings, root, model, optimizer, schedule, batches, step, device)
 
@@ -75,41 +74,9 @@ def _made(root: Path) -> Path:
     return root
 
 
-def _dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
+def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
     name = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     return getattr(torch, name)
-
-
-def _wrapped_model(
-    architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
-) -> DistributedDataParallel:
-    implementation = None if settings.implementation == "auto" else settings.implementation
-    config = transformer_config(
-        architecture,
-        settings.parallel,
-        dtype,
-        calculate_per_token_loss=True,
-        finalize_model_grads_func=finalize_model_grads,
-        **_recompute(settings.recompute),
-    )
-    model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
-    if dtype == torch.bfloat16:
-        model = Float16Module(config, model)
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=device.type == "cuda",
-        grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=True,
-    )
-    return DistributedDataParallel(config, ddp, model)
-
-
-def _recompute(kind: str) -> dict[str, Any]:
-    return {
-        "none": {},
-        "selective": {"recompute_granularity": "selective"},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    }[kind]
 
 
 def _batches(
@@ -151,33 +118,17 @@ def _train(
     step: int,
     device: torch.device,
 ) -> None:
-    micro_batches = settings.global_batch_size // (
-        settings.micro_batch_size * parallel_state.get_data_parallel_world_size()
-    )
-    forward_backward = get_forward_backward_func()
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
     stop = _StopRequest(device)
     model.train()
     schedule.step(0)
     while step < settings.steps:
-        model.zero_grad_buffer()
-        optimizer.zero_grad()
         lr = optimizer.param_groups[0]["lr"]
-        losses = forward_backward(
-            forward_step_func=partial(forward_step, device=device),
-            data_iterator=batches,
-            model=[model],
-            num_microbatches=micro_batches,
-            seq_length=settings.data.sequence_length,
-            micro_batch_size=settings.micro_batch_size,
-            forward_only=False,
-        )
-        _, grad_norm, _ = optimizer.step()
+        result = train_step(model, optimizer, batches, settings, device)
         schedule.step(1)
         step += 1
-        loss, tokens = _mean_loss(losses, device)
         if log is not None:
-            log.step(step, loss, float(grad_norm), float(lr), tokens)
+            log.step(step, result.loss, result.grad_norm, float(lr), result.tokens)
         stopping = stop.requested()
         if step == settings.steps or step % settings.save_interval == 0 or stopping:
             save_run(root, step, model.module, optimizer, schedule, {"step": step}, settings.keep_last)
@@ -185,31 +136,6 @@ def _train(
             break
     if log is not None:
         log.close()
-
-
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:
-    """Megatron's forward step: the model's output and the function that makes a loss of it."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"])
-
-
-def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Sum of the token losses [b, s] under the mask and their number, which Megatron divides by over all ranks."""
-    total = (losses.float() * loss_mask).sum()
-    count = loss_mask.sum().to(torch.int)
-    return total, count, {"loss": torch.stack((total.detach(), count.float()))}
-
-
-def _mean_loss(losses: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
-    """Mean over all predicted tokens of the step, and their number, known to every rank."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for micro_batch in losses:  # empty but on the last pipeline stage
-        total += micro_batch["loss"].double()
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
-    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    value, count = total.tolist()
-    return value / count, int(count)
 
 
 class _StopRequest:

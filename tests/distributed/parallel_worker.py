@@ -78,11 +78,11 @@ def logits_and_gradients(model: Any, architecture: Architecture) -> dict[str, to
         if words[1] == "layers":
             words[2] = str(int(words[2]) + offset)
         split = getattr(parameter, "tensor_model_parallel", False)
-        where = (parameter.partition_dim, parameter.partition_stride) if split else (None, 1)
+        dim, stride = (parameter.partition_dim, parameter.partition_stride) if split else (None, 1)
         name = ".".join(words)
         if name == "output_layer.weight" and architecture.tie_word_embeddings:
             name = "embedding.word_embeddings.weight"  # the last stage's copy
-        mine[name] = (parameter.main_grad, *where)
+        mine[name] = (parameter.main_grad, dim, stride)
     return _put_together(mine)
 
 

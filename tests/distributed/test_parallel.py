@@ -20,6 +20,8 @@ from tests.conftest import ROOT
 from tests.distributed.parallel_worker import LAYOUTS, logits_and_gradients
 from tests.megatron_cases import LLAMA3, converted_config, original_config, randomize
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
+
 CASES = {
     "original": original_config(tie_word_embeddings=True),
     "original-biases": original_config(attention_bias=True, mlp_bias=True, rope_parameters=LLAMA3),
@@ -84,7 +86,6 @@ def test_impossible_layouts_are_refused(parallel: dict[str, Any], world: int, me
         check_layout(parse_architecture(original_config(), "test"), ParallelConfig(**parallel), world)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may have Transformer Engine")
 def test_context_parallelism_needs_transformer_engine() -> None:
     with pytest.raises(UserError, match=r"context_parallel_size: 2 needs a GPU and Transformer Engine; valid here: 1"):
         check_layout(parse_architecture(original_config(), "test"), ParallelConfig(context_parallel_size=2), 2)

@@ -1,0 +1,111 @@
+"""One optimizer step: the model in Megatron's wrappers, its forward and backward schedule, its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module, MegatronModule
+
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.training.config import FinetuneSettings
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave: mean loss over `tokens` predicted tokens of all ranks, gradient norm before clipping."""
+
+    loss: float
+    tokens: int
+    grad_norm: float
+
+
+def build_training_model(
+    architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
+) -> DistributedDataParallel:
+    """This rank's part of the model, in bf16 with float32 gradients or wholly in float32, ready for training."""
+    implementation = None if settings.implementation == "auto" else settings.implementation
+    config = transformer_config(
+        architecture,
+        settings.parallel,
+        dtype,
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        **_recompute(settings.recompute),
+    )
+    model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
+    if dtype == torch.bfloat16:
+        model = Float16Module(config, model)
+    ddp = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=device.type == "cuda",
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=True,
+    )
+    return DistributedDataParallel(config, ddp, model)
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    batches: Iterator[dict[str, torch.Tensor]],
+    settings: FinetuneSettings,
+    device: torch.device,
+) -> StepResult:
+    """Forward, backward and update over one global batch."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    losses = get_forward_backward_func()(
+        forward_step_func=partial(forward_step, device=device),
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=settings.global_batch_size
+        // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size()),
+        seq_length=settings.data.sequence_length,
+        micro_batch_size=settings.micro_batch_size,
+        forward_only=False,
+    )
+    _, grad_norm, _ = optimizer.step()
+    loss, tokens = _mean_loss(losses, device)
+    return StepResult(loss, tokens, float(grad_norm))
+
+
+def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:
+    """Megatron's forward step: the model's output and the function that makes a loss of it."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(masked_loss, batch["loss_mask"])
+
+
+def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """Sum of the token losses [b, s] under the mask and their number, which Megatron divides by over all ranks."""
+    total = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum().to(torch.int)
+    return total, count, {"loss": torch.stack((total.detach(), count.float()))}
+
+
+def _mean_loss(losses: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
+    """Mean over all predicted tokens of the step, and their number, known to every rank."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for micro_batch in losses:  # empty but on the last pipeline stage
+        total += micro_batch["loss"].double()
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    value, count = total.tolist()
+    return value / count, int(count)
+
+
+def _recompute(kind: str) -> dict[str, Any]:
+    return {
+        "none": {},
+        "selective": {"recompute_granularity": "selective"},
+        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    }[kind]
