@@ -78,3 +78,32 @@ def make_llama(
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+PROSE = (
+    "The tide had gone out before the lamps were lit, and the harbour lay open to the wind. ",
+    "Nobody at the station remembered when the last train had stopped there, nor why it had. ",
+    "A good map says less than its maker knew; a better one says what the traveller needs. ",
+    "She counted the bridges twice: seven over the river, five over the canal, one over nothing. ",
+    "Rain fell on the orchard all night, and in the morning every branch held a row of small lamps. ",
+    "Whoever wrote this ledger kept two kinds of figures, those which were true and those which could be checked. ",
+)
+
+
+def make_tokenizer(folder: Path, vocab_size: int = 256, **changes: object) -> Path:
+    """A byte-level BPE tokenizer trained on PROSE, saved into `folder`: ids 0 to 2 are <unk>, <bos> and <eos>.
+
+    Characters that PROSE has not are <unk>. changes: arguments of PreTrainedTokenizerFast.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    special = ["<unk>", "<bos>", "<eos>"]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(PROSE, trainer)
+    tokens = {f"{token.strip('<>')}_token": token for token in special}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes}).save_pretrained(folder)
+    return folder

@@ -72,6 +72,8 @@ def transformer_config(
         bias_activation_fusion=on_gpu,
         bias_dropout_fusion=on_gpu,
         apply_rope_fusion=architecture.mla is None and has_transformer_engine(),
+        cross_entropy_loss_fusion=has_transformer_engine(),
+        cross_entropy_fusion_impl="te" if has_transformer_engine() else "native",
         # With the local linear layers this would need apex.
         gradient_accumulation_fusion=False,
     )

@@ -9,6 +9,7 @@ tokens per second of a whole step (forward, backward, gradient clipping, AdamW w
 
 from __future__ import annotations
 
+import gc
 import json
 import statistics
 import sys
@@ -164,13 +165,14 @@ def timed_steps(folder: Path, shape: Shape, implementation: str, steps: int, dev
         implementation=implementation,
         data=DataSettings(sequence_length=shape.sequence_length),
     )
+    gc.collect()  # the model timed before this one: its wrappers refer to each other
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_training_model(read_architecture(folder), settings, dtype, device)
     optimizer, schedule = build_optimizer([model], settings, dtype)
     schedule.step(0)
     batches = random_batches(shape, device)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     times = []
     for i in range(3 + steps):
         torch.cuda.synchronize()

@@ -1,0 +1,1 @@
+"""What a model is worth after conversion: perplexity, tasks, and what its cache weighs."""

@@ -1,0 +1,105 @@
+"""The words of a command line, and what --help says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from mha2mla_megatron.cli import describe_settings, split_words
+from mha2mla_megatron.errors import UserError
+from tests.conftest import ROOT, refused, run_tool
+
+USAGE = "tool.py IN OUT [key=value ...]"
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = 0.5
+    """How fast."""
+
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Base:
+    steps: int = 3
+    """How many."""
+
+
+@dataclass(frozen=True)
+class Outer(Base):
+    inner: Inner = field(default_factory=lambda: Inner(rate=0.25))
+
+    flags: list[int] = field(default_factory=lambda: [1, 2])
+    """Several words, so many of them that the line which describes this field is longer than a line can
+    be and must be folded."""
+
+    loud: bool = True
+    undocumented: str = "word"
+
+
+def test_words_are_told_apart() -> None:
+    words = ["a.txt", "window=3", "./x=1.txt", "inner.rate=1e-3", "dir/y=2", "config=run.yaml", "name=a=b", "empty="]
+    positionals, overrides, file = split_words(words, USAGE, 1)
+    assert positionals == ["a.txt", "./x=1.txt", "dir/y=2"]
+    assert overrides == ["window=3", "inner.rate=1e-3", "name=a=b", "empty="]
+    assert file == Path("run.yaml")
+    assert split_words([], USAGE, 0) == ([], [], None)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["a"], "2 positional word(s) needed, 1 given; usage: tool.py IN OUT"),
+        (["a", "b", "c"], "2 positional word(s) needed, 3 given"),
+        (["a", "b", "--window=3"], "'--window=3': there are no dashed options"),
+        (["a", "b", "config="], "config=FILE.yaml"),
+        (["a", "b", "config=1.yaml", "config=2.yaml"], "once"),
+    ],
+)
+def test_refused_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        split_words(words, USAGE, 2, 2)
+    assert message in str(error.value)
+
+
+def test_counts_in_the_message() -> None:
+    with pytest.raises(UserError, match=r"at least 2 positional"):
+        split_words([], USAGE, 2)
+    with pytest.raises(UserError, match=r"1 to 2 positional"):
+        split_words([], USAGE, 1, 2)
+
+
+def test_settings_are_described() -> None:
+    assert describe_settings(Outer).splitlines() == [
+        "  steps=3",
+        "      How many.",
+        "  inner.rate=0.25",
+        "      How fast.",
+        "  inner.name=null",
+        "  flags=[1, 2]",
+        "      Several words, so many of them that the line which describes this field is longer than a line can be",
+        "      and must be folded.",
+        "  loud=true",
+        "  undocumented=word",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("tool", "key"), [("preprocess_data", "overwrite=false"), ("evaluate_perplexity", "window=1024")]
+)
+def test_help(tool: str, key: str) -> None:
+    for flag in ("-h", "--help"):
+        done = run_tool(tool, "a", flag)
+        assert done.stdout.startswith(f"usage: {tool}.py ") and f"\n  {key}\n" in done.stdout
+
+
+@pytest.mark.parametrize("tool", ["preprocess_data", "evaluate_perplexity"])
+def test_wrong_words_show_the_usage(tool: str) -> None:
+    done = run_tool(tool, "only_one", check=False)
+    assert done.returncode == 2 and f"usage: {tool}.py" in done.stderr
+    assert "at least 2 positional word(s) needed, 1 given" in refused(tool, "only_one")
+    assert "unknown key 'wnidow'" in refused(tool, "a", "b", "wnidow=3")
+    assert "no such settings file" in refused(tool, "a", "b", f"config={ROOT}/missing.yaml")
