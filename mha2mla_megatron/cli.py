@@ -106,7 +106,7 @@ def _field_docs(schema: type) -> dict[str, str]:
                 and isinstance(following.value, ast.Constant)
                 and isinstance(following.value.value, str)
             ):
-                docs[statement.target.id] = following.value.value
+                docs[statement.target.id] = " ".join(following.value.value.split())
     return docs
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 
@@ -16,6 +18,7 @@ def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -
 
     Under torchrun every rank meets the same `UserError`; only rank 0 prints it.
     """
+    _quiet_libraries()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
@@ -25,3 +28,11 @@ def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _quiet_libraries() -> None:
+    """Leave out what megatron-core and torch say on import and on every save about packages and switches not in use."""
+    for module in ("megatron", "torch", "apex", "transformer_engine"):
+        warnings.filterwarnings("ignore", module=rf"{module}(\.|$)")
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)

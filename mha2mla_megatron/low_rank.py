@@ -1,4 +1,4 @@
-"""Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2, equation 9).
+"""Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2).
 
 Everything is computed in float64 through the eigenvectors of the smaller Gram matrix, which is many times faster than
 a singular value decomposition of the stacked matrix and exact at full rank: the basis is orthogonal whatever the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -13,10 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mha2mla_megatron.errors import UserError
 
-Settings = TypeVar("Settings")
 
-
-def load_settings(schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
+def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
     """Make a `schema` from its defaults, then `file` (YAML), then `overrides` (`a.b=value` words; later wins).
 
     Raises UserError for an unknown key, a value of the wrong type, or whatever the dataclass itself refuses.
@@ -75,7 +73,7 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         key = getattr(error, "full_key", None) or "?"
         parent = base
         for part in str(key).split(".")[:-1]:
-            parent = parent[part] if part in parent else base
+            parent = parent.get(part, base)
         known = ", ".join(str(k) for k in parent) if OmegaConf.is_dict(parent) else ""
         if known and "not in" in str(error):
             raise UserError(f"{source}: unknown key '{key}'; known here: {known}") from None

@@ -1,4 +1,4 @@
-"""A few-line reference of a converted model: float64, explicit rotation of one pair at a time, dense U V^T, no cache."""
+"""A few-line reference of a converted model: float64, one pair rotated at a time, dense U V^T, no cache."""
 
 from __future__ import annotations
 

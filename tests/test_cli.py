@@ -33,8 +33,8 @@ class Outer(Base):
     inner: Inner = field(default_factory=lambda: Inner(rate=0.25))
 
     flags: list[int] = field(default_factory=lambda: [1, 2])
-    """Several words, so many of them that the line which describes this field is longer than a line can
-    be and must be folded."""
+    """Several words, so many of them that the line which describes this field is longer than
+    a line of the help may be, and must be folded."""
 
     loud: bool = True
     undocumented: str = "word"
@@ -80,8 +80,8 @@ def test_settings_are_described() -> None:
         "      How fast.",
         "  inner.name=null",
         "  flags=[1, 2]",
-        "      Several words, so many of them that the line which describes this field is longer than a line can be",
-        "      and must be folded.",
+        "      Several words, so many of them that the line which describes this field is longer than a line of the help",
+        "      may be, and must be folded.",
         "  loud=true",
         "  undocumented=word",
     ]

@@ -111,8 +111,8 @@ def test_plain_text(tmp_path: Path, tokenizer: Path, tokens_of: Any) -> None:
 
 def test_worker_count_changes_nothing(tmp_path: Path, tokenizer: Path) -> None:
     generator = random.Random(0)
-    rows = [{"text": "".join(generator.choices(PROSE, k=generator.choice((1, 2, 100))))} for _ in range(400)]
-    rows.insert(7, {"text": PROSE[4] * 20_000})  # one line of 2 MB among short ones
+    rows = [{"text": "".join(generator.choices(PROSE, k=generator.choice((1, 2, 100))))} for _ in range(150)]
+    rows.insert(7, {"text": PROSE[4] * 8_000})  # one line of 0.8 MB among short ones
     source = write_json_lines(tmp_path / "corpus.jsonl", rows)
     files = []
     for workers in (1, 3):

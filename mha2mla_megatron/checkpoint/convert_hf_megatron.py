@@ -52,12 +52,11 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
     reader = HFReader(source, architecture)
     rows = parameter_map(architecture)
     with new_folder(target, settings.overwrite) as folder:
-        progress = Progress("HF -> Megatron", reader.nbytes(), "GB", scale=1e9)
+        progress = Progress("HF -> Megatron", len(rows), "tensors")
         tensors = {}
         for row in rows:
-            tensor = row.layout.pack([reader[name] for name in row.hf], architecture).contiguous()
-            tensors[row.megatron] = tensor
-            progress.advance(tensor.numel() * tensor.element_size())
+            tensors[row.megatron] = row.layout.pack([reader[name] for name in row.hf], architecture).contiguous()
+            progress.advance()
         step = iteration_folder(folder, 0)
         step.mkdir()
         save_global_tensors(tensors, step)

@@ -40,10 +40,6 @@ class HFReader:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / self.where[name]}: {name} cannot be read ({error})") from None
 
-    def nbytes(self) -> int:
-        """Size of all tensors in bytes."""
-        return sum((self.folder / file).stat().st_size for file in self.files)
-
     @staticmethod
     def _open(file: Path) -> Any:
         try:

@@ -54,7 +54,9 @@ def build_dataset(
         create_attention_mask=False,
         path_to_cache=str(cache),
     )
-    return BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
+    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
+    assert dataset is not None  # it was asked for on every rank
+    return dataset
 
 
 def sample_batches(

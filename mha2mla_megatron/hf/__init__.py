@@ -1,1 +1,1 @@
-"""The exported model. The `*_mha2mla.py` files import torch and transformers only: they are copied into every export."""
+"""The exported model. The `*_mha2mla.py` files import torch and transformers only; every export has a copy of them."""

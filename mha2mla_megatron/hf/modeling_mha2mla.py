@@ -5,6 +5,7 @@ r rotated dims per head, w width of the unrotated part of the cache (c for the j
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,8 @@ class MHA2MLAAttention(nn.Module):
     the model's frequencies each key/value head, and the query heads of its group, turn with.
     """
 
+    rope_pairs: torch.Tensor
+
     def __init__(self, config: MHA2MLALlamaConfig, layer_idx: int):
         super().__init__()
         self.config = config
@@ -39,12 +42,12 @@ class MHA2MLAAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        biased = set(BIASED_PROJECTIONS if config.attention_bias else ())
+        biased: set[str] = set(BIASED_PROJECTIONS if config.attention_bias else ())
         if config.attention_output_bias:
             biased.add("o_proj")
         shapes = self.layout.projections()
 
-        def projection(name: str) -> nn.Linear | None:
+        def projection(name: str) -> Any:
             """The projection if this layer has it (r = 0 has no k_rope, a full-rank part has no up-projection)."""
             return nn.Linear(*reversed(shapes[name]), bias=name in biased) if name in shapes else None
 
@@ -68,7 +71,10 @@ class MHA2MLAAttention(nn.Module):
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """hidden_states [b, s, h]; position_embeddings: cos and sin, each [1 or b, s, d]. Returns ([b, s, h], weights)."""
+        """hidden_states [b, s, h]; position_embeddings: cos and sin, each [1 or b, s, d].
+
+        Returns ([b, s, h], attention weights or None).
+        """
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
         k_rope = self._heads(self.k_rope_proj, hidden_states)
@@ -86,7 +92,7 @@ class MHA2MLAAttention(nn.Module):
         key, value = self._expand(latent.squeeze(1), k_rope)
 
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            str(self.config._attn_implementation), eager_attention_forward
         )
         output, weights = attention(
             self,
@@ -114,9 +120,9 @@ class MHA2MLAAttention(nn.Module):
         layout = self.layout
         latents, k_nope, value = latent.split(layout.cache_parts, dim=-1)
         c = layout.kv_lora_rank or 0
-        if layout.factors_key:
+        if self.k_up_proj is not None:
             k_nope = self.k_up_proj(latents[..., :c])
-        if layout.factors_value:
+        if self.v_up_proj is not None:
             value = self.v_up_proj(latents[..., layout.kv_down_dim - c :])
         key = torch.cat((k_rope, self._split_heads(k_nope)), dim=-1)
         return key, self._split_heads(value)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,8 @@ def enable_cpu_mode() -> None:
         return
     from megatron.core.tensor_parallel import random
 
+    # The function mode makes torch warn of what Megatron does on a GPU without a warning.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     for name, replacement in _CUDA_REPLACEMENTS.items():
         setattr(torch.cuda, name, replacement)
     # The tracker of Megatron's random states reads and writes CUDA generators through these two.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed
 
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.cpu_mode import has_transformer_engine, prepare_device
+from mha2mla_megatron.model.cpu_mode import prepare_device
 
 if TYPE_CHECKING:
     from mha2mla_megatron.architecture import Architecture
@@ -28,7 +28,7 @@ class ParallelConfig:
     """Stages that the layers are dealt out to, in order and in equal numbers."""
 
     context_parallel_size: int = 1
-    """Processes that share every sequence. More than 1 needs a GPU and Transformer Engine."""
+    """Processes that share every sequence. Only 1 is supported yet."""
 
     sequence_parallel: bool = False
     """Keep the activations between the layers split along the sequence over the tensor-parallel processes. Saves
@@ -77,10 +77,9 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
             f"parallel.pipeline_model_parallel_size: {pp} does not divide num_hidden_layers {architecture.num_layers}; "
             f"valid for this model: {_divisors(architecture.num_layers)}"
         )
-    if parallel.context_parallel_size > 1 and not has_transformer_engine():
+    if parallel.context_parallel_size > 1:
         raise UserError(
-            f"parallel.context_parallel_size: {parallel.context_parallel_size} needs a GPU and Transformer Engine; "
-            "valid here: 1"
+            f"parallel.context_parallel_size: {parallel.context_parallel_size} is not supported yet; valid: 1"
         )
     if world_size % parallel.model_parallel_size:
         raise UserError(

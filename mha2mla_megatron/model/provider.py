@@ -151,7 +151,7 @@ def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
     return rotary.inv_freq.clone()
 
 
-def sharded_weights(model: GPTModel) -> dict[str, Any]:
+def sharded_weights(model: Any) -> dict[str, Any]:
     """The model's weights for `dist_checkpointing`, named alike for every implementation.
 
     Linear layers add an `_extra_state`, the scales of quantised kernels; none are used here, and it is left out.

@@ -11,7 +11,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
@@ -23,7 +22,7 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""
 
 
-def load_weights(model: MegatronModule, step_folder: Path, architecture: Architecture) -> None:
+def load_weights(model: torch.nn.Module, step_folder: Path, architecture: Architecture) -> None:
     """Fill the model's parameters and buffers from a step folder, saved at any layout.
 
     Raises UserError for a checkpoint of another model, named by its first tensor that differs.
@@ -38,7 +37,7 @@ def load_weights(model: MegatronModule, step_folder: Path, architecture: Archite
 def save_run(
     root: Path,
     iteration: int,
-    model: MegatronModule,
+    model: torch.nn.Module,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     run: dict[str, Any],
@@ -71,7 +70,7 @@ def save_run(
 
 
 def resume_run(
-    root: Path, model: MegatronModule, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
+    root: Path, model: torch.nn.Module, optimizer: MegatronOptimizer, schedule: OptimizerParamScheduler
 ) -> dict[str, Any] | None:
     """Load the newest step of `root` into the objects and return its `run` values; None where there is none."""
     latest = read_latest(root)

@@ -41,7 +41,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule (paper section 4.1 and appendix)."""
+    """AdamW and its learning-rate schedule (the paper's recipe)."""
 
     lr: float = 1e-4
     """Peak learning rate."""

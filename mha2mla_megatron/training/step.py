@@ -73,7 +73,7 @@ def train_step(
         micro_batch_size=settings.micro_batch_size,
         forward_only=False,
     )
-    _, grad_norm, _ = optimizer.step()
+    _, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     loss, tokens = _mean_loss(losses, device)
     return StepResult(loss, tokens, float(grad_norm))
 

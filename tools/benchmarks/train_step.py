@@ -239,7 +239,8 @@ def speed(name: str, implementation: str, settings: BenchmarkSettings, device: t
         rows.append({"shape": name, "implementation": implementation, "model": model, "ms": ms, "spread": spread,
                      "tokens_per_second": rate, "GiB": memory[model]})  # fmt: skip
         print(
-            f"  {name:<6} {implementation:<19} {model:<10} {ms:>9.1f} {spread:>7.1%} {rate:>10,.0f} {memory[model]:>6.1f}"
+            f"  {name:<6} {implementation:<19} {model:<10} {ms:>9.1f} {spread:>7.1%} {rate:>10,.0f} "
+            f"{memory[model]:>6.1f}"
         )
     ratio = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
     print(f"  {name:<6} {implementation:<19} converted / original: {ratio:.3f}", flush=True)
