@@ -57,7 +57,7 @@ class ConvertSettings:
 def convert_attention(
     weights: dict[str, torch.Tensor], pairs: torch.Tensor, layout: LatentLayout, singular_values: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One layer's attention (METHOD: rows reordered to [r | d - r] per head, then K_nope and V factored).
+    """One layer's attention converted: rows reordered to [r | d - r] per head, then K_nope and V factored.
 
     weights: q_proj, k_proj, v_proj, o_proj `.weight` [out, in] (and `.bias` [out] where the model has them).
     pairs: int64 [G, r/2], the pairs that keep their rotation.

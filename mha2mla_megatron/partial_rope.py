@@ -1,8 +1,7 @@
 """Partial RoPE: which rotary pairs each key/value head keeps, and the row order that puts them first.
 
 Pair j of a head is made of dims j and j + d/2 (the Hugging Face half-split layout) and turns with the model's j-th
-frequency. Paper section 3.1; docs/conversion.md lists the
-strategies.
+frequency. Paper section 3.1; docs/conversion.md lists the strategies.
 """
 
 from __future__ import annotations

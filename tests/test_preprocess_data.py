@@ -19,7 +19,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mha2mla_megatron.data import documents, preprocess
+from mha2mla_megatron.data import documents, workers
 from mha2mla_megatron.data.documents import DocumentReader
 from tests.conftest import PROSE, make_tokenizer, refused, run_tool
 
@@ -115,9 +115,9 @@ def test_worker_count_changes_nothing(tmp_path: Path, tokenizer: Path) -> None:
     rows.insert(7, {"text": PROSE[4] * 8_000})  # one line of 0.8 MB among short ones
     source = write_json_lines(tmp_path / "corpus.jsonl", rows)
     files = []
-    for workers in (1, 3):
-        out = tmp_path / f"{workers}"
-        run_tool("preprocess_data", source, source, out, f"tokenizer={tokenizer}", f"workers={workers}")
+    for count in (1, 3):
+        out = tmp_path / f"{count}"
+        run_tool("preprocess_data", source, source, out, f"tokenizer={tokenizer}", f"workers={count}")
         files.append([Path(f"{out}{suffix}").read_bytes() for suffix in (".bin", ".idx", ".json")])
     assert files[0] == files[1]
     assert len(read_megatron(tmp_path / "3")) == 2 * len(rows)
@@ -262,7 +262,7 @@ def test_accidents(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPa
             process.kill()
 
     monkeypatch.setattr(IndexedDatasetBuilder, "add_document", add_and_fail)
-    monkeypatch.setattr(preprocess, "BYTES_IN_FLIGHT", 1)
+    monkeypatch.setattr(workers, "BYTES_IN_FLIGHT", 1)
     words = (*[tmp_path / "a.txt"] * 4, tmp_path / "out" / "c", f"tokenizer={tokenizer}", "workers=1")
     if accident == "interrupt":
         done = run_tool("preprocess_data", *words, check=False)

@@ -7,37 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import multiprocessing
-import multiprocessing.connection
 import os
-import signal
-import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from mha2mla_megatron.architecture import read_config
 from mha2mla_megatron.checkpoint.folders import resolve_model
-from mha2mla_megatron.data.documents import BLOCK_BYTES, SEPARATORS, Block, DocumentReader
-from mha2mla_megatron.data.tokenizer import DocumentEncoder, EncodedBatch, load_tokenizer
+from mha2mla_megatron.data.documents import SEPARATORS, DocumentReader
+from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
+from mha2mla_megatron.data.workers import encode_in_order
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import require_keys
-
-BYTES_IN_FLIGHT = 8 << 20
-"""Per worker: no more text is read while this much is being tokenised. Tokenising takes ~120 bytes of memory per byte
-of text, so this bounds it at ~1 GB per worker, or ~120 times the largest document."""
 
 
 @dataclass(frozen=True)
@@ -154,118 +143,23 @@ def _write(
     documents = tokens = blank = 0
     started = time.monotonic()
     progress = Progress("tokenise", reader.size, "MB", 1e6)
-    for encoded, bytes_read in _encode(_batches(reader), encoder, workers):
-        start = 0
-        for length in encoded.lengths:
-            builder.add_document(encoded.tokens[start : start + length], [length])
-            start += length
-        documents += len(encoded.lengths)
-        tokens += start
-        blank += encoded.blank
-        rate = tokens / max(time.monotonic() - started, 1e-9)
-        progress.what = f"tokenise: {tokens / 1e6:.4g} M tokens, {rate / 1e6:.3g} M tokens/s"
-        progress.advance(bytes_read)
+    with closing(encode_in_order(reader, encoder, workers)) as results:
+        for encoded, bytes_read in results:
+            start = 0
+            for length in encoded.lengths:
+                builder.add_document(encoded.tokens[start : start + length], [length])
+                start += length
+            documents += len(encoded.lengths)
+            tokens += start
+            blank += encoded.blank
+            rate = tokens / max(time.monotonic() - started, 1e-9)
+            progress.what = f"tokenise: {tokens / 1e6:.4g} M tokens, {rate / 1e6:.3g} M tokens/s"
+            progress.advance(bytes_read)
     if documents == 0:
         raise UserError(f"{', '.join(map(str, reader.files))}: no text: {blank} documents, all of them blank")
     progress.close()
     builder.finalize(str(idx_file))
     return documents, tokens, blank
-
-
-class _Batch(NamedTuple):
-    """What a worker is given at a time: a block, or the small files that make up one."""
-
-    blocks: list[Block]
-    size: int
-    """Bytes of text."""
-    bytes_read: int
-    """Bytes on disk since the batch before."""
-
-
-def _batches(reader: DocumentReader) -> Iterator[_Batch]:
-    blocks: list[Block] = []
-    size = position = 0
-    for block in reader:
-        blocks.append(block)
-        size += len(block.data)
-        if size >= BLOCK_BYTES:
-            yield _Batch(blocks, size, reader.position - position)
-            blocks, size, position = [], 0, reader.position
-    if blocks or reader.position > position:
-        yield _Batch(blocks, size, reader.position - position)
-
-
-def _encode(batches: Iterator[_Batch], encoder: DocumentEncoder, workers: int) -> Iterator[tuple[EncodedBatch, int]]:
-    """(tokens, bytes read from disk) of each batch, in order, while later ones are being tokenised."""
-    # Not fork: this process has threads (torch's, the tokenizers') that a forked child would find dead.
-    context = multiprocessing.get_context("spawn")
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,))
-    waiting: deque[tuple[Future[EncodedBatch], _Batch]] = deque()
-    in_flight = 0
-    finished = False
-
-    def first() -> tuple[EncodedBatch, int]:
-        nonlocal in_flight
-        future, batch = waiting.popleft()
-        in_flight -= batch.size
-        return future.result(), batch.bytes_read
-
-    try:
-        for batch in batches:
-            while waiting and in_flight >= workers * BYTES_IN_FLIGHT:
-                yield first()
-            with _interrupts_held_back():  # submitting starts a worker where none is idle
-                future = pool.submit(_encode_in_worker, batch.blocks)
-            waiting.append((future, batch._replace(blocks=[])))
-            in_flight += batch.size
-            while waiting and waiting[0][0].done():
-                yield first()
-        while waiting:
-            yield first()
-        finished = True
-    except BrokenProcessPool:
-        raise UserError("a tokenising process was killed, most likely for want of memory; give fewer workers") from None
-    finally:
-        pool.shutdown(wait=finished, cancel_futures=True)
-        if not finished:  # what the workers are at may take minutes, and nobody wants it
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
-
-
-_worker: tuple[DocumentEncoder, Tokenizer] | None = None
-"""In a worker process: its encoder and tokenizer."""
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Ctrl-C waits until the block is over. Processes started in it never see one, though it is sent to the whole
-    group: the parent ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(encoder: DocumentEncoder) -> None:
-    global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = encoder, encoder.load()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot end its workers: they would wait for more work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
-
-
-def _encode_in_worker(blocks: list[Block]) -> EncodedBatch:
-    assert _worker is not None
-    encoder, tokenizer = _worker
-    return encoder.encode(tokenizer, blocks)
 
 
 def _indexed_dataset() -> Any:

@@ -189,7 +189,7 @@ def format_results(results: Sequence[PerplexityResult]) -> str:
             f"{result.perplexity:.4f}",
             "-" if result.perplexity_standard_error is None else f"{result.perplexity_standard_error:.4f}",
             str(result.tokens),
-            f"{result.cache_bytes_per_token:g}",
+            f"{result.cache_bytes_per_token:.12g}",
         )
         for result in results
     ]
