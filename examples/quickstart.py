@@ -42,7 +42,7 @@ def main() -> None:
     for saved, rank in RANKS.items():
         models[f"fine-tuned {saved}"] = finetune(stages, out / f"mla_c{rank}", out, minutes / len(RANKS))
     stages.run("evaluate", "tools/evaluate_perplexity.py", *models.values(), out / "text/heldout.jsonl",
-               "window=512", "max_windows=24", f"output={out / 'perplexity.json'}")  # fmt: skip
+               "window=512", "max_windows=20", "dtype=float32", f"output={out / 'perplexity.json'}")  # fmt: skip
     rows = json.loads((out / "perplexity.json").read_text())["models"]
     start = time.monotonic()
     for (name, folder), row in zip(models.items(), rows, strict=True):
@@ -105,7 +105,7 @@ def generate(folder: Path) -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():
         out = model.generate(**ids, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.eos_token_id)
@@ -114,7 +114,7 @@ def generate(folder: Path) -> str:
 
 def report(out: Path, rows: list[dict[str, Any]], seconds: dict[str, float]) -> None:
     """Print the table, write it with the sentences to report.md, and draw report.png."""
-    lines = ["", f"{'model':<22} {'perplexity':>11} {'cache, bytes/token':>19}"]
+    lines = ["", f"{'model':<22} {'perplexity':>11} {'cache, bytes/token':>19} (float32)"]
     for row in rows:
         lines.append(f"{row['name']:<22} {row['perplexity']:>11.2f} {row['cache_bytes_per_token']:>19,.0f}")
     lines += ["", f"{'stage':<22} {'seconds':>11}"]
@@ -145,7 +145,7 @@ def draw(out: Path, rows: list[dict[str, Any]]) -> None:
         right.plot([row["cache_bytes_per_token"] / 1000 for row in chosen], [row["perplexity"] for row in chosen],
                    marker=marker, label=kind)  # fmt: skip
     right.plot(rows[0]["cache_bytes_per_token"] / 1000, rows[0]["perplexity"], marker="*", color="grey", markersize=12)
-    right.set(title="held-out text", xlabel="cache, kB per token", ylabel="perplexity", yscale="log")
+    right.set(title="held-out text", xlabel="cache, kB per token (float32)", ylabel="perplexity", yscale="log")
     right.legend()
     figure.savefig(out / "report.png", dpi=130)
 

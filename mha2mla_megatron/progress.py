@@ -23,7 +23,7 @@ class Progress:
     def advance(self, amount: float = 1.0) -> None:
         self.done += amount
         now = time.monotonic()
-        if now - self.shown >= self.interval:
+        if now - self.shown >= self.interval and self.done < self.total:
             self.shown = now
             self._show(now, end="\r" if self.terminal else "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +90,13 @@ def checkpoint_values(save: Path, step: int) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     return load_common_state_dict(str(iteration_folder(save, step)))
+
+
+class Trap:
+    """Its pickle makes a file, or whatever else a shell can do, in the process that loads it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.file}",)

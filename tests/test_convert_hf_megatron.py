@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
+from tests.finetune_cases import Trap
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 BIASED: dict[str, Any] = {"groups": 4, "tied": False, "bias": True, "mlp_bias": True}
@@ -222,16 +222,6 @@ def test_damaged_megatron_checkpoints_are_refused(tmp_path: Path, folders: dict[
     line = refused("convert_megatron_to_hf", source, tmp_path / "back")
     assert all(part in line for part in named), line
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
-
-
-class Trap:
-    """Its pickle makes a file, or whatever else a shell can do, in the process that loads it."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.file}",)
 
 
 def _first_data_file(step: Path) -> Path:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mha2mla_megatron.checkpoint.megatron import LATEST, read_latest
+from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, read_latest
 from mha2mla_megatron.data.dataset import build_dataset
 from mha2mla_megatron.training import loop
+from mha2mla_megatron.training import step as step_module
 from tests.conftest import ROOT, refused, run_tool
 from tests.finetune_cases import (
     BATCH,
@@ -26,6 +31,7 @@ from tests.finetune_cases import (
     LENGTH,
     MODELS,
     VOCABULARY,
+    Trap,
     checkpoint_tensors,
     checkpoint_values,
     finetune,
@@ -143,20 +149,40 @@ def test_resumed_equals_unbroken_bit_for_bit(
     trained = [name for name in before if not name.startswith("optimizer.") and not name.endswith("rope_pairs")]
     assert len(moments) == 2 * len(trained) and all(before[name].abs().sum() > 0 for name in moments)
     assert all(not torch.equal(before[name], checkpoint_tensors(whole, 3)[name]) for name in trained)
+    assert all(torch.equal(before[f"optimizer.state.param.{name}"], before[name]) for name in trained)
     values = checkpoint_values(broken, STEPS)
     assert values == checkpoint_values(whole, STEPS)
     assert values["run"] == {"step": STEPS} and values["schedule"]["num_steps"] == STEPS
     assert {int(number) for number in _all_of("step", values["optimizer"])} == {STEPS}
 
-    for root, name in ((whole, "whole"), (broken, "broken")):
+    for root, name in ((whole, "a"), (broken, "b")):
         run_tool("convert_megatron_to_hf", root, tmp_path / name)
-    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     source = load_file(workspace / model / "model.safetensors")
     assert a.keys() == b.keys() == source.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert [name for name in a if torch.equal(a[name], source[name])] == [n for n in a if n.endswith("rope_pairs")]
-    assert json.loads((tmp_path / "broken" / "config.json").read_text()) == json.loads(
+    assert json.loads((tmp_path / "b" / "config.json").read_text()) == json.loads(
         (workspace / model / "config.json").read_text()
     )
+
+
+@pytest.mark.parametrize("model", ["original", "mla"])
+def test_a_buffer_of_many_buckets_is_saved_in_place(
+    workspace: Path, unbroken: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    """As with a model of more than 40 million parameters on a GPU: Megatron pads each of its buckets."""
+    small = partial(DistributedDataParallelConfig, bucket_size=1000)
+    monkeypatch.setattr(
+        step_module, "DistributedDataParallelConfig", lambda **given: small(**{**given, "overlap_grad_reduce": True})
+    )
+    root = finetune(workspace, model, tmp_path / "run", *SCHEDULE)
+    assert log_text(root) == log_text(unbroken[model])
+    for step in (3, STEPS):
+        one, many = checkpoint_tensors(unbroken[model], step), checkpoint_tensors(root, step)
+        assert [name for name, tensor in one.items() if not torch.equal(many[name], tensor)] == []
+    (root / LATEST).write_text("3")
+    finetune(workspace, model, root, *SCHEDULE)
+    assert log_text(root) == log_text(unbroken[model])
 
 
 def _all_of(key: str, values: Any) -> list[Any]:
@@ -182,14 +208,17 @@ def test_keep_last_keeps_the_newest(workspace: Path, unbroken: dict[str, Path], 
     assert not (root / "iter_0000003").exists()
 
 
-def test_sigterm_saves_and_ends_well(workspace: Path, tmp_path: Path) -> None:
-    root, words = tmp_path / "run", ["steps=5000", "save_interval=5000"]
+def test_sigterm_to_all_processes_saves_and_ends_well(workspace: Path, tmp_path: Path) -> None:
+    """As a scheduler sends it: also to the readers of the data and to the helper of the earlier save."""
+    root, words = tmp_path / "run", ["steps=5000", "save_interval=2", "keep_last=1", "data.workers=1"]
     command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *run_words(workspace, "mla", root, *words)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
+            os.killpg(process.pid, signal.SIGTERM)
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "Traceback" not in errors, errors
@@ -200,7 +229,8 @@ def test_sigterm_saves_and_ends_well(workspace: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in read_log(root)] == list(range(1, stopped + 3))
 
 
-def test_signals_are_the_callers_again(workspace: Path, unbroken: dict[str, Path]) -> None:
+@pytest.mark.usefixtures("unbroken")
+def test_signals_are_the_callers_again() -> None:
     """A run that has ended, well or not, no longer listens."""
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -276,12 +306,28 @@ def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, case: str) ->
     assert list(tmp_path.iterdir()) == [], "something was written"
 
 
+def test_nothing_in_a_loaded_checkpoint_is_executed(tmp_path: Path, workspace: Path) -> None:
+    """Not even where it would have to be a pickle: the values beside the tensors."""
+    checkpoint = shutil.copytree(workspace / "mla-megatron", tmp_path / "checkpoint")
+    step, trap = checkpoint / "iter_0000000", io.BytesIO()
+    torch.save([Trap(tmp_path / "sprung")], trap, _use_new_zipfile_serialization=False)
+    (values,) = (info for key, info in TorchDistReader(step).storage.items() if key.fqn.startswith("common_state"))
+    content = bytearray((step / values.relative_path).read_bytes())
+    assert len(trap.getvalue()) <= values.length
+    content[values.offset : values.offset + len(trap.getvalue())] = trap.getvalue()
+    (step / values.relative_path).write_bytes(content)
+    finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, f"load={checkpoint}")
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_data_of_another_model_is_refused(tmp_path: Path, workspace: Path) -> None:
     words = run_words(workspace, "mla", tmp_path / "run", "steps=6", f"data.train={tmp_path / 'text'}")
     write_tokens(tmp_path / "text")
     (tmp_path / "text.json").write_text(json.dumps({"vocab_size": VOCABULARY + 1}))
     line = refused("finetune", *words)
     assert "257" in line and "256" in line and "data.train" in line
+    (tmp_path / "text.json").write_text("{")
+    assert "text.json" in refused("finetune", *words)
     (tmp_path / "text.json").unlink()
     (tmp_path / "text.bin").unlink()
     assert "text.bin" in refused("finetune", *words)

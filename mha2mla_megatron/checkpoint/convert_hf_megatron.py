@@ -12,12 +12,12 @@ from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
 from mha2mla_megatron.checkpoint.megatron import (
     HF_FOLDER,
     TorchDistReader,
+    check_coverage,
     iteration_folder,
     locate_checkpoint,
     save_global_tensors,
     write_latest,
 )
-from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.progress import Progress
 
 
@@ -81,7 +81,7 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
     side, step = locate_checkpoint(source, settings.iteration)
     architecture = read_architecture(side)
     reader = TorchDistReader(step)
-    _check_coverage(reader.shapes(), megatron_shapes(architecture), step)
+    check_coverage(reader.shapes(), megatron_shapes(architecture), step)
     with new_folder(target, settings.overwrite) as folder:
         writer = HFWriter(folder, parse_size(settings.max_shard_size, "max_shard_size"))
         rows = parameter_map(architecture)
@@ -96,14 +96,3 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
         config = read_config(side)
         write_config(folder, config)
         copy_companions(side, folder)
-
-
-def _check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], step: Path) -> None:
-    for name, shape in expected.items():
-        if name not in found:
-            raise UserError(f"{step}: tensor {name} is missing")
-        if found[name] != shape:
-            raise UserError(f"{step}: {name} has shape {found[name]}, config.json says {shape}")
-    for name in found:
-        if name not in expected and not name.startswith("optimizer."):
-            raise UserError(f"{step}: surplus tensor {name}: this architecture has none of that name")

@@ -80,6 +80,8 @@ class TorchDistReader:
             self.storage = dict(self.metadata.storage_data)
         except UserError:
             raise
+        except FileNotFoundError:
+            raise UserError(f"{folder}: not a complete Megatron checkpoint (.metadata is missing)") from None
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{folder / '.metadata'}: damaged ({type(error).__name__}: {error})") from None
 
@@ -118,6 +120,18 @@ class TorchDistReader:
         if tuple(piece.shape) != tuple(chunk.sizes):
             raise UserError(f"{file}: {name}: a piece of shape {tuple(piece.shape)}, expected {tuple(chunk.sizes)}")
         return piece
+
+
+def check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], step: Path) -> None:
+    """Raise UserError for the first tensor of a step folder that is missing, mis-shaped or surplus for its model."""
+    for name, shape in expected.items():
+        if name not in found:
+            raise UserError(f"{step}: tensor {name} is missing")
+        if found[name] != shape:
+            raise UserError(f"{step}: {name} has shape {found[name]}, config.json says {shape}")
+    for name in found:
+        if name not in expected and not name.startswith("optimizer."):
+            raise UserError(f"{step}: surplus tensor {name}: this architecture has none of that name")
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import DType
 
 from mha2mla_megatron.errors import UserError
 
@@ -36,12 +39,8 @@ def build_dataset(
     """`num_samples` shuffled samples of packed documents, over as many epochs as it takes.
 
     A sample is a dict of int64 tokens, labels and position_ids [sequence_length] and a float32 loss_mask.
-
-    Raises UserError for a missing file or tokens of a larger vocabulary.
     """
     weights = {train: 1.0} if isinstance(train, str) else train
-    for prefix in weights:
-        _check_files(Path(prefix), vocab_size)
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -76,18 +75,70 @@ def sample_batches(
     starts = range(first_sample + data_rank * micro_batch_size, total_samples, stride)
     batches = [list(range(start, start + micro_batch_size)) for start in starts]
     loader: Any = torch.utils.data.DataLoader(
-        dataset, batch_sampler=batches, num_workers=workers, pin_memory=torch.cuda.is_available()
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_trainer,
     )
     return iter(loader)
 
 
-def _check_files(prefix: Path, vocab_size: int) -> None:
-    for suffix in (".bin", ".idx"):
-        file = prefix.with_name(prefix.name + suffix)
-        if not file.is_file():
-            raise UserError(f"data.train: {file}: no such file; make it with tools/preprocess_data.py")
-    provenance = prefix.with_name(prefix.name + ".json")
-    if provenance.is_file():
-        tokens_of = json.loads(provenance.read_text()).get("vocab_size", 0)
-        if tokens_of > vocab_size:
-            raise UserError(f"data.train: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}")
+def check_data(train: str | dict[str, float], vocab_size: int) -> None:
+    """Check the token files of `data.train` without Megatron, before anything is written.
+
+    Raises UserError for a file that is missing or damaged, and for tokens of a larger vocabulary. What a file was made
+    with stands in the .json beside it; where there is none, every token is looked at.
+    """
+    for prefix in (Path(name) for name in ([train] if isinstance(train, str) else train)):
+        data, index, provenance = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
+        for file in (data, index):
+            if not file.is_file():
+                raise UserError(f"data.train: {file}: no such file; make it with tools/preprocess_data.py")
+        dtype, count = _read_index(index)
+        if data.stat().st_size != count * dtype.itemsize:
+            raise UserError(f"data.train: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")
+        if provenance.is_file():
+            try:
+                tokens_of = int(json.loads(provenance.read_text()).get("vocab_size", 0))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(f"data.train: {provenance}: cannot be read ({error})") from None
+            if tokens_of > vocab_size:
+                raise UserError(
+                    f"data.train: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}"
+                )
+        elif (highest := _highest(data, dtype)) >= vocab_size:
+            raise UserError(f"data.train: {data}: holds token {highest}, the model's vocabulary is {vocab_size}")
+
+
+def _read_index(file: Path) -> tuple[numpy.dtype, int]:
+    """(type of the tokens, number of tokens) from Megatron's .idx file, version 1.
+
+    9 bytes of magic, version (8), code of the type (1), numbers of sequences s (8) and of documents m (8), s lengths
+    (4 each), s offsets (8 each), m documents (8 each).
+    """
+    with file.open("rb") as stream:
+        head = stream.read(34)
+        magic, code = head[:9], int.from_bytes(head[17:18])
+        version, sequences, documents = (int.from_bytes(head[i : i + 8], "little") for i in (9, 18, 26))
+        size = 34 + 12 * sequences + 8 * documents
+        known = {member.value for member in DType}
+        if magic != b"MMIDIDX\0\0" or version != 1 or code not in known or file.stat().st_size != size:
+            raise UserError(f"data.train: {file}: damaged, or not an index that tools/preprocess_data.py made")
+        lengths = numpy.frombuffer(stream.read(4 * sequences), dtype=numpy.int32)
+    dtype = numpy.dtype(DType.dtype_from_code(code))
+    if sequences == 0:
+        raise UserError(f"data.train: {file}: holds no document")
+    return dtype, int(lengths.sum(dtype=numpy.int64))
+
+
+def _highest(file: Path, dtype: numpy.dtype) -> int:
+    """The largest token of a .bin file; the file is read piece by piece."""
+    tokens, piece = numpy.memmap(file, dtype=dtype, mode="r"), 1 << 24
+    return max(int(tokens[start : start + piece].max()) for start in range(0, len(tokens), piece))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """A signal sent to the whole job must not take the readers away from the step that is still to be saved."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -9,6 +9,7 @@ import numpy
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mha2mla_megatron.training.config import FinetuneSettings
@@ -33,6 +34,9 @@ def build_optimizer(
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(config, chunks)  # type: ignore[arg-type]
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(part, DistributedOptimizer):
+            _save_every_bucket_in_its_place(part)
     for inner in _torch_adams(optimizer):
         _make_resumable(inner)
     schedule = OptimizerParamScheduler(
@@ -53,6 +57,34 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, schedule
+
+
+def _save_every_bucket_in_its_place(optimizer: DistributedOptimizer) -> None:
+    """Let Megatron's distributed optimizer save the state of a buffer of several buckets (megatron-core 0.19).
+
+    It gathers a buffer without the padding at the end of each bucket, but then looks parameters up at their places in
+    the padded buffer, so that all that follow a padded bucket are saved shifted. So: the gathered state gets the
+    padding back.
+    """
+    gather: Any = optimizer.get_parameter_state_dp_zero
+
+    def gather_padded(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        state = gather(*args, **kwargs)
+        if state is None:
+            return None
+        for index, buffer in enumerate(optimizer.buffers):
+            if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buffer.buckets[:-1]):
+                continue
+            for tensors in state[index].values():
+                for name, dense in tensors.items():
+                    if isinstance(dense, torch.Tensor):
+                        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+                        tensors[name] = dense.new_zeros(buffer.numel)
+                        for bucket, part in zip(buffer.buckets, dense.split(sizes), strict=True):
+                            tensors[name][bucket.offset : bucket.offset + len(part)] = part
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_padded
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterable[torch.optim.Optimizer]:

@@ -1,0 +1,150 @@
+"""Fine-tuning on two processes gives the results of one, and each goes on from what the other saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mha2mla_megatron.checkpoint.megatron import LATEST, read_latest
+from tests.conftest import ROOT, run_tool
+from tests.finetune_cases import checkpoint_tensors, finetune, losses, make_workspace, read_log, run_words
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
+
+MODELS = ("original", "mla")
+# Adam divides a gradient by its own size; with an epsilon far above the noise of float32 sums, noise stays noise.
+SCHEDULE = (
+    "steps=4", "save_interval=2", "optimizer.warmup_steps=1", "optimizer.decay_steps=1", "optimizer.adam_eps=1e-4",
+)  # fmt: skip
+LAYOUTS = {
+    "tp2": ["parallel.tensor_model_parallel_size=2"],
+    "tp2-sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "pp2": ["parallel.pipeline_model_parallel_size=2", "micro_batch_size=1"],
+    "dp2": [],
+}
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def put_back(root: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was after this step."""
+    shutil.copytree(root, target)
+    for later in target.glob("iter_*"):
+        if int(later.name.removeprefix("iter_")) > step:
+            shutil.rmtree(later)
+    (target / LATEST).write_text(f"{step}\n")
+    return target
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_workspace(tmp_path_factory.mktemp("finetune-parallel"))
+
+
+@pytest.fixture(scope="module")
+def results(workspace: Path) -> Path:
+    """runs/<model>-single and runs/<model>-<layout>, and what one world of two made of resuming, stopping, bad words.
+
+    <model>-resumed-tp2 went on from the single process's second step at TP 2.
+    """
+    folder, runs = workspace / "runs", []
+
+    def add(name: str, model: str, *words: str, stop: int | None = None) -> None:
+        argv = run_words(workspace, model, folder / name, *SCHEDULE, *words)
+        runs.append({"name": name, "argv": argv, "stop": stop})
+
+    for model in MODELS:
+        single = finetune(workspace, model, folder / f"{model}-single", *SCHEDULE)
+        put_back(single, folder / f"{model}-resumed-tp2", 2)
+        add(f"{model}-resumed-tp2", model, *LAYOUTS["tp2"])
+        for layout, words in LAYOUTS.items():
+            add(f"{model}-{layout}", model, *words)
+    add("stopped", "mla", "save_interval=4", stop=1)
+    add("bad-batch", "mla", "global_batch_size=2")
+    add("bad-data", "mla", "data.train=/nowhere/text")
+    (folder / "runs.json").write_text(json.dumps(runs))
+    done = subprocess.run(
+        [*LAUNCHER, "-m", "tests.distributed.finetune_worker", str(folder)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def outcome(results: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads((results / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def exported(root: Path, target: Path) -> dict[str, torch.Tensor]:
+    run_tool("convert_megatron_to_hf", root, target)
+    return load_file(target / "model.safetensors")
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "resumed-tp2"])
+@pytest.mark.parametrize("model", MODELS)
+def test_same_as_one_process(results: Path, tmp_path: Path, model: str, layout: str) -> None:
+    single, split = results / f"{model}-single", results / f"{model}-{layout}"
+    assert [run["code"] for run in outcome(results, split.name)] == [0, 0]
+    expected, found = read_log(single), read_log(split)
+    assert [line["step"] for line in found] == [1, 2, 3, 4]
+    for a, b in zip(expected, found, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+        assert (b["lr"], b["tokens"]) == (a["lr"], a["tokens"])
+    a, b = exported(single, tmp_path / "single"), exported(split, tmp_path / "split")
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert (tensor - b[name]).abs().max() < 1e-6, name
+    before, after = checkpoint_tensors(single, 4), checkpoint_tensors(split, 4)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert (tensor - after[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_one_process_goes_on_from_any_layout(workspace: Path, results: Path, tmp_path: Path, layout: str) -> None:
+    root = put_back(results / f"mla-{layout}", tmp_path / "run", 2)
+    finetune(workspace, "mla", root, *SCHEDULE)
+    assert losses(root) == pytest.approx(losses(results / "mla-single"), rel=1e-5)
+
+
+def test_a_signal_to_one_process_stops_all(results: Path) -> None:
+    assert [run["code"] for run in outcome(results, "stopped")] == [0, 0]
+    assert read_latest(results / "stopped") == 2 and len(read_log(results / "stopped")) == 2
+
+
+@pytest.mark.parametrize(("name", "part"), [("bad-batch", "2 data-parallel ranks"), ("bad-data", "/nowhere/text.bin")])
+def test_bad_words_are_refused_once(results: Path, name: str, part: str) -> None:
+    first, second = outcome(results, name)
+    assert (first["code"], second["code"], second["stderr"]) == (2, 2, "")
+    (line,) = first["stderr"].splitlines()
+    assert line.startswith("error: ") and part in line
+    assert not (results / name).exists()
+
+
+def test_under_torchrun_a_signal_to_the_whole_job_still_saves(workspace: Path, tmp_path: Path) -> None:
+    """Each process then gets it twice: from the sender and, passed on, from torchrun."""
+    root = tmp_path / "run"
+    words = run_words(workspace, "mla", root, "steps=5000", "save_interval=2", *LAYOUTS["tp2"])
+    process = subprocess.Popen(
+        [*LAUNCHER, str(ROOT / "tools" / "finetune.py"), *words],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    stopped = read_latest(root)
+    assert stopped is not None and 3 <= stopped == len(read_log(root)), errors
+    finetune(workspace, "mla", root, "save_interval=2", f"steps={stopped + 2}")
+    assert len(read_log(root)) == stopped + 2
