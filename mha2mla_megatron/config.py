@@ -47,8 +47,9 @@ class PartialRopeConfig:
 class LowRankConfig:
     """How the unrotated keys and the values are factored (paper section 3.2)."""
 
-    method: str = "joint"
-    """joint (one latent for both), split (one each), key or value (only that one), none (partial RoPE alone)."""
+    method: str = "auto"
+    """joint (one latent for both), split (one each), key or value (only that one), none (partial RoPE alone); auto is
+    joint where a rank is given, else none."""
 
     kv_lora_rank: Any = None
     """c, total latent width: one number or a list with one per layer. split has a latent of this width twice."""
@@ -60,13 +61,15 @@ class LowRankConfig:
     """up (all in the up-projection, as the authors' code) or sqrt (half in each, as the paper writes)."""
 
     def __post_init__(self) -> None:
+        given = self.kv_lora_rank is not None or self.d_kv is not None
+        if self.method == "auto":
+            object.__setattr__(self, "method", "joint" if given else "none")
         _one_of("low_rank.method", self.method, LOW_RANK_METHODS)
         _one_of("low_rank.singular_values", self.singular_values, SINGULAR_VALUES)
         _numbers("low_rank.kv_lora_rank", self.kv_lora_rank, minimum=1)
         _numbers("low_rank.d_kv", self.d_kv, minimum=1)
         if self.kv_lora_rank is not None and self.d_kv is not None:
             raise UserError("low_rank.kv_lora_rank and low_rank.d_kv are both set; give one (kv_lora_rank = d_kv * G)")
-        given = self.kv_lora_rank is not None or self.d_kv is not None
         if self.method == "none" and given:
             raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
         if self.method != "none" and not given:
@@ -78,7 +81,7 @@ class MHA2MLAConfig:
     """The whole conversion. Written into the exported config.json (resolved for its model) and every checkpoint."""
 
     partial_rope: PartialRopeConfig = field(default_factory=PartialRopeConfig)
-    low_rank: LowRankConfig = field(default_factory=lambda: LowRankConfig(method="none"))
+    low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
     def resolve(
         self, num_layers: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int

@@ -30,7 +30,7 @@ class ConvertSettings:
 
     partial_rope: PartialRopeConfig = field(default_factory=PartialRopeConfig)
 
-    low_rank: LowRankConfig = field(default_factory=lambda: LowRankConfig(method="none"))
+    low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
     dtype: str = "auto"
     """Type of the written weights: auto (as the source), float32, bfloat16 or float16. All arithmetic is float64."""

@@ -275,7 +275,7 @@ BAD_SETTINGS = {
         ["kv_lora_rank", "d_kv"],
     ),
     "no rank": (["low_rank.method=joint"], ["kv_lora_rank", "d_kv"]),
-    "rank for none": (["low_rank.kv_lora_rank=8"], ["none", "kv_lora_rank"]),
+    "rank for none": (["low_rank.method=none", "low_rank.kv_lora_rank=8"], ["none", "kv_lora_rank"]),
     "unknown key": (["partial_rope.strateg=full"], ["partial_rope.strateg", "strategy"]),
     "unknown strategy": (["partial_rope.strategy=best"], ["best", "uniform"]),
     "unknown method": (["low_rank.method=svd", "low_rank.kv_lora_rank=8"], ["svd", "joint"]),

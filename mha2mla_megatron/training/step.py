@@ -46,11 +46,14 @@ def build_training_model(
         model = Float16Module(config, model)
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        overlap_grad_reduce=device.type == "cuda",
+        overlap_grad_reduce=True,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=True,
     )
-    return DistributedDataParallel(config, ddp, model)
+    wrapped = DistributedDataParallel(config, ddp, model)
+    # Gradients are summed over ranks as they appear: only those of the last micro batch may start that.
+    config.no_sync_func = wrapped.no_sync
+    return wrapped
 
 
 def train_step(

@@ -30,7 +30,7 @@ LAYOUTS = {
     "tp2": ["parallel.tensor_model_parallel_size=2"],
     "tp2-sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "pp2": ["parallel.pipeline_model_parallel_size=2", "micro_batch_size=1"],
-    "dp2": [],
+    "dp2": ["micro_batch_size=1"],
 }
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
