@@ -43,7 +43,7 @@ def main() -> None:
         models[f"fine-tuned {saved}"] = finetune(stages, out / f"mla_c{rank}", out, minutes / len(RANKS))
     stages.run("evaluate", "tools/evaluate_perplexity.py", *models.values(), out / "text/heldout.jsonl",
                "window=512", "max_windows=12", "dtype=float32", f"output={out / 'perplexity.json'}")  # fmt: skip
-    rows = json.loads((out / "perplexity.json").read_text())["models"]
+    rows = json.loads((out / "perplexity.json").read_text())["results"]
     start = time.monotonic()
     for (name, folder), row in zip(models.items(), rows, strict=True):
         row.update(name=name, text=generate(folder))
@@ -104,7 +104,7 @@ def generate(folder: Path) -> str:
     """What the model makes of the prompt, greedily."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
     ids = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)
     with torch.inference_mode():

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_llama, make_tokenizer
+
 ROOT = Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash") or "/bin/bash"
 SHELL_SCRIPTS = [*(ROOT / "tools").rglob("*.sh"), *(ROOT / "examples").rglob("*.sh"), ROOT / ".ci" / "run"]
@@ -132,3 +134,19 @@ def test_shell_script_parses(script: Path) -> None:
     done = subprocess.run([BASH, "-n", str(script)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert script.read_text().startswith("#!")
+
+
+@pytest.mark.slow
+def test_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
+    """Every stage of the quickstart, its table and its picture; the model is a random one with the same heads."""
+    config = {"num_attention_heads": 9, "hidden_size": 576, "head_dim": 64, "num_hidden_layers": 2}
+    original = make_llama(tmp_path / "out" / "original", groups=3, max_position_embeddings=512, **config)
+    make_tokenizer(original)
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), str(tmp_path / "out"), "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    report = (tmp_path / "out" / "report.md").read_text()
+    # float32, 2 layers: 4 * 2 * (3 * 8 + c) of 4 * 2 * 384 bytes
+    assert f"{4 * 2 * 384:,}" in report and f"{4 * 2 * 120:,}" in report and f"{4 * 2 * 48:,}" in report
+    assert all(name in report for name in ("original", "converted -68.75 %", "fine-tuned -87.5 %", "evaluate"))
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
