@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,12 @@ def make_llama(
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder, max_shard_size=changes.pop("max_shard_size", "5GB"))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """Listen to SIGINT as on a terminal: a shell that starts the tests in the background turns it off for them."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
