@@ -1,6 +1,6 @@
 """Convert a real 135M model to MLA, fine-tune it on Megatron-core, export it, compare; each step is a tool's command.
 
-    python examples/quickstart.py OUT [MINUTES]      MINUTES: for fine-tuning, both models together (default 5.5)
+    python examples/quickstart.py OUT [MINUTES]      MINUTES: for fine-tuning, both models together (default 4)
 
 Two caches are tried: 31.25 % and 12.5 % of the original's size. With so little training the quality comes nowhere near
 the paper's, which spends billions of tokens; what shows is that every stage works and in which direction it goes.
@@ -28,7 +28,7 @@ PROMPT = "The sun rises in the"
 
 def main() -> None:
     out = Path(sys.argv[1] if len(sys.argv) > 1 else "quickstart_out")
-    minutes = float(sys.argv[2]) if len(sys.argv) > 2 else 5.5
+    minutes = float(sys.argv[2]) if len(sys.argv) > 2 else 4.0
     out.mkdir(parents=True, exist_ok=True)
     stages = Stages()
     original = out / "original"
