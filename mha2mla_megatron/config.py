@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, layer_value
 
 ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm")
@@ -33,7 +33,7 @@ class PartialRopeConfig:
     """2-norm: a safetensors file of float scores [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
 
     def __post_init__(self) -> None:
-        _one_of("partial_rope.strategy", self.strategy, ROPE_STRATEGIES)
+        require_one_of("partial_rope.strategy", self.strategy, ROPE_STRATEGIES)
         _numbers("partial_rope.qk_rope_head_dim", self.qk_rope_head_dim, minimum=0, even=True)
         if self.uniform_start < 0:
             raise UserError(f"partial_rope.uniform_start: {self.uniform_start} is negative")
@@ -64,8 +64,8 @@ class LowRankConfig:
         given = self.kv_lora_rank is not None or self.d_kv is not None
         if self.method == "auto":
             object.__setattr__(self, "method", "joint" if given else "none")
-        _one_of("low_rank.method", self.method, LOW_RANK_METHODS)
-        _one_of("low_rank.singular_values", self.singular_values, SINGULAR_VALUES)
+        require_one_of("low_rank.method", self.method, LOW_RANK_METHODS)
+        require_one_of("low_rank.singular_values", self.singular_values, SINGULAR_VALUES)
         _numbers("low_rank.kv_lora_rank", self.kv_lora_rank, minimum=1)
         _numbers("low_rank.d_kv", self.d_kv, minimum=1)
         if self.kv_lora_rank is not None and self.d_kv is not None:
@@ -152,11 +152,6 @@ def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int) -> Non
         )
 
 
-def _one_of(key: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise UserError(f"{key}: unknown value '{value}'; valid: {', '.join(valid)}")
-
-
 def _numbers(key: str, value: Any, minimum: int, even: bool = False) -> None:
     """Refuse anything but None, an int or a list of ints, each at least `minimum` (and even)."""
     if value is None:
@@ -164,7 +159,6 @@ def _numbers(key: str, value: Any, minimum: int, even: bool = False) -> None:
     for number in value if isinstance(value, list) else [value]:
         if not isinstance(number, int) or isinstance(number, bool):
             raise UserError(f"{key}: {number!r} is not a whole number; give one number or a list with one per layer")
-        if number < minimum:
-            raise UserError(f"{key}: {number} is too small; at least {minimum}")
+        require_at_least(key, number, minimum)
         if even and number % 2:
             raise UserError(f"{key}: {number} is odd; rotary dims come in pairs, so it must be even")

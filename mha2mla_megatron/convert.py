@@ -15,7 +15,7 @@ from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_arc
 from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.low_rank import factorise
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores
@@ -45,10 +45,8 @@ class ConvertSettings:
     """Replace DST if it exists and is not empty."""
 
     def __post_init__(self) -> None:
-        if self.dtype != "auto" and self.dtype not in DTYPES:
-            raise UserError(f"dtype: unknown value '{self.dtype}'; valid: auto, {', '.join(DTYPES)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device: unknown value '{self.device}'; valid: auto, cpu, cuda")
+        require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device=cuda: there is no GPU here")
         parse_size(self.max_shard_size, "max_shard_size")

@@ -6,11 +6,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
     """Bad input: the message names the file, key or tensor, what was found and what would be valid."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, cut to the one line that a `UserError` has room for."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def require_one_of(key: str, value: str, valid: Sequence[str]) -> None:
+    """Raise UserError for a setting that is none of the `valid` words."""
+    if value not in valid:
+        raise UserError(f"{key}: unknown value '{value}'; valid: {', '.join(valid)}")
+
+
+def require_at_least(key: str, value: int, minimum: int) -> None:
+    """Raise UserError for a setting below `minimum`."""
+    if value < minimum:
+        raise UserError(f"{key}: {value} is too small; at least {minimum}")
 
 
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

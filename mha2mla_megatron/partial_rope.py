@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from mha2mla_megatron.config import PartialRopeConfig
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
 
 
 def kept_pairs(
@@ -87,7 +87,7 @@ def _load_pth(file: Path) -> torch.Tensor:
     try:
         tensor = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"partial_rope.scores: {file}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"partial_rope.scores: {file}: cannot be read ({first_line(error)})") from None
     if not isinstance(tensor, torch.Tensor):
         raise UserError(f"partial_rope.scores: {file}: holds a {type(tensor).__name__}, not one tensor")
     return tensor

@@ -11,7 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
 
 
 def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
@@ -29,12 +29,12 @@ def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], fi
         try:
             update = OmegaConf.from_dotlist([word])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"'{word}': the value is not valid YAML ({_first_line(error)})") from None
+            raise UserError(f"'{word}': the value is not valid YAML ({first_line(error)})") from None
         merged = _merge(merged, update, f"'{word}'")
     try:
         return OmegaConf.to_object(merged)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        raise UserError(_first_line(error)) from None
+        raise UserError(first_line(error)) from None
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _read_yaml(file: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"{file}: no such settings file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({_first_line(error)})") from None
+        raise UserError(f"{file}: cannot be read as YAML ({first_line(error)})") from None
 
 
 def _merge(base: Any, update: Any, source: str) -> Any:
@@ -77,8 +77,4 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         known = ", ".join(str(k) for k in parent) if OmegaConf.is_dict(parent) else ""
         if known and "not in" in str(error):
             raise UserError(f"{source}: unknown key '{key}'; known here: {known}") from None
-        raise UserError(f"{source}: {key}: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: {key}: {first_line(error)}") from None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy
 import torch
 
 from mha2mla_megatron.checkpoint.megatron import TorchDistReader, iteration_folder
-from tests.conftest import make_llama, make_tokenizer, run_tool
+from tests.conftest import ROOT, make_llama, make_tokenizer, run_tool
 
 MODELS = ("original", "partial", "mla")
 """As it was; partial RoPE alone; joint latents. The converted ones have another r and c in every layer."""
@@ -100,3 +102,17 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return os.system, (f"touch {self.file}",)
+
+
+def terminate_at_step_3(command: list[str]) -> tuple[subprocess.Popen[str], str]:
+    """Run a training of its own, send SIGTERM to all its processes after step 3; the ended process and its stderr."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    _, errors = process.communicate(timeout=60)
+    return process, errors

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -40,6 +38,7 @@ from tests.finetune_cases import (
     make_workspace,
     read_log,
     run_words,
+    terminate_at_step_3,
     write_tokens,
 )
 
@@ -212,15 +211,7 @@ def test_sigterm_to_all_processes_saves_and_ends_well(workspace: Path, tmp_path:
     """As a scheduler sends it: also to the readers of the data and to the helper of the earlier save."""
     root, words = tmp_path / "run", ["steps=5000", "save_interval=2", "keep_last=1", "data.workers=1"]
     command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *run_words(workspace, "mla", root, *words)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    _, errors = process.communicate(timeout=60)
+    process, errors = terminate_at_step_3(command)
     assert process.returncode == 0 and "Traceback" not in errors, errors
     stopped = read_latest(root)
     assert stopped is not None and 3 <= stopped < 5000

@@ -68,7 +68,7 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
 def write_hf_side(source: Path, root: Path) -> None:
     """Put the model's config.json and tokenizer into the `hf` folder of a checkpoint root."""
     side = root / HF_FOLDER
-    side.mkdir(exist_ok=True)
+    side.mkdir(parents=True, exist_ok=True)
     write_config(side, read_config(source))
     copy_companions(source, side)
 

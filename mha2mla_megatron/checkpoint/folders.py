@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
 
 COMPANION_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -37,8 +37,7 @@ def resolve_model(name: str) -> Path:
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"])
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: neither a folder nor a hub model that can be had ({reason})") from None
+        raise UserError(f"{name}: neither a folder nor a hub model that can be had ({first_line(error)})") from None
 
 
 @contextmanager

@@ -30,8 +30,9 @@ class HFReader:
         self.folder = folder
         self.files = {file: self._open(folder / file) for file in _shards(folder)}
         self.where = {name: file for file, tensors in self.files.items() for name in tensors.keys()}  # noqa: SIM118
-        self.names = list(architecture.tensor_shapes())
-        self._check(architecture)
+        expected = architecture.tensor_shapes()
+        self.names = list(expected)
+        self._check(architecture, expected)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
@@ -49,8 +50,7 @@ class HFReader:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: truncated or not a safetensors file ({error})") from None
 
-    def _check(self, architecture: Architecture) -> None:
-        expected = architecture.tensor_shapes()
+    def _check(self, architecture: Architecture, expected: dict[str, tuple[int, ...]]) -> None:
         for name, shape in expected.items():
             if name not in self.where:
                 raise UserError(f"{self.folder}: tensor {name} is missing")

@@ -23,7 +23,7 @@ from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.data.documents import SEPARATORS, DocumentReader
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
 from mha2mla_megatron.data.workers import encode_in_order
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import require_keys
@@ -55,10 +55,7 @@ class PreprocessSettings:
     """Replace OUT.bin, OUT.idx and OUT.json if they exist."""
 
     def __post_init__(self) -> None:
-        if self.document_separator not in SEPARATORS:
-            raise UserError(
-                f"document_separator: unknown value '{self.document_separator}'; valid: {', '.join(SEPARATORS)}"
-            )
+        require_one_of("document_separator", self.document_separator, SEPARATORS)
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers: {self.workers} is too few; at least 1")
 

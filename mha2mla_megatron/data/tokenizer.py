@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mha2mla_megatron.data.documents import Block
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
     if len(tokenizer) == 0:
         raise UserError(f"{folder}: holds no tokenizer")

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.data.tokenizer import load_tokenizer
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes, cache_bytes_per_token
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
@@ -71,10 +71,9 @@ class PerplexitySettings:
             ("max_windows", self.max_windows, 1),
             ("batch_size", self.batch_size, 1),
         ):
-            if value is not None and value < minimum:
-                raise UserError(f"{key}: {value} is too small; at least {minimum}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: unknown value '{self.dtype}'; valid: {', '.join(DTYPES)}")
+            if value is not None:
+                require_at_least(key, value, minimum)
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
         if self.device != "auto":
             try:
                 device = torch.device(self.device)
@@ -271,5 +270,5 @@ def _user_errors(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{model}: cannot be loaded ({reason})") from None

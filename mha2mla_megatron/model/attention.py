@@ -16,7 +16,7 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
+from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
 
 
 @dataclass
@@ -87,25 +87,25 @@ class MHA2MLASelfAttention(Attention):
             config=config, init_method=config.init_method, skip_bias_add=False, is_expert=False
         )
 
-        def column(hf_name: str, bias: bool = False) -> Any:
+        def column(hf_name: str) -> Any:
             if hf_name not in shapes:
                 return None
             rows, columns = shapes[hf_name]
+            bias = qkv_bias and hf_name in BIASED_PROJECTIONS
             return submodules.column_parallel_linear(
                 columns, rows, bias=bias, gather_output=False, tp_group=self.tp_group, **shared
             )
 
-        self.linear_q = column("q_proj", qkv_bias)
-        self.linear_k_rope = column("k_rope_proj", qkv_bias)
+        self.linear_q = column("q_proj")
+        self.linear_k_rope = column("k_rope_proj")
         self.linear_kv_down: Any = None
         if "kv_down_proj" in shapes:
             rows, columns = shapes["kv_down_proj"]
             self.linear_kv_down = submodules.replicated_linear(columns, rows, bias=False, **shared)
-        # A bias on k_nope adds one number to all scores of a query, which softmax ignores: there is none.
         self.linear_k_up = column("k_up_proj")
         self.linear_k_nope = column("k_nope_proj")
-        self.linear_v_up = column("v_up_proj", qkv_bias)
-        self.linear_v = column("v_proj", qkv_bias)
+        self.linear_v_up = column("v_up_proj")
+        self.linear_v = column("v_proj")
         if layout.qk_rope_head_dim > 0:
             pairs = torch.arange(layout.qk_rope_head_dim // 2, device=self.linear_q.weight.device)
             self.register_buffer("rope_pairs", pairs.repeat(layout.num_key_value_heads, 1))

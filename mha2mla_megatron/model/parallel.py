@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_at_least
 from mha2mla_megatron.model.cpu_mode import prepare_device
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
-            if getattr(self, key) < 1:
-                raise UserError(f"parallel.{key}: {getattr(self, key)} is too small; at least 1")
+            require_at_least(f"parallel.{key}", getattr(self, key), 1)
 
     @property
     def uses_sequence_parallel(self) -> bool:

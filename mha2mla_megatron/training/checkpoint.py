@@ -29,7 +29,7 @@ from mha2mla_megatron.checkpoint.megatron import (
     read_latest,
     write_latest,
 )
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.model.provider import sharded_weights
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -129,13 +129,9 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder))  # type: ignore[return-value]
     except CheckpointException as error:
         reason = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: cannot be loaded ({type(reason).__name__}: {_first_line(reason)})") from None
+        raise UserError(f"{folder}: cannot be loaded ({type(reason).__name__}: {first_line(reason)})") from None
     except (CheckpointingException, OSError, EOFError) as error:
-        raise UserError(f"{folder}: cannot be loaded ({_first_line(error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "")
+        raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from None
 
 
 def _start_writers_helper() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.model.parallel import ParallelConfig
 
 
@@ -35,8 +35,8 @@ class DataSettings:
                     raise UserError(f"data.train: the weight of {prefix} is {weight!r}; a positive number is needed")
         elif self.train is not None and not isinstance(self.train, str):
             raise UserError("data.train: give one prefix or a mapping prefix -> weight")
-        _at_least("data.sequence_length", self.sequence_length, 1)
-        _at_least("data.workers", self.workers, 0)
+        require_at_least("data.sequence_length", self.sequence_length, 1)
+        require_at_least("data.workers", self.workers, 0)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class OptimizerSettings:
 
     def __post_init__(self) -> None:
         styles = ("minus_sqrt", "linear", "cosine", "exponential")
-        if self.decay_style not in styles:
-            raise UserError(f"optimizer.decay_style: unknown value '{self.decay_style}'; valid: {', '.join(styles)}")
+        require_one_of("optimizer.decay_style", self.decay_style, styles)
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"optimizer.min_lr: {self.min_lr} is not between 0 and optimizer.lr {self.lr}")
 
@@ -126,16 +125,15 @@ class FinetuneSettings:
 
     def __post_init__(self) -> None:
         for key in ("steps", "micro_batch_size", "global_batch_size", "save_interval"):
-            _at_least(key, getattr(self, key), 1)
+            require_at_least(key, getattr(self, key), 1)
         if self.keep_last is not None:
-            _at_least("keep_last", self.keep_last, 1)
+            require_at_least("keep_last", self.keep_last, 1)
         for key, valid in (
             ("dtype", ("auto", "float32", "bfloat16")),
             ("implementation", ("auto", "local", "transformer_engine")),
             ("recompute", ("none", "selective", "full")),
         ):
-            if getattr(self, key) not in valid:
-                raise UserError(f"{key}: unknown value '{getattr(self, key)}'; valid: {', '.join(valid)}")
+            require_one_of(key, getattr(self, key), valid)
         warmup, decay = self.warmup_steps, self.decay_steps
         if warmup + decay > self.steps or warmup < 0 or decay < 1:
             raise UserError(
@@ -151,8 +149,3 @@ class FinetuneSettings:
     def decay_steps(self) -> int:
         given = self.optimizer.decay_steps
         return max(1, self.steps // 6) if given is None else given
-
-
-def _at_least(key: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise UserError(f"{key}: {value} is too small; at least {minimum}")

@@ -63,7 +63,7 @@ def finetune(settings: FinetuneSettings) -> None:
         load_weights(model.module, weights, architecture)
         optimizer.reload_model_params()
         if rank == 0:
-            write_hf_side(side, _made(root))
+            write_hf_side(side, root)
     if rank == 0:
         save_settings(settings, root / "settings.yaml")
         print(
@@ -71,11 +71,6 @@ def finetune(settings: FinetuneSettings) -> None:
         )
     batches = _batches(settings, eod, architecture, root, step, data_size)
     _train(settings, root, model, optimizer, schedule, batches, step, device)
-
-
-def _made(root: Path) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    return root
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,15 @@ from safetensors.torch import load_file
 
 from mha2mla_megatron.checkpoint.megatron import LATEST, read_latest
 from tests.conftest import ROOT, run_tool
-from tests.finetune_cases import checkpoint_tensors, finetune, losses, make_workspace, read_log, run_words
+from tests.finetune_cases import (
+    checkpoint_tensors,
+    finetune,
+    losses,
+    make_workspace,
+    read_log,
+    run_words,
+    terminate_at_step_3,
+)
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
@@ -134,16 +140,7 @@ def test_under_torchrun_a_signal_to_the_whole_job_still_saves(workspace: Path, t
     """Each process then gets it twice: from the sender and, passed on, from torchrun."""
     root = tmp_path / "run"
     words = run_words(workspace, "mla", root, "steps=5000", "save_interval=2", *LAYOUTS["tp2"])
-    process = subprocess.Popen(
-        [*LAUNCHER, str(ROOT / "tools" / "finetune.py"), *words],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            os.killpg(process.pid, signal.SIGTERM)
-            break
-    _, errors = process.communicate(timeout=60)
+    _, errors = terminate_at_step_3([*LAUNCHER, str(ROOT / "tools" / "finetune.py"), *words])
     stopped = read_latest(root)
     assert stopped is not None and 3 <= stopped == len(read_log(root)), errors
     finetune(workspace, "mla", root, "save_interval=2", f"steps={stopped + 2}")

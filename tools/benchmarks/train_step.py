@@ -12,7 +12,6 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -249,4 +248,3 @@ def speed(name: str, implementation: str, settings: BenchmarkSettings, device: t
 
 if __name__ == "__main__":
     run_tool(main)
-    sys.exit(0)
