@@ -9,7 +9,11 @@ from typing import Any
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, layer_value
 
-ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm")
+ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm", "activation")
+SCORED_STRATEGIES = ("2-norm", "activation")
+OBJECTIVES = ("weights", "inputs", "balanced", "outputs")
+BEST_OBJECTIVE = "outputs"
+"""What `auto` stands for where there are statistics: the best measured one (docs/conversion.md)."""
 SINGULAR_VALUES = ("up", "sqrt")
 
 
@@ -17,8 +21,9 @@ SINGULAR_VALUES = ("up", "sqrt")
 class PartialRopeConfig:
     """Which of the d/2 rotary pairs of each head keep their rotation (paper section 3.1)."""
 
-    strategy: str = "uniform"
-    """full (all), high (fastest), low (slowest), uniform (every d/r-th), ends (both ends), 2-norm (largest scores)."""
+    strategy: str = "auto"
+    """full (all), high (fastest), low (slowest), uniform (every d/r-th), ends (both ends), 2-norm (largest scores),
+    activation (largest effect on the attention weights). auto: activation where there are statistics, else uniform."""
 
     qk_rope_head_dim: Any = None
     """r, rotated dims kept per head: one even number or a list with one per layer. None: d for full, else d/8."""
@@ -30,17 +35,34 @@ class PartialRopeConfig:
     """ends: how many of the r/2 pairs are taken from the fast end. None: half of them, rounded up."""
 
     scores: str | None = None
-    """2-norm: a safetensors file of float scores [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
+    """activation: the file of tools/calibrate.py. 2-norm: that file, or a safetensors file of float scores
+    [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
+
+    query_map: bool | None = None
+    """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
+    activation, false for the others."""
 
     def __post_init__(self) -> None:
-        require_one_of("partial_rope.strategy", self.strategy, ROPE_STRATEGIES)
+        require_one_of("partial_rope.strategy", self.strategy, ("auto", *ROPE_STRATEGIES))
         _numbers("partial_rope.qk_rope_head_dim", self.qk_rope_head_dim, minimum=0, even=True)
         if self.uniform_start < 0:
             raise UserError(f"partial_rope.uniform_start: {self.uniform_start} is negative")
         if self.ends_high_pairs is not None and self.ends_high_pairs < 0:
             raise UserError(f"partial_rope.ends_high_pairs: {self.ends_high_pairs} is negative")
-        if self.strategy == "2-norm" and self.scores is None:
-            raise UserError("partial_rope.strategy=2-norm needs partial_rope.scores=FILE")
+
+    def resolve(self, head_dim: int) -> PartialRopeConfig:
+        """The same with nothing left open for heads of this size."""
+        strategy, r = self.strategy, self.qk_rope_head_dim
+        if strategy == "auto":
+            strategy = "uniform" if self.scores is None else "activation"
+        if strategy in SCORED_STRATEGIES and self.scores is None:
+            raise UserError(f"partial_rope.strategy={strategy} needs partial_rope.scores=FILE")
+        if r is None:
+            r = head_dim if strategy == "full" else head_dim // 16 * 2
+        query_map = strategy == "activation" if self.query_map is None else self.query_map
+        if query_map and self.scores is None:
+            raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")
+        return dataclasses.replace(self, strategy=strategy, qk_rope_head_dim=r, query_map=query_map)
 
 
 @dataclass(frozen=True)
@@ -60,20 +82,49 @@ class LowRankConfig:
     singular_values: str = "up"
     """up (all in the up-projection, as the authors' code) or sqrt (half in each, as the paper writes)."""
 
+    objective: str = "auto"
+    """What the factors are the best in: weights (plain SVD, the paper), inputs (whitened by what flows in), balanced
+    (also by what comes of it, one number for keys and one for values), outputs (a matrix for each head). auto: outputs
+    where there are statistics, else weights."""
+
+    statistics: str | None = None
+    """The file of tools/calibrate.py, for every objective but weights."""
+
+    damping: float = 1e-5
+    """Added to the diagonal of each second moment, as a fraction of its mean: a floor for directions never seen."""
+
     def __post_init__(self) -> None:
-        given = self.kv_lora_rank is not None or self.d_kv is not None
-        if self.method == "auto":
-            object.__setattr__(self, "method", "joint" if given else "none")
-        require_one_of("low_rank.method", self.method, LOW_RANK_METHODS)
+        require_one_of("low_rank.method", self.method, ("auto", *LOW_RANK_METHODS))
         require_one_of("low_rank.singular_values", self.singular_values, SINGULAR_VALUES)
+        require_one_of("low_rank.objective", self.objective, ("auto", *OBJECTIVES))
+        if not 0 < self.damping <= 1:
+            raise UserError(f"low_rank.damping: {self.damping} is not above 0 and at most 1")
         _numbers("low_rank.kv_lora_rank", self.kv_lora_rank, minimum=1)
         _numbers("low_rank.d_kv", self.d_kv, minimum=1)
         if self.kv_lora_rank is not None and self.d_kv is not None:
             raise UserError("low_rank.kv_lora_rank and low_rank.d_kv are both set; give one (kv_lora_rank = d_kv * G)")
-        if self.method == "none" and given:
+
+    def resolve(self, num_key_value_heads: int) -> LowRankConfig:
+        """The same with nothing left open: the rank as `kv_lora_rank`, no `auto`."""
+        method, c = self.method, self.kv_lora_rank
+        given = c is not None or self.d_kv is not None
+        if method == "auto":
+            method = "joint" if given else "none"
+        if method == "none" and given:
             raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
-        if self.method != "none" and not given:
-            raise UserError(f"low_rank.method={self.method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv")
+        if method != "none" and not given:
+            raise UserError(
+                f"low_rank.method={method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv, or a cache_budget"
+            )
+        objective = self.objective
+        if objective == "auto":
+            objective = "weights" if self.statistics is None else BEST_OBJECTIVE
+        if objective != "weights" and self.statistics is None:
+            raise UserError(f"low_rank.objective={objective} needs low_rank.statistics=FILE (of tools/calibrate.py)")
+        if self.d_kv is not None:
+            d_kv = self.d_kv
+            c = d_kv * num_key_value_heads if isinstance(d_kv, int) else [n * num_key_value_heads for n in d_kv]
+        return dataclasses.replace(self, method=method, kv_lora_rank=c, d_kv=None, objective=objective)
 
 
 @dataclass(frozen=True)
@@ -90,14 +141,7 @@ class MHA2MLAConfig:
 
         Raises UserError for lists of another length than L and for an r or c that the model cannot have.
         """
-        rope, low_rank = self.partial_rope, self.low_rank
-        if rope.qk_rope_head_dim is None:
-            r = head_dim if rope.strategy == "full" else head_dim // 16 * 2
-            rope = dataclasses.replace(rope, qk_rope_head_dim=r)
-        if low_rank.d_kv is not None:
-            d_kv = low_rank.d_kv
-            c = d_kv * num_key_value_heads if isinstance(d_kv, int) else [n * num_key_value_heads for n in d_kv]
-            low_rank = dataclasses.replace(low_rank, d_kv=None, kv_lora_rank=c)
+        rope, low_rank = self.partial_rope.resolve(head_dim), self.low_rank.resolve(num_key_value_heads)
         resolved = MHA2MLAConfig(rope, low_rank)
         for key, value in (
             ("partial_rope.qk_rope_head_dim", rope.qk_rope_head_dim),

@@ -1,4 +1,4 @@
-"""MHA -> MLA: one attention layer's weights, and a whole model as a stream of layers (no Megatron, no distribution)."""
+"""MHA -> MLA: a whole model as a stream of layers (no Megatron, no distribution)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_architecture, read_config
+from mha2mla_megatron.attention_converter import AttentionConverter
+from mha2mla_megatron.calibration.original import OriginalModel
+from mha2mla_megatron.checkpoint.causal_lm import pick_device
 from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+from mha2mla_megatron.conversion_picture import draw_allocation
 from mha2mla_megatron.errors import UserError, require_one_of
-from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
-from mha2mla_megatron.low_rank import factorise
-from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores
+from mha2mla_megatron.healing import Healer, HealSettings
+from mha2mla_megatron.planning import AllocationSettings, Planner, with_plan
 from mha2mla_megatron.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,15 +31,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ConvertSettings:
     """Settings of tools/convert_mha_to_mla.py."""
 
+    statistics: str | None = None
+    """The file of tools/calibrate.py. It stands in for partial_rope.scores and low_rank.statistics where these are not
+    given, and so turns on the data-aware choices."""
+
+    cache_budget: float | None = None
+    """Instead of r and c: the part of the original's cached elements that may remain (0.3125 saves 68.75 %)."""
+
+    cache_elements: float | None = None
+    """The same as elements per token and layer, on average over layers."""
+
+    allocation: AllocationSettings = field(default_factory=AllocationSettings)
+
     partial_rope: PartialRopeConfig = field(default_factory=PartialRopeConfig)
 
     low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
+    heal: HealSettings = field(default_factory=HealSettings)
+
     dtype: str = "auto"
-    """Type of the written weights: auto (as the source), float32, bfloat16 or float16. All arithmetic is float64."""
+    """Type of the written weights: auto (as the source), float32, bfloat16 or float16. Factors are computed in
+    float64, healing in float32."""
 
     device: str = "auto"
-    """Where the factorisation runs: auto (the GPU if there is one), cpu, cuda."""
+    """Where the work is done: auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
 
     max_shard_size: str = "5GB"
     """Largest safetensors file written."""
@@ -46,121 +64,101 @@ class ConvertSettings:
 
     def __post_init__(self) -> None:
         require_one_of("dtype", self.dtype, ("auto", *DTYPES))
-        require_one_of("device", self.device, ("auto", "cpu", "cuda"))
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device=cuda: there is no GPU here")
+        pick_device(self.device)
         parse_size(self.max_shard_size, "max_shard_size")
+        if self.statistics is not None:
+            for key, name in (("partial_rope", "scores"), ("low_rank", "statistics")):
+                part = getattr(self, key)
+                if getattr(part, name) is None:
+                    object.__setattr__(self, key, dataclasses.replace(part, **{name: self.statistics}))
+        if self.cache_budget is not None and self.cache_elements is not None:
+            raise UserError("cache_budget and cache_elements are both set; give one")
+        if self.cache_budget is not None and not 0 < self.cache_budget <= 1:
+            raise UserError(
+                f"cache_budget: {self.cache_budget} is not a fraction of the original cache, above 0 and at most 1"
+            )
+        if self.budgeted:
+            for key, value in (
+                ("partial_rope.qk_rope_head_dim", self.partial_rope.qk_rope_head_dim),
+                ("low_rank.kv_lora_rank", self.low_rank.kv_lora_rank),
+                ("low_rank.d_kv", self.low_rank.d_kv),
+            ):
+                if value is not None:
+                    raise UserError(f"{key}: a cache budget chooses r and c; give one or the other")
+            if self.low_rank.method == "none":
+                raise UserError("low_rank.method=none saves no cache, so it cannot meet a cache budget")
+            if self.partial_rope.strategy == "full":
+                raise UserError("partial_rope.strategy=full keeps every rotation: give low_rank.kv_lora_rank instead")
+        for key, used in (("a cache budget", self.budgeted), ("heal.steps", self.heal.steps > 0)):
+            if used and self.low_rank.statistics is None:
+                raise UserError(f"{key} needs statistics=FILE (of tools/calibrate.py)")
 
+    @property
+    def budgeted(self) -> bool:
+        return self.cache_budget is not None or self.cache_elements is not None
 
-def convert_attention(
-    weights: dict[str, torch.Tensor], pairs: torch.Tensor, layout: LatentLayout, singular_values: str
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """One layer's attention converted: rows reordered to [r | d - r] per head, then K_nope and V factored.
-
-    weights: q_proj, k_proj, v_proj, o_proj `.weight` [out, in] (and `.bias` [out] where the model has them).
-    pairs: int64 [G, r/2], the pairs that keep their rotation.
-
-    Returns the converted tensors by name, float64 where factored, and the relative Frobenius errors of K and V.
-    """
-    groups, d = layout.num_key_value_heads, layout.head_dim
-    order = head_row_order(pairs, d).to(weights["q_proj.weight"].device)  # [G, d]
-    r = layout.qk_rope_head_dim
-
-    def reorder(tensor: torch.Tensor) -> torch.Tensor:
-        """Rows of [heads * d, ...] within each head; heads of one group share their order: [G, heads / G, d, ...]."""
-        heads = tensor.view(groups, -1, d, *tensor.shape[1:])
-        index = order.view(groups, 1, d, *[1] * (tensor.dim() - 1)).expand_as(heads)
-        return heads.gather(2, index)
-
-    converted = {"o_proj.weight": weights["o_proj.weight"]}
-    converted["q_proj.weight"] = reorder(weights["q_proj.weight"]).reshape_as(weights["q_proj.weight"])
-    k = reorder(weights["k_proj.weight"])[:, 0]  # [G, d, h]
-    k_rope, k_nope = k[:, :r].flatten(0, 1), k[:, r:].flatten(0, 1)
-    v = weights["v_proj.weight"]
-    if r > 0:
-        converted["k_rope_proj.weight"] = k_rope
-        converted["rope_pairs"] = pairs
-    if "q_proj.bias" in weights:
-        converted["q_proj.bias"] = reorder(weights["q_proj.bias"]).flatten()
-        if r > 0:
-            converted["k_rope_proj.bias"] = reorder(weights["k_proj.bias"])[:, 0, :r].flatten()
-        converted["v_up_proj.bias" if layout.factors_value else "v_proj.bias"] = weights["v_proj.bias"]
-    if "o_proj.bias" in weights:
-        converted["o_proj.bias"] = weights["o_proj.bias"]
-
-    factors = _factor(k_nope, v, layout, singular_values)
-    converted.update(factors)
-    if not layout.factors_key and layout.nope_dim > 0:
-        converted["k_nope_proj.weight"] = k_nope
-    if not layout.factors_value:
-        converted["v_proj.weight"] = v
-    return converted, _relative_errors(k, v, k_nope, factors, layout)
-
-
-def _factor(
-    k_nope: torch.Tensor, v: torch.Tensor, layout: LatentLayout, singular_values: str
-) -> dict[str, torch.Tensor]:
-    """kv_down_proj, k_up_proj and v_up_proj of the layer's method, those that it has."""
-    c = layout.kv_lora_rank
-    if c is None or not (layout.factors_key or layout.factors_value):
-        return {}
-    if layout.method == "joint":
-        up, down = factorise(torch.cat((k_nope, v)), c, singular_values)
-        k_up, v_up = up.split((layout.nope_dim, layout.value_dim))
-        factors = {"kv_down_proj.weight": down, "v_up_proj.weight": v_up}
-        return {**factors, "k_up_proj.weight": k_up} if layout.factors_key else factors
-    factors, downs = {}, []
-    for name, weight, used in (("k_up_proj", k_nope, layout.factors_key), ("v_up_proj", v, layout.factors_value)):
-        if used:
-            factors[f"{name}.weight"], down = factorise(weight, c, singular_values)
-            downs.append(down)
-    return {**factors, "kv_down_proj.weight": torch.cat(downs)}
-
-
-def _relative_errors(
-    k: torch.Tensor, v: torch.Tensor, k_nope: torch.Tensor, factors: dict[str, torch.Tensor], layout: LatentLayout
-) -> dict[str, float]:
-    """||W - up down|| / ||W|| over all rows of K (rotated ones are exact) and of V."""
-    c = layout.kv_lora_rank or 0
-    errors = {"key_error": 0.0, "value_error": 0.0}
-    if layout.factors_key:
-        product = factors["k_up_proj.weight"] @ factors["kv_down_proj.weight"][:c]
-        errors["key_error"] = ((k_nope - product).norm() / k.to(torch.float64).norm()).item()
-    if layout.factors_value:
-        product = factors["v_up_proj.weight"] @ factors["kv_down_proj.weight"][layout.kv_down_dim - c :]
-        errors["value_error"] = ((v - product).norm() / v.to(torch.float64).norm()).item()
-    return errors
+    def budget(self, original: Architecture) -> int:
+        """Cached elements per token that may remain, over all layers."""
+        before = 2 * original.num_key_value_heads * original.head_dim
+        elements = self.cache_elements if self.cache_budget is None else self.cache_budget * before
+        assert elements is not None
+        if elements > before:
+            raise UserError(f"cache_elements: {elements:g} per token and layer; the original caches {before}")
+        return int(elements * original.num_layers + 1e-6)
 
 
 def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any]:
-    """Convert a Hugging Face folder into another, one layer in memory at a time; returns the report that it wrote.
+    """Convert a Hugging Face folder into another; returns the report that it wrote.
+
+    One layer is in memory at a time, unless a cache budget or healing needs the running model.
 
     Raises UserError before anything is written for a model or settings that cannot be converted.
     """
     original = read_architecture(source)
     if original.mla is not None:
         raise UserError(f"{source}: is converted already")
-    mla = MHA2MLAConfig(settings.partial_rope, settings.low_rank).resolve(original.num_layers, *original.heads)
-    converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
-    scores = None
-    if mla.partial_rope.strategy == "2-norm":
-        scores = load_scores(
-            Path(str(mla.partial_rope.scores)), original.num_layers, original.num_key_value_heads, original.head_dim
-        )
+    mla = MHA2MLAConfig(settings.partial_rope, settings.low_rank)
+    if settings.budgeted:
+        mla = _open_ranks(mla)
+    mla = mla.resolve(original.num_layers, *original.heads)
+    device = pick_device(settings.device)
     reader = HFReader(source, original)
-    report: dict[str, Any] = {"source": str(source), "mha2mla": dataclasses.asdict(mla), "layers": []}
+    converter = AttentionConverter(reader, original, mla, device)
+    report: dict[str, Any] = {"source": str(source), "layers": []}
     with new_folder(target, settings.overwrite) as folder:
+        healer = plan = None
+        if settings.budgeted or settings.heal.steps > 0:
+            assert converter.statistics is not None
+            model, sequences = OriginalModel(source, device), converter.statistics.sequences
+            if settings.budgeted:
+                planner = Planner(converter, mla.low_rank.method, settings.allocation, model, sequences)
+                plan = planner.plan(settings.budget(original))
+                mla = with_plan(plan, mla).resolve(original.num_layers, *original.heads)
+                report["allocation"] = plan.report
+            if settings.heal.steps > 0:
+                healer = Healer(model, original, sequences, settings.heal)
+        report["mha2mla"], report["heal"] = dataclasses.asdict(mla), dataclasses.asdict(settings.heal)
+        converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
         writer = HFWriter(folder, parse_size(settings.max_shard_size, "max_shard_size"))
-        for name, tensor in _converted_tensors(reader, original, converted, scores, settings, report["layers"]):
-            if settings.dtype != "auto" and tensor.is_floating_point():
-                tensor = tensor.to(DTYPES[settings.dtype])
+        for name, tensor in _converted_tensors(converter, converted, healer, settings.dtype, report["layers"]):
             writer.add(name, tensor)
         writer.close()
         _summarise(report, original)
         write_config(folder, converted_config(read_config(source), converted, settings.dtype))
         copy_companions(source, folder)
         (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        if plan is not None:
+            draw_allocation(report, original.head_dim, folder / "allocation.png")
     return report
+
+
+def _open_ranks(mla: MHA2MLAConfig) -> MHA2MLAConfig:
+    """The config with a method and placeholders where the plan will put r and c."""
+    method = "joint" if mla.low_rank.method == "auto" else mla.low_rank.method
+    return MHA2MLAConfig(
+        dataclasses.replace(mla.partial_rope, qk_rope_head_dim=0),
+        dataclasses.replace(mla.low_rank, method=method, kv_lora_rank=1),
+    )
 
 
 def converted_config(config: dict[str, Any], converted: Architecture, dtype: str) -> dict[str, Any]:
@@ -190,58 +188,49 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
 
 
 def _converted_tensors(
-    reader: HFReader,
-    original: Architecture,
+    converter: AttentionConverter,
     converted: Architecture,
-    scores: torch.Tensor | None,
-    settings: ConvertSettings,
+    healer: Healer | None,
+    dtype: str,
     layer_reports: list[dict[str, Any]],
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the converted model in its own type; fills `layer_reports` on the way."""
-    assert converted.mla is not None
-    use_gpu = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    device = torch.device("cuda" if use_gpu else "cpu")
+    """Every tensor of the converted model in the type to be written; fills `layer_reports` on the way."""
+    reader, original = converter.reader, converter.original
     attention = {
         f"model.layers.{layer}.self_attn.{name}": layer
         for layer in range(original.num_layers)
         for name in original.attention_shapes(layer)
     }
+
+    def cast(tensor: torch.Tensor, source: torch.dtype) -> torch.Tensor:
+        # With dtype=float32 the factors keep more digits than a bfloat16 source has; auto rounds to the source.
+        return tensor.to(source if dtype == "auto" else DTYPES[dtype]) if tensor.is_floating_point() else tensor
+
     progress = Progress("convert", original.num_layers, "layers")
     done = set()
     for name in reader.names:
         layer = attention.get(name)
         if layer is None:
-            yield name, reader[name]
+            yield name, cast(reader[name], reader[name].dtype)
             continue
         if layer in done:
             continue
         done.add(layer)
         layout, prefix = converted.layout(layer), f"model.layers.{layer}.self_attn."
-        weights = {key: reader[prefix + key] for key in original.attention_shapes(layer)}
-        dtype = weights["k_proj.weight"].dtype
-        pairs = kept_pairs(
-            converted.mla.partial_rope,
-            layout.qk_rope_head_dim,
-            layout.num_key_value_heads,
-            layout.head_dim,
-            None if scores is None else scores[layer],
-        )
-        moved = {key: tensor.to(device) for key, tensor in weights.items()}
-        tensors, errors = convert_attention(moved, pairs, layout, converted.mla.low_rank.singular_values)
+        result = converter.convert(layer, layout)
+        tensors = result.tensors if healer is None else healer.heal(layer, layout, result.tensors)
+        source = reader[prefix + "k_proj.weight"].dtype
         for key in converted.attention_shapes(layer):
-            tensor = tensors.pop(key).cpu()
-            # With dtype=float32 the factors keep more digits than a bfloat16 source has; auto rounds to the source.
-            yield prefix + key, tensor.to(dtype) if settings.dtype == "auto" and tensor.is_floating_point() else tensor
+            yield prefix + key, cast(tensors.pop(key).cpu(), source)
         assert not tensors, f"converted but not written: {list(tensors)}"
-        before = 2 * layout.value_dim
         layer_reports.append(
             {
                 "layer": layer,
                 "qk_rope_head_dim": layout.qk_rope_head_dim,
                 "kv_lora_rank": layout.kv_lora_rank,
-                "rope_pairs": pairs.tolist(),
-                **errors,
-                "cache_elements_before": before,
+                "rope_pairs": result.pairs.tolist(),
+                **result.errors,
+                "cache_elements_before": 2 * layout.value_dim,
                 "cache_elements_after": layout.cache_elements,
             }
         )

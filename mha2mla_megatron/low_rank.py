@@ -1,4 +1,4 @@
-"""Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2).
+"""Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2), in a metric.
 
 Everything is computed in float64 through the eigenvectors of the smaller Gram matrix, which is many times faster than
 a singular value decomposition of the stacked matrix and exact at full rank: the basis is orthogonal whatever the
@@ -9,16 +9,23 @@ from __future__ import annotations
 
 import torch
 
+from mha2mla_megatron.calibration.metric import IDENTITY, Metric
 
-def factorise(weight: torch.Tensor, rank: int, singular_values: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of the truncated singular value decomposition U_c S_c V_c^T of `weight`.
+
+def factorise(
+    weight: torch.Tensor, rank: int, singular_values: str, metric: Metric = IDENTITY
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors whose product W' minimises tr(Y (W - W') C (W - W')^T) among all of that rank.
+
+    With Y = R R^T and C = L L^T it is the truncated singular value decomposition U_c S_c V_c^T of R^T W L, taken back:
+    up = R^-T U_c S_c, down = V_c^T L^-1.
 
     weight: [n, h], any float dtype; 1 <= rank <= min(n, h).
-    singular_values: `up` gives (U_c S_c, V_c^T), `sqrt` gives (U_c S_c^1/2, S_c^1/2 V_c^T).
+    singular_values: `up` leaves S_c with the first factor, `sqrt` puts S_c^1/2 into each.
 
     Returns (up [n, c], down [c, h]), float64.
     """
-    w = weight.to(torch.float64)
+    w = metric.whiten(weight.to(torch.float64))
     n, h = w.shape
     if n <= h:
         left = _top_eigenvectors(w @ w.T, rank)  # U_c
@@ -32,7 +39,15 @@ def factorise(weight: torch.Tensor, rank: int, singular_values: str) -> tuple[to
     if singular_values == "sqrt":
         root = s.sqrt()
         up, down = up / _nonzero(root), down * root[:, None]
-    return up, down
+    return metric.undo_rows(up), metric.undo_columns(down)
+
+
+def truncation_losses(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
+    """The smallest value of the objective at each rank from 0 to min(n, h): float64 [min(n, h) + 1], not increasing."""
+    w = metric.whiten(weight.to(torch.float64))
+    gram = w @ w.T if len(w) <= w.shape[1] else w.T @ w
+    energies = torch.linalg.eigvalsh(gram).clamp_min(0)  # ascending
+    return torch.cat((energies.new_zeros(1), energies.cumsum(0))).flip(0)
 
 
 def _top_eigenvectors(gram: torch.Tensor, count: int) -> torch.Tensor:

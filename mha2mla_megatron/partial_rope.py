@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mha2mla_megatron.config import PartialRopeConfig
+from mha2mla_megatron.config import SCORED_STRATEGIES, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, first_line
 
 
@@ -23,10 +23,10 @@ def kept_pairs(
 ) -> torch.Tensor:
     """The pairs of one layer that keep their rotation: int64 [G, r/2], ascending within a head.
 
-    scores: float [G, d/2], needed by 2-norm only; of equal scores the lower pair wins.
+    scores: float [G, d/2], needed by 2-norm and activation only; of equal scores the lower pair wins.
     """
     kept, pairs = qk_rope_head_dim // 2, head_dim // 2
-    if config.strategy == "2-norm":
+    if config.strategy in SCORED_STRATEGIES:
         assert scores is not None and scores.shape == (num_key_value_heads, pairs)
         best = torch.sort(scores, dim=-1, descending=True, stable=True).indices[:, :kept]
         return best.sort(dim=-1).values

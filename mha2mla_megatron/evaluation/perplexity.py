@@ -17,20 +17,19 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, loading, pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.data.tokenizer import load_tokenizer
-from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes, cache_bytes_per_token
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
@@ -74,13 +73,7 @@ class PerplexitySettings:
             if value is not None:
                 require_at_least(key, value, minimum)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
-        if self.device != "auto":
-            try:
-                device = torch.device(self.device)
-            except RuntimeError:
-                raise UserError(f"device: unknown value '{self.device}'; valid: auto, cpu, cuda, cuda:N") from None
-            if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-                raise UserError(f"device={self.device}: there are {torch.cuda.device_count()} GPUs here")
+        pick_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -199,7 +192,7 @@ def _check_config(model: str, folder: Path, windows: torch.Tensor) -> None:
     """Raise UserError if the model cannot take the windows. windows: int64 [w, t]."""
     from transformers import AutoConfig
 
-    with _user_errors(model):
+    with loading(model):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
@@ -214,7 +207,7 @@ def _check_config(model: str, folder: Path, windows: torch.Tensor) -> None:
 
 def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> PerplexityResult:
     """Load one model and run it over the windows, int64 [w, t]."""
-    model = _load_model(model_name, folder, settings)
+    model = load_causal_lm(model_name, folder, DTYPES[settings.dtype], pick_device(settings.device))
     predicted = settings.window - 1
     progress = Progress(model_name, windows.numel(), "tokens")
     sums = []
@@ -241,34 +234,3 @@ def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: Pe
         cache_bytes_per_sequence=cache_bytes(model, settings.window),
         dtype=str(model.dtype).removeprefix("torch."),
     )
-
-
-def _load_model(name: str, folder: Path, settings: PerplexitySettings) -> Any:
-    """The model in evaluation mode on its device. Raises UserError if its weights are not all in the folder."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with _user_errors(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=DTYPES[settings.dtype], output_loading_info=True
-        )
-    model, report = loaded
-    for problem in ("missing_keys", "mismatched_keys"):
-        tensors = sorted(map(str, report.get(problem, ())))
-        if tensors:  # transformers fills them with random numbers
-            raise UserError(f"{name}: {problem.replace('_', ' ')} in its weights: {tensors[0]} ({len(tensors)} in all)")
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
-
-
-@contextmanager
-def _user_errors(model: str) -> Iterator[None]:
-    """What transformers says of a bad folder, in one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = first_line(error)
-        raise UserError(f"{model}: cannot be loaded ({reason})") from None

@@ -1,0 +1,238 @@
+"""One attention layer converted: which rows keep their rotation, what the others' queries become, how K and V factor.
+
+Shape letters: h hidden size, H query heads, G key/value heads, d head dim, P = d/2 pairs, r rotary dims kept, c rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.calibration.metric import IDENTITY, Metric, make_columns, make_rows
+from mha2mla_megatron.calibration.pairs import apply_query_map, fit_query_map, identity_map, pair_losses, per_group
+from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics, model_fingerprint
+from mha2mla_megatron.checkpoint.hf import HFReader
+from mha2mla_megatron.config import MHA2MLAConfig
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
+from mha2mla_megatron.low_rank import factorise, truncation_losses
+from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores
+
+
+@dataclass(frozen=True)
+class ConvertedAttention:
+    """Tensors by their names under `self_attn.` (float64 where computed), pairs int64 [G, r/2], report figures."""
+
+    tensors: dict[str, torch.Tensor]
+    pairs: torch.Tensor
+    errors: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What a layer's conversion starts from, on the device."""
+
+    weights: dict[str, torch.Tensor]
+    statistics: LayerStatistics | None
+    scores: torch.Tensor | None
+    """[G, P], what the strategy ranks pairs by."""
+    query_map: torch.Tensor | None
+    """[H, P, 2]."""
+    columns: torch.Tensor | None
+
+
+class AttentionConverter:
+    """Converts the layers of one model, one at a time and as often as asked.
+
+    mla: resolved but for r and c, which come with each call as a layout.
+
+    Raises UserError for score and statistics files that do not belong to the model.
+    """
+
+    def __init__(self, reader: HFReader, original: Architecture, mla: MHA2MLAConfig, device: torch.device) -> None:
+        self.reader, self.original, self.mla, self.device = reader, original, mla, device
+        rope, low_rank = mla.partial_rope, mla.low_rank
+        self.scores: torch.Tensor | None = None
+        self.statistics: Statistics | None = None
+        files = set()
+        if rope.strategy == "2-norm":
+            self.scores = load_scores(
+                Path(str(rope.scores)), original.num_layers, original.num_key_value_heads, original.head_dim
+            )
+        if rope.strategy == "activation" or rope.query_map:
+            files.add(str(rope.scores))
+        if low_rank.statistics is not None:
+            files.add(str(low_rank.statistics))
+        if len(files) > 1:
+            raise UserError(
+                f"partial_rope.scores={rope.scores} and low_rank.statistics={low_rank.statistics}: two statistics "
+                "files; merge them with tools/merge_statistics.py, or name one"
+            )
+        for file in files:
+            self.statistics = Statistics(Path(file), original, model_fingerprint(reader, original))
+        self._layer = lru_cache(maxsize=1)(self._read_layer)
+
+    def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
+        """The layer in the given shapes: rows reordered to [r | d - r] per head, then K_nope and V factored."""
+        source, weights = self._layer(layer), self._layer(layer).weights
+        groups, d, r = layout.num_key_value_heads, layout.head_dim, layout.qk_rope_head_dim
+        pairs = self._pairs(source, layout)
+        order = head_row_order(pairs, d).to(self.device)  # [G, d]
+
+        def reorder(heads: torch.Tensor) -> torch.Tensor:
+            """[heads * d, ...] with each head's rows in order; a group's heads share it: [G, heads / G, d, ...]."""
+            heads = heads.view(groups, -1, d, *heads.shape[1:])
+            index = order.view(groups, 1, d, *[1] * (heads.dim() - 3)).expand_as(heads)
+            return heads.gather(2, index)
+
+        def queries(rows: torch.Tensor) -> torch.Tensor:
+            if source.query_map is not None and r < d:
+                rows = apply_query_map(rows.unflatten(0, (-1, d)), source.query_map, pairs).flatten(0, 1)
+            return reorder(rows).reshape_as(rows)
+
+        converted = {"o_proj.weight": weights["o_proj.weight"], "q_proj.weight": queries(weights["q_proj.weight"])}
+        k = reorder(weights["k_proj.weight"])[:, 0]  # [G, d, h]
+        k_rope, k_nope = k[:, :r].flatten(0, 1), k[:, r:].flatten(0, 1)
+        v = weights["v_proj.weight"]
+        if r > 0:
+            converted["k_rope_proj.weight"] = k_rope
+            converted["rope_pairs"] = pairs
+        if "q_proj.bias" in weights:
+            converted["q_proj.bias"] = queries(weights["q_proj.bias"])
+            if r > 0:
+                converted["k_rope_proj.bias"] = reorder(weights["k_proj.bias"])[:, 0, :r].flatten()
+            converted["v_up_proj.bias" if layout.factors_value else "v_proj.bias"] = weights["v_proj.bias"]
+        if "o_proj.bias" in weights:
+            converted["o_proj.bias"] = weights["o_proj.bias"]
+
+        factors = self._factor(k_nope, v, layout, self._metric(source, layout, order))
+        converted.update(factors)
+        if not layout.factors_key and layout.nope_dim > 0:
+            converted["k_nope_proj.weight"] = k_nope
+        if not layout.factors_value:
+            converted["v_proj.weight"] = v
+        return ConvertedAttention(converted, pairs, _relative_errors(k, v, k_nope, factors, layout))
+
+    def pair_loss(self, layer: int, layout: LatentLayout) -> float:
+        """The price of the lost rotations: KL divergence of the attention weights per query, summed over heads."""
+        source = self._layer(layer)
+        assert source.statistics is not None and self.statistics is not None
+        moments = source.statistics.score_moments / self.statistics.tokens
+        query_map = identity_map(moments) if source.query_map is None else fit_query_map(moments)
+        losses = per_group(pair_losses(moments, query_map), layout.num_key_value_heads)
+        kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
+        return max(0.0, (losses.sum() - kept.sum()).item())
+
+    def rank_losses(self, layer: int, layout: LatentLayout) -> torch.Tensor:
+        """The price of every rank c from 0 on, in the objective: float64 [ranks], not increasing."""
+        source = self._layer(layer)
+        order = head_row_order(self._pairs(source, layout), layout.head_dim).to(self.device)
+        groups, d, r = layout.num_key_value_heads, layout.head_dim, layout.qk_rope_head_dim
+        k = source.weights["k_proj.weight"].view(groups, d, -1)
+        k_nope = k.gather(1, order[:, r:, None].expand(-1, -1, k.shape[-1])).flatten(0, 1)
+        parts = [
+            truncation_losses(rows, metric).cpu()
+            for _, rows, metric in _parts(
+                k_nope, source.weights["v_proj.weight"], layout, self._metric(source, layout, order)
+            )
+        ]
+        longest = max(len(part) for part in parts)
+        return 0.5 * torch.stack([torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts]).sum(0)
+
+    def _read_layer(self, layer: int) -> _Layer:
+        prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope
+        names = self.original.attention_shapes(layer)
+        weights = {name: self.reader[prefix + name].to(self.device) for name in names}
+        scores = None if self.scores is None else self.scores[layer]
+        if self.statistics is None:
+            return _Layer(weights, None, scores, None, None)
+        statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
+        query_map = None
+        if rope.query_map:
+            # Fitted to the effects on the loss; pairs are ranked by their effects on the attention weights (both are
+            # the better choice on the real model: docs/conversion.md).
+            query_map = fit_query_map(statistics.loss_moments)
+        if rope.strategy == "activation":
+            moments = statistics.score_moments / tokens
+            best = fit_query_map(moments) if rope.query_map else identity_map(moments)
+            scores = per_group(pair_losses(moments, best), self.original.num_key_value_heads)
+        columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
+        return _Layer(weights, statistics, scores, query_map, columns)
+
+    def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
+        return kept_pairs(
+            self.mla.partial_rope,
+            layout.qk_rope_head_dim,
+            layout.num_key_value_heads,
+            layout.head_dim,
+            None if source.scores is None else source.scores.cpu(),
+        )
+
+    def _metric(self, source: _Layer, layout: LatentLayout, order: torch.Tensor) -> Metric:
+        """The objective over the rows [K_nope; V]."""
+        low_rank = self.mla.low_rank
+        if source.statistics is None or self.statistics is None or low_rank.objective == "weights":
+            return IDENTITY
+        query_map = source.query_map
+        if query_map is None:
+            query_map = identity_map(source.statistics.loss_moments)
+        rows = make_rows(
+            low_rank.objective,
+            source.statistics,
+            self.statistics.tokens,
+            query_map,
+            order,
+            layout.qk_rope_head_dim,
+            low_rank.damping,
+        )
+        return Metric(rows, source.columns)
+
+    def _factor(
+        self, k_nope: torch.Tensor, v: torch.Tensor, layout: LatentLayout, metric: Metric
+    ) -> dict[str, torch.Tensor]:
+        """kv_down_proj, k_up_proj and v_up_proj of the layer's method, those that it has."""
+        c = layout.kv_lora_rank
+        if c is None:
+            return {}
+        factors, downs = {}, []
+        for names, rows, its_metric in _parts(k_nope, v, layout, metric):
+            up, down = factorise(rows, c, self.mla.low_rank.singular_values, its_metric)
+            widths = [layout.nope_dim if name == "k_up_proj" else layout.value_dim for name in names]
+            factors.update({f"{name}.weight": part for name, part in zip(names, up.split(widths), strict=True)})
+            downs.append(down)
+        return {**factors, "kv_down_proj.weight": torch.cat(downs)} if downs else {}
+
+
+def _parts(
+    k_nope: torch.Tensor, v: torch.Tensor, layout: LatentLayout, metric: Metric
+) -> list[tuple[tuple[str, ...], torch.Tensor, Metric]]:
+    """What the layer's method factors, each with the names of its up-projections, its rows and their metric."""
+    keys, values = layout.factors_key, layout.factors_value
+    if layout.method == "joint":
+        names = ("k_up_proj", "v_up_proj") if keys else ("v_up_proj",)
+        return [(names, torch.cat((k_nope, v)), metric)]
+    parts: list[tuple[tuple[str, ...], torch.Tensor, Metric]] = []
+    if keys:
+        parts.append((("k_up_proj",), k_nope, metric.select(slice(0, layout.nope_dim))))
+    if values:
+        parts.append((("v_up_proj",), v, metric.select(slice(layout.nope_dim, layout.nope_dim + layout.value_dim))))
+    return parts
+
+
+def _relative_errors(
+    k: torch.Tensor, v: torch.Tensor, k_nope: torch.Tensor, factors: dict[str, torch.Tensor], layout: LatentLayout
+) -> dict[str, float]:
+    """||W - up down|| / ||W|| over all rows of K (rotated ones are exact) and of V."""
+    c = layout.kv_lora_rank or 0
+    errors = {"key_error": 0.0, "value_error": 0.0}
+    if layout.factors_key:
+        product = factors["k_up_proj.weight"] @ factors["kv_down_proj.weight"][:c]
+        errors["key_error"] = ((k_nope - product).norm() / k.to(torch.float64).norm()).item()
+    if layout.factors_value:
+        product = factors["v_up_proj.weight"] @ factors["kv_down_proj.weight"][layout.kv_down_dim - c :]
+        errors["value_error"] = ((v - product).norm() / v.to(torch.float64).norm()).item()
+    return errors

@@ -1,0 +1,1 @@
+"""What flows through the original model: statistics over a text, and what conversion makes of them."""

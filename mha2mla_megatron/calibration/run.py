@@ -1,0 +1,177 @@
+"""Calibration as a command: text in, one statistics file out; alone or under torchrun.
+
+Under torchrun each rank takes every W-th sequence and the sums are added up; the result is that of one process up to
+the order of additions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.calibration.collect import collect_batch
+from mha2mla_megatron.calibration.statistics import (
+    all_tensors,
+    empty_statistics,
+    model_fingerprint,
+    save_statistics,
+)
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
+from mha2mla_megatron.checkpoint.hf import HFReader
+from mha2mla_megatron.data.documents import DocumentReader
+from mha2mla_megatron.data.tokenizer import load_tokenizer
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.files import new_files
+from mha2mla_megatron.progress import Progress
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class CalibrateSettings:
+    """Settings of tools/calibrate.py."""
+
+    samples: int = 16
+    """Sequences that the statistics are made of. More cost time in proportion and gain little (docs/conversion.md)."""
+
+    sequence_length: int = 1024
+    """Tokens of a sequence."""
+
+    stored_samples: int = 128
+    """Sequences whose tokens are kept in the file, for healing and for the measurements of a cache budget. Fewer if the
+    text has no more."""
+
+    batch_size: int = 1
+    """Sequences in a forward and backward pass. Does not change the result."""
+
+    dtype: str = "float32"
+    """Type of the model: float32 or bfloat16 (for GPUs that cannot hold it otherwise). Sums are float32."""
+
+    device: str = "auto"
+    """auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
+
+    seed: int = 0
+    """Of the labels that the model samples."""
+
+    overwrite: bool = False
+    """Replace OUT if it exists."""
+
+    def __post_init__(self) -> None:
+        for key, value, minimum in (
+            ("samples", self.samples, 1),
+            ("sequence_length", self.sequence_length, 8),
+            ("stored_samples", self.stored_samples, 1),
+            ("batch_size", self.batch_size, 1),
+        ):
+            require_at_least(key, value, minimum)
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        pick_device(self.device)
+
+
+def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSettings) -> dict[str, Any] | None:
+    """Run the model over the text and write the statistics; returns their provenance on rank 0, None on the others.
+
+    Raises UserError for bad input before the model is run, and for activations that are not finite.
+    """
+    architecture = read_architecture(source)
+    if architecture.mla is not None:
+        raise UserError(f"{source}: is converted already; statistics are of the original model")
+    if settings.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"sequence_length: {settings.sequence_length} is more than the model's max_position_embeddings "
+            f"{architecture.max_position_embeddings}"
+        )
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = _rank_device(settings.device, world)
+    reader = HFReader(source, architecture)
+    sequences = read_sequences(source, text, settings)
+    provenance = {
+        "tokens": min(settings.samples, len(sequences)) * settings.sequence_length,
+        "model": {"source": str(source), "fingerprint": model_fingerprint(reader, architecture)},
+        "text": str(text),
+        "text_tokens_sha256": hashlib.sha256(sequences.to(torch.int32).numpy().tobytes()).hexdigest(),
+        "stored_sequences": min(settings.stored_samples, len(sequences)),
+        "sequence_length": settings.sequence_length,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+    }
+    if provenance["tokens"] < architecture.hidden_size and rank == 0:
+        print(
+            f"warning: {provenance['tokens']} tokens give second moments of rank below the hidden size "
+            f"{architecture.hidden_size}; the rest is damped. Raise samples or sequence_length"
+        )
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        if rank != 0:
+            _collect(source, sequences, settings, device, rank, world)
+            return None
+        with new_files([target], settings.overwrite) as (scratch,):
+            layers = _collect(source, sequences, settings, device, rank, world)
+            stored = sequences[-int(provenance["stored_sequences"]) :]
+            save_statistics(scratch, architecture, layers, stored, provenance)
+        return provenance
+    finally:
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> torch.Tensor:
+    """The first tokens of the text, documents joined by newlines, as int64 [n, S]; n is what is needed, or there is.
+
+    Raises UserError for a text of fewer than one sequence.
+    """
+    tokenizer = load_tokenizer(source)
+    wanted = max(settings.samples, settings.stored_samples) * settings.sequence_length
+    ids: list[int] = []
+    for block in DocumentReader([text]):
+        for document in block.documents():
+            # No tokenizer makes less than a token of this many characters of prose, so what is cut off is not missed.
+            piece = document.text[: 16 * (wanted - len(ids))] + "\n"
+            ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[operator]
+            if len(ids) >= wanted:
+                break
+        if len(ids) >= wanted:
+            break
+    length = settings.sequence_length
+    count = min(len(ids), wanted) // length
+    if count == 0:
+        raise UserError(f"{text}: {len(ids)} tokens, fewer than one sequence of {length}")
+    return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
+
+
+def _collect(
+    source: Path, sequences: torch.Tensor, settings: CalibrateSettings, device: torch.device, rank: int, world: int
+) -> list[Any]:
+    """The sums over the first `samples` sequences, this rank's part run here and all parts added up."""
+    architecture = read_architecture(source)
+    model = load_causal_lm(str(source), source, DTYPES[settings.dtype], device).requires_grad_(False)
+    layers = [empty_statistics(architecture, device) for _ in range(architecture.num_layers)]
+    mine = list(range(rank, min(settings.samples, len(sequences)), world))
+    progress = Progress("calibrate", len(mine) * settings.sequence_length, "tokens") if rank == 0 else None
+    for start in range(0, len(mine), settings.batch_size):
+        batch = mine[start : start + settings.batch_size]
+        seeds = [settings.seed * 1_000_003 + index for index in batch]
+        collect_batch(model, sequences[batch].to(device), seeds, layers)
+        if progress is not None:
+            progress.advance(len(batch) * settings.sequence_length)
+    if world > 1:
+        for tensor in all_tensors(layers):
+            torch.distributed.all_reduce(tensor)
+    if progress is not None:
+        progress.close()
+    return layers
+
+
+def _rank_device(device: str, world: int) -> torch.device:
+    picked = pick_device(device)
+    if world > 1 and picked.type == "cuda" and picked.index is None:
+        picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(picked)
+    return picked

@@ -1,0 +1,244 @@
+"""From a cache budget to r and c of every layer: losses of all choices, scaled by what was measured, then allocated.
+
+For one layer the loss of (r, c) is modelled as alpha pair_loss(r) + beta rank_loss(r, c). Both terms are computed from
+the statistics; alpha and beta are set by two measurements of each layer, converted alone at a reference point, as the
+Kullback-Leibler divergence of the model's next-token distribution from the original's. So they hold what second-order
+statistics leave out: the softmax's curvature, and what later layers make of the error.
+
+Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/value heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.allocation import Choice, allocate
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.attention_converter import AttentionConverter
+from mha2mla_megatron.calibration.original import OriginalModel
+from mha2mla_megatron.config import MHA2MLAConfig
+from mha2mla_megatron.converted_attention import make_attention
+from mha2mla_megatron.errors import UserError, require_at_least
+from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
+from mha2mla_megatron.progress import Progress
+
+
+@dataclass(frozen=True)
+class AllocationSettings:
+    """How a cache budget is spent."""
+
+    per_layer: bool = True
+    """true: r and c of each layer where they buy most. false: the best r and c that all layers share."""
+
+    rope_multiple: int = 2
+    """r is a multiple of this (even)."""
+
+    rank_multiple: int = 8
+    """c is a multiple of this (8 or 16 suit kernels and FP8)."""
+
+    min_rope: int = 0
+    """Smallest r of a layer."""
+
+    max_rope: int | None = None
+    """Largest r of a layer. None: d."""
+
+    min_rank: int = 1
+    """Smallest c of a layer; rounded up to a multiple."""
+
+    max_rank: int | None = None
+    """Largest c of a layer. None: the rank of what is factored."""
+
+    tokens: int = 1024
+    """Tokens of the measurements, taken from the statistics file; at least one of its sequences."""
+
+    def __post_init__(self) -> None:
+        for key, value, minimum in (
+            ("rope_multiple", self.rope_multiple, 2),
+            ("rank_multiple", self.rank_multiple, 1),
+            ("min_rope", self.min_rope, 0),
+            ("min_rank", self.min_rank, 1),
+            ("tokens", self.tokens, 1),
+        ):
+            require_at_least(f"allocation.{key}", value, minimum)
+        if self.rope_multiple % 2:
+            raise UserError(f"allocation.rope_multiple: {self.rope_multiple} is odd; rotary dims come in pairs")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """r and c of each layer, and the figures behind them for the report."""
+
+    qk_rope_head_dim: list[int]
+    kv_lora_rank: list[int]
+    report: dict[str, Any]
+
+
+class Planner:
+    """Allocates budgets for one model."""
+
+    def __init__(
+        self,
+        converter: AttentionConverter,
+        method: str,
+        settings: AllocationSettings,
+        model: OriginalModel,
+        sequences: torch.Tensor,
+    ) -> None:
+        """sequences: int [n, S], for the measurements."""
+        self.converter, self.method, self.settings, self.model = converter, method, settings, model
+        self.sequences = sequences
+        self.original: Architecture = converter.original
+        d = self.original.head_dim
+        limit = d if settings.max_rope is None else min(settings.max_rope, d)
+        step = settings.rope_multiple
+        self.rope_dims = [r for r in range(0, limit + 1, step) if r >= settings.min_rope]
+        if not self.rope_dims:
+            raise UserError(
+                f"allocation: no multiple of rope_multiple={step} from min_rope={settings.min_rope} to {limit}"
+            )
+
+    def plan(self, budget: int) -> Plan:
+        """Spend at most `budget` cached elements per token, over all layers.
+
+        Raises UserError for a budget below what the cheapest layers cost.
+        """
+        layers = self.original.num_layers
+        costs = [self._layout(r, c).cache_elements for r in self.rope_dims for c in self._ranks(r)[:1]]
+        if not costs:
+            raise UserError("allocation: min_rank, max_rank and rank_multiple leave no rank to choose")
+        cheapest = min(costs)
+        if budget < layers * cheapest:
+            raise UserError(
+                f"cache_budget: {budget / layers:.6g} elements per token and layer; the least that these bounds allow "
+                f"is {cheapest}"
+            )
+        reference = self._reference(budget // layers)
+        measured = self._measure(reference)
+        progress = Progress("allocate", layers, "layers")
+        choices = []
+        for layer in range(layers):
+            choices.append(self._choices(layer, reference, *measured[layer]))
+            progress.advance()
+        progress.close()
+        picked = allocate(choices, budget) if self.settings.per_layer else _alike(choices, budget)
+        return Plan(
+            [choice.qk_rope_head_dim for choice in picked],
+            [choice.kv_lora_rank for choice in picked],
+            {
+                "budget": budget,
+                "cost": sum(choice.cost for choice in picked),
+                "reference": {"qk_rope_head_dim": reference[0], "kv_lora_rank": reference[1]},
+                "layers": [
+                    {"kl_pairs": pairs, "kl_pairs_and_rank": both, "predicted_loss": choice.loss}
+                    for (pairs, both), choice in zip(measured, picked, strict=True)
+                ],
+            },
+        )
+
+    def _layout(self, r: int, c: int | None) -> LatentLayout:
+        """c None: nothing factored."""
+        return LatentLayout(*self.original.heads, r, "none" if c is None else self.method, c)
+
+    def _ranks(self, r: int) -> list[int]:
+        """Multiples within the bounds that a layer with this r can have."""
+        multiple = self.settings.rank_multiple
+        limit = self._layout(r, 1).kv_lora_rank_limit or 0
+        limit = limit if self.settings.max_rank is None else min(limit, self.settings.max_rank)
+        first = -(-self.settings.min_rank // multiple) * multiple
+        return list(range(first, limit + 1, multiple))
+
+    def _reference(self, elements: int) -> tuple[int, int]:
+        """(r, c) at which layers are measured: about what a layer will get, r at most d / 8."""
+        target = self.original.head_dim // 8
+        for r in sorted(self.rope_dims, key=lambda r: (r > target, abs(r - target))):
+            fitting = [c for c in self._ranks(r) if self._layout(r, c).cache_elements <= elements]
+            if fitting:
+                return r, fitting[-1]
+        raise AssertionError("the cheapest layer fits the budget")
+
+    @torch.no_grad()
+    def _measure(self, reference: tuple[int, int]) -> list[tuple[float, float]]:
+        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each layer."""
+        model, (r, c) = self.model, reference
+        count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
+        tokens = self.sequences[-count:].to(model.device, torch.long)
+        progress = Progress("measure", self.original.num_layers, "layers")
+        states = [model.embed(tokens)]
+        for layer in range(self.original.num_layers):
+            states.append(model.run_layer(layer, states[-1]))
+        # Every fourth position: logits cost more than a layer, and neighbours say much the same.
+        expected = model.log_probabilities(states[-1][:, 3::4])
+        results = []
+        for layer in range(self.original.num_layers):
+            found = []
+            for layout in (self._layout(r, None), self._layout(r, c)):
+                tensors = self.converter.convert(layer, layout).tensors
+                attention = make_attention(self.original, layout, tensors, model.device)
+                with model.swapped(layer, attention):
+                    hidden = model.run_layer(layer, states[layer])
+                for above in range(layer + 1, self.original.num_layers):
+                    hidden = model.run_layer(above, hidden)
+                ratio = expected - model.log_probabilities(hidden[:, 3::4])
+                found.append((expected.exp() * ratio).sum(-1).mean().item())
+            results.append((found[0], found[1]))
+            progress.advance()
+        progress.close()
+        return results
+
+    def _choices(self, layer: int, reference: tuple[int, int], pairs: float, both: float) -> list[Choice]:
+        """Every (r, c) of one layer. pairs, both: the layer's measured divergences at the reference."""
+        converter, (r0, c0) = self.converter, reference
+        ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in self._knots(r0)}
+        # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
+        alpha = max(pairs, 0.01 * both, 1e-6) / max(converter.pair_loss(layer, self._layout(r0, None)), 1e-30)
+        beta = max(both - pairs, 0.1 * both, 1e-6) / max(ranks[r0][c0].item(), 1e-30)
+        choices = []
+        for r in self.rope_dims:
+            pair_loss = alpha * converter.pair_loss(layer, self._layout(r, None))
+            losses = beta * _between(ranks, r)
+            for c in self._ranks(r):
+                loss = losses[c].item() if c < len(losses) else 0.0
+                choices.append(Choice(r, c, self._layout(r, c).cache_elements, pair_loss + loss))
+        return choices
+
+    def _knots(self, reference: int) -> list[int]:
+        """The r at which rank losses are computed; they change slowly with r, and between knots linearly."""
+        step = max(self.settings.rope_multiple, self.original.head_dim // 8)
+        knots = {r for r in self.rope_dims if r % step == 0}
+        return sorted(knots | {self.rope_dims[0], self.rope_dims[-1], reference})
+
+
+def _between(curves: dict[int, torch.Tensor], r: int) -> torch.Tensor:
+    """The rank losses at r, linear between those at the knots on either side."""
+    if r in curves:
+        return curves[r]
+    low, high = max(k for k in curves if k < r), min(k for k in curves if k > r)
+    length = max(len(curves[low]), len(curves[high]))
+    below, above = (torch.nn.functional.pad(curves[k], (0, length - len(curves[k]))) for k in (low, high))
+    return below + (above - below) * (r - low) / (high - low)
+
+
+def _alike(layers: list[list[Choice]], budget: int) -> list[Choice]:
+    """The (r, c) with the smallest summed loss that all layers can share."""
+    tables = [{choice[:2]: choice for choice in choices} for choices in layers]
+    shared = set.intersection(*(set(table) for table in tables))
+    affordable = [key for key in shared if sum(table[key].cost for table in tables) <= budget]
+    best = min(affordable, key=lambda key: (sum(table[key].loss for table in tables), key))
+    return [table[best] for table in tables]
+
+
+def with_plan(plan: Plan, mla: MHA2MLAConfig) -> MHA2MLAConfig:
+    """The config with the plan's r and c, single numbers where all layers share them."""
+
+    def short(values: list[int]) -> int | list[int]:
+        return values[0] if len(set(values)) == 1 else values
+
+    return dataclasses.replace(
+        mla,
+        partial_rope=dataclasses.replace(mla.partial_rope, qk_rope_head_dim=short(plan.qk_rope_head_dim)),
+        low_rank=dataclasses.replace(mla.low_rank, kv_lora_rank=short(plan.kv_lora_rank)),
+    )
