@@ -168,4 +168,9 @@ def _root(moment: torch.Tensor, damping: float) -> torch.Tensor:
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     eye = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
     symmetric = (moment + moment.transpose(-2, -1)) / 2
-    return torch.linalg.cholesky(symmetric + torch.where(mean > 0, damping * mean, 1.0) * eye)
+    while True:
+        root, failed = torch.linalg.cholesky_ex(symmetric + torch.where(mean > 0, damping * mean, 1.0) * eye)
+        if not failed.any():
+            return root
+        # Few tokens, or one that outweighs all others: the float32 rounding of the sums is above the damping.
+        damping *= 10
