@@ -1,17 +1,26 @@
 """Configuration of a Llama-like model whose attention was converted to multi-head latent attention."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from .layout_mha2mla import LatentLayout, layer_value
+from .layout_mha2mla import MAX_DIMENSION, LatentLayout, layer_value
+
+MLA_DECODES = ("auto", "expanded", "absorbed")
+MLA_KERNELS = ("auto", "torch")
 
 
 class MHA2MLALlamaConfig(LlamaConfig):
-    """LlamaConfig plus what the conversion decided.
+    """LlamaConfig plus what the conversion decided. Raises ValueError for shapes that no converted model has.
 
     mha2mla: the resolved conversion settings; read here: `partial_rope.qk_rope_head_dim`, `low_rank.method` and
         `low_rank.kv_lora_rank` (numbers, or lists with one per layer).
     attention_bias: biases on the query, key and value projections.
     attention_output_bias: bias on the output projection.
+    mla_decode: how new tokens attend over a cache. `expanded`: rebuild keys and values of the whole cache; `absorbed`:
+        attend over the latents themselves; `auto`: whichever takes fewer multiplications.
+    mla_kernel: what runs the absorbed form. `auto`: the Triton kernel where it can, else torch; `torch`: torch.
     """
 
     model_type = "mha2mla_llama"
@@ -19,14 +28,34 @@ class MHA2MLALlamaConfig(LlamaConfig):
 
     mha2mla: dict | None = None
     attention_output_bias: bool = False
+    mla_decode: str = "auto"
+    mla_kernel: str = "auto"
+
+    def __post_init__(self, **kwargs):
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
+            if not 0 < getattr(self, name) <= MAX_DIMENSION:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a number from 1 to {MAX_DIMENSION}")
+        super().__post_init__(**kwargs)
+        for name, valid in (("mla_decode", MLA_DECODES), ("mla_kernel", MLA_KERNELS)):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(valid)}")
+        if self.mha2mla:
+            rope, low_rank = _part(self.mha2mla, "partial_rope"), _part(self.mha2mla, "low_rank")
+            per_layer = [v for v in (rope["qk_rope_head_dim"], low_rank["kv_lora_rank"]) if isinstance(v, list | tuple)]
+            if any(len(values) != self.num_hidden_layers for values in per_layer):
+                raise ValueError(f"config.mha2mla: a list of another length than the model's {self.num_hidden_layers}")
+            for layer in range(self.num_hidden_layers if per_layer else 1):
+                self.layout(layer).check()
 
     def layout(self, layer: int) -> LatentLayout:
         """The shapes of one layer's attention. Raises ValueError for a config without its conversion settings."""
         if not self.mha2mla:
             raise ValueError("config.mha2mla is missing: not a model converted by mha2mla_megatron")
-        rope, low_rank = self.mha2mla["partial_rope"], self.mha2mla["low_rank"]
+        rope, low_rank = _part(self.mha2mla, "partial_rope"), _part(self.mha2mla, "low_rank")
         r = layer_value(rope["qk_rope_head_dim"], layer)
-        assert r is not None and self.num_key_value_heads is not None and self.head_dim is not None
+        if r is None:
+            raise ValueError("config.mha2mla: qk_rope_head_dim is not set")
+        assert self.num_key_value_heads is not None and self.head_dim is not None
         return LatentLayout(
             self.hidden_size,
             self.num_attention_heads,
@@ -36,6 +65,15 @@ class MHA2MLALlamaConfig(LlamaConfig):
             low_rank["method"],
             layer_value(low_rank["kv_lora_rank"], layer),
         )
+
+
+def _part(mha2mla: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """mha2mla.<name>, which has to hold what is read here."""
+    keys = {"partial_rope": ("qk_rope_head_dim",), "low_rank": ("method", "kv_lora_rank")}[name]
+    part = mha2mla.get(name)
+    if not isinstance(part, Mapping) or any(key not in part for key in keys):
+        raise ValueError(f"config.mha2mla.{name}: {', '.join(keys)} are missing: not a converted model's config")
+    return part
 
 
 __all__ = ["MHA2MLALlamaConfig"]

@@ -6,13 +6,16 @@ The Hugging Face model, the Megatron model and the converters all read a layer's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeGuard
 
 LOW_RANK_METHODS = ("joint", "split", "key", "value", "none")
 BIASED_PROJECTIONS = frozenset(("q_proj", "k_rope_proj", "v_proj", "v_up_proj"))
 """Projections that carry the model's q/k/v biases. One on k_nope would add a single number to all scores of a query,
 which softmax ignores, so there is none; latents never have one."""
+
+MAX_DIMENSION = 1 << 24
+"""No real model has a dimension near this; a config that says so is damaged."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,47 @@ class LatentLayout:
         return self.kv_down_dim, nope, value
 
     @property
+    def key_columns(self) -> slice:
+        """Columns of the unrotated part that the absorbed form scores: the keys' latent, or full-rank K_nope."""
+        start = 0 if self.factors_key else self.kv_down_dim
+        return slice(start, start + ((self.kv_lora_rank or 0) if self.factors_key else self.nope_dim))
+
+    @property
+    def value_columns(self) -> slice:
+        """Columns of the unrotated part that the absorbed form averages: the values' latent, or full-rank V."""
+        stop = self.kv_down_dim if self.factors_value else sum(self.cache_parts)
+        return slice(stop - ((self.kv_lora_rank or 0) if self.factors_value else self.value_dim), stop)
+
+    @property
     def cache_elements(self) -> int:
         """Cached numbers per token: G r + c (joint), G r + 2c (split), 2 G d (none)."""
         return self.rope_dim + sum(self.cache_parts)
+
+    def check(self) -> None:
+        """Raise ValueError, in one line, for shapes that no model has. Settings get friendlier checks when converting;
+        this one is for a config.json that anybody may have written."""
+        sizes = {"hidden_size": self.hidden_size, "num_attention_heads": self.num_attention_heads,
+                 "num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim}  # fmt: skip
+        for name, size in sizes.items():
+            if not _is_whole(size) or not 0 < size <= MAX_DIMENSION:
+                raise ValueError(f"{name}: {size!r} is not a number from 1 to {MAX_DIMENSION}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}"
+            )
+        r, c = self.qk_rope_head_dim, self.kv_lora_rank
+        if not _is_whole(r) or r % 2 or not 0 <= r <= self.head_dim:
+            raise ValueError(f"qk_rope_head_dim: {r!r} is not an even number from 0 to head_dim {self.head_dim}")
+        if self.method not in LOW_RANK_METHODS:
+            raise ValueError(f"low_rank.method: {self.method!r} is not one of {', '.join(LOW_RANK_METHODS)}")
+        if self.method == "none":
+            if c is not None:
+                raise ValueError(f"kv_lora_rank: {c!r}, but low_rank.method is none")
+            return
+        limit = self.kv_lora_rank_limit
+        if not _is_whole(c) or c < 1 or (limit is not None and c > limit):
+            raise ValueError(f"kv_lora_rank: {c!r} is not a number from 1 to the rank {limit} of what is factored")
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Name -> weight shape [out, in] of every projection that this layer has, in Hugging Face names."""
@@ -104,6 +145,10 @@ class LatentLayout:
         return {name: shape for name, shape in shapes.items() if shape[0] > 0}
 
 
-def layer_value(value: int | Sequence[int] | None, layer: int) -> int | None:
+def layer_value(value: int | list[int] | tuple[int, ...] | None, layer: int) -> int | None:
     """A setting that is one number for all layers or a list with one per layer."""
-    return value if value is None or isinstance(value, int) else value[layer]
+    return value[layer] if isinstance(value, list | tuple) else value
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -2,6 +2,10 @@
 
 Shape letters: b batch, s new tokens, t tokens including the cached ones, H query heads, G key/value heads, d head dim,
 r rotated dims per head, w width of the unrotated part of the cache (c for the joint method).
+
+A layer's cache is transformers' own, of any kind: its "keys" are the unrotated part [b, 1, t, w], its "values" the
+rotated keys of all groups [b, 1, t, G r]. One head each, because a static cache allocates both with as many heads as
+the keys have; and no groups apart, because the absorbed form reads a token's rotated keys as one row.
 """
 
 from collections.abc import Callable
@@ -20,6 +24,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from .configuration_mha2mla import MHA2MLALlamaConfig
+from .decode_mha2mla import absorbed_attention, absorbed_is_cheaper, own_group, spread_over_groups, visible_rows
 from .layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
 
 
@@ -77,26 +82,34 @@ class MHA2MLAAttention(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        k_rope = self._heads(self.k_rope_proj, hidden_states)
+        q_rope, q_nope = query.split((self.layout.qk_rope_head_dim, self.layout.qk_nope_head_dim), dim=-1)
+        k_rope = hidden_states[..., :0]
         if self.k_rope_proj is not None:
             cos, sin = self._rope_tables(*position_embeddings)
-            k_rope = k_rope * cos + rotate_half(k_rope) * sin
+            k_rope = self._split_heads(self.k_rope_proj(hidden_states))
+            k_rope = (k_rope * cos + rotate_half(k_rope) * sin).transpose(1, 2).flatten(2)
             cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
-            q_rope, q_nope = query.split((self.layout.qk_rope_head_dim, self.layout.qk_nope_head_dim), dim=-1)
-            query = torch.cat((q_rope * cos + rotate_half(q_rope) * sin, q_nope), dim=-1)
-        unrotated = [p(hidden_states) for p in (self.kv_down_proj, self.k_nope_proj, self.v_proj) if p is not None]
-        latent = torch.cat(unrotated, dim=-1).unsqueeze(1)  # [b, 1, s, w]
+            q_rope = q_rope * cos + rotate_half(q_rope) * sin
+        parts = [p(hidden_states) for p in (self.kv_down_proj, self.k_nope_proj, self.v_proj) if p is not None]
+        unrotated = torch.cat(parts, dim=-1)
         if past_key_values is not None:
-            # The latents take the place of keys: a cache reads its length there, and r = 0 leaves k_rope empty.
-            latent, k_rope = past_key_values.update(latent, k_rope, self.layer_idx)
-        key, value = self._expand(latent.squeeze(1), k_rope)
+            # The unrotated part takes the place of keys: a cache reads its length there, and r = 0 leaves k_rope empty.
+            cached = past_key_values.update(unrotated.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
+            unrotated, k_rope = (part.squeeze(1) for part in cached)
+            mask, usable = visible_rows(attention_mask, length, past_key_values.is_compileable)
+            if usable and self._absorbs(hidden_states, length):
+                output, weights = self._attend_absorbed(q_rope, q_nope, k_rope, unrotated, mask)
+                return self.o_proj(output.reshape(batch, length, -1)), weights
 
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            str(self.config._attn_implementation), eager_attention_forward
-        )
+        implementation = str(self.config._attn_implementation)
+        if implementation == "sdpa" and attention_mask is None and length > 1:
+            # Causal from the first row on (the prefill of a static cache): the rows after the new tokens are empty.
+            unrotated, k_rope = unrotated[:, :length], k_rope[:, :length]
+        key, value = self._expand(unrotated, k_rope)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self,
-            query,
+            torch.cat((q_rope, q_nope), dim=-1),
             key,
             value,
             attention_mask,
@@ -105,6 +118,61 @@ class MHA2MLAAttention(nn.Module):
             **kwargs,
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _absorbs(self, hidden_states: torch.Tensor, length: int) -> bool:
+        """Whether new tokens attend in the absorbed form: as config.mla_decode says, and where it is possible.
+
+        It reads the up-projections' weights itself, so they have to be plain ones (no adapter, quantised or offloaded
+        weights), and it has no dropout. Training, or whatever needs gradients, is expanded.
+        """
+        choice = self.config.mla_decode
+        if choice == "expanded" or self.training or hidden_states.requires_grad:
+            return False
+        for projection in (self.k_up_proj, self.v_up_proj):
+            if projection is not None and (
+                type(projection) is not nn.Linear or projection.weight.device != hidden_states.device
+            ):
+                return False
+        return choice == "absorbed" or absorbed_is_cheaper(self.layout, length)
+
+    def _attend_absorbed(
+        self,
+        q_rope: torch.Tensor,
+        q_nope: torch.Tensor,
+        k_rope: torch.Tensor,
+        unrotated: torch.Tensor,
+        mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over the cached rows themselves.
+
+        q_rope [b, H, s, r], q_nope [b, H, s, d - r], k_rope [b, t, G r], unrotated [b, t, w], mask as in
+        `absorbed_attention`. Returns the heads' outputs [b, s, H, d], and the probabilities for eager attention.
+        """
+        groups, eager = self.layout.num_key_value_heads, self.config._attn_implementation == "eager"
+        if self.k_up_proj is None:
+            q_key = spread_over_groups(q_nope, groups)
+        else:
+            up = self.k_up_proj.weight.view(groups, self.layout.qk_nope_head_dim, -1)
+            q_key = torch.einsum("bgisn,gnc->bgisc", self._by_group(q_nope), up).flatten(1, 2)
+        context, probabilities = absorbed_attention(
+            spread_over_groups(q_rope, groups),
+            q_key,
+            k_rope,
+            unrotated,
+            self.layout,
+            mask,
+            self.scaling,
+            kernel=self.config.mla_kernel == "auto" and not eager,
+        )
+        if self.v_up_proj is None:
+            value = own_group(context, groups)
+        else:
+            up = self.v_up_proj.weight.view(groups, self.head_dim, -1)
+            value = torch.einsum("bgisc,gdc->bgisd", self._by_group(context), up)
+            if self.v_up_proj.bias is not None:  # probabilities sum to 1, so a value's bias is the output's
+                value = value + self.v_up_proj.bias.view(groups, 1, 1, self.head_dim)
+            value = value.flatten(1, 2)
+        return value.transpose(1, 2), probabilities if eager else None
 
     def _rope_tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's tables [., s, d] at each head's own pairs: [., G, s, r]."""
@@ -115,27 +183,26 @@ class MHA2MLAAttention(nn.Module):
 
         return select(cos), select(sin)
 
-    def _expand(self, latent: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every head, each [b, G, t, d], from what is cached (latent [b, t, w])."""
+    def _expand(self, unrotated: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every head, each [b, G, t, d], from what is cached: [b, t, w] and [b, t, G r]."""
         layout = self.layout
-        latents, k_nope, value = latent.split(layout.cache_parts, dim=-1)
+        latents, k_nope, value = unrotated.split(layout.cache_parts, dim=-1)
         c = layout.kv_lora_rank or 0
         if self.k_up_proj is not None:
             k_nope = self.k_up_proj(latents[..., :c])
         if self.v_up_proj is not None:
             value = self.v_up_proj(latents[..., layout.kv_down_dim - c :])
-        key = torch.cat((k_rope, self._split_heads(k_nope)), dim=-1)
+        key = torch.cat((self._split_heads(k_rope), self._split_heads(k_nope)), dim=-1)
         return key, self._split_heads(value)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[b, t, G n] -> [b, G, t, n]."""
         groups = self.layout.num_key_value_heads
-        return x.view(*x.shape[:2], groups, x.shape[-1] // groups).transpose(1, 2)
+        return x.unflatten(-1, (groups, x.shape[-1] // groups)).transpose(1, 2)
 
-    def _heads(self, projection: nn.Linear | None, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The projection split into heads, or heads of no dims where the layer has no such projection."""
-        x = hidden_states[..., :0] if projection is None else projection(hidden_states)
-        return self._split_heads(x)
+    def _by_group(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, H, s, n] -> [b, G, H / G, s, n]."""
+        return x.unflatten(1, (self.layout.num_key_value_heads, self.num_key_value_groups))
 
 
 class MHA2MLALlamaModel(LlamaModel):
@@ -158,6 +225,9 @@ class MHA2MLALlamaForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = MHA2MLALlamaModel(config)
         self.post_init()
+
+    def _get_static_cache_init_shape(self) -> None:
+        """generate allocates a static cache at the first update, with the shapes that it sees there."""
 
 
 __all__ = ["MHA2MLALlamaForCausalLM", "MHA2MLALlamaModel"]

@@ -1,0 +1,539 @@
+"""Decoding speed and memory of original and converted models, and of the Triton kernel alone, on one GPU.
+
+    python tools/benchmarks/decode.py [shapes=[1.7B,7B]] [batches=[1,16]] [output=decode.json] [key=value ...]
+    python tools/benchmarks/decode.py quick=true      a tiny shape in seconds, on the CPU too
+
+Models are random with a real model's shapes, caches are filled with random numbers to the context's length; a row is
+the time of a step that adds one token to every sequence. First the kernel is compared with float64: if it is wrong,
+nothing is timed. Rows are printed, and written to `output`, one by one; what `time_limit` leaves no time for is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from mha2mla_megatron.cli import split_words
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of, run_tool
+from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
+from mha2mla_megatron.hf.decode_triton_mha2mla import Tiles, choose_tiles, device_limits, flash_decode
+from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
+from mha2mla_megatron.settings import load_settings, to_dict
+
+USAGE = "decode.py [key=value ...]"
+KERNEL_TOLERANCE = 1.6e-2
+"""Of bf16, relative to the largest value: roundings of the probabilities and of the output."""
+SPARE_BYTES = 3 << 30
+"""Left free when the largest batch is estimated: activations, the compiler's workspaces."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def rope_columns(self) -> int:
+        """G r with r = d/8."""
+        return self.groups * self.head_dim // 8
+
+    def rank(self, saving: float) -> int:
+        """c that saves this percentage of the cache with r = d/8."""
+        return round((1 - saving / 100) * 2 * self.groups * self.head_dim) - self.rope_columns()
+
+
+SHAPES = {
+    "tiny": Shape(128, 256, 2, 4, 2, 512, True),
+    "135M": Shape(576, 1536, 30, 9, 3, 49152, True),
+    "1.7B": Shape(2048, 8192, 24, 32, 32, 49152, True),
+    "7B": Shape(4096, 11008, 32, 32, 32, 32000, False),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a row times: a model (original or converted), its form of attention, its cache."""
+
+    converted: bool
+    static: bool
+    decode: str = "expanded"
+    kernel: str = "torch"
+
+
+VARIANTS = {
+    "original-dynamic": Variant(False, False),
+    "original-static": Variant(False, True),
+    "expanded-dynamic": Variant(True, False),
+    "absorbed-dynamic": Variant(True, False, "absorbed"),
+    "absorbed-static": Variant(True, True, "absorbed"),
+    "triton-static": Variant(True, True, "absorbed", "auto"),
+}
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    shapes: list[str] = field(default_factory=lambda: ["1.7B", "7B"])
+    """tiny, 135M, 1.7B, 7B."""
+
+    savings: list[float] = field(default_factory=lambda: [68.75, 87.5])
+    """Percentages of the cache that the converted models save."""
+
+    variants: list[str] = field(default_factory=lambda: list(VARIANTS))
+    """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static."""
+
+    batches: list[int] = field(default_factory=lambda: [1, 16])
+    """Sequences of a step; 0 is the largest batch that fits, which is searched for (static caches only)."""
+
+    contexts: list[int] = field(default_factory=lambda: [8192])
+    """Cached tokens of each sequence."""
+
+    capture: str = "compile"
+    """How a step over a static cache runs: compile (torch.compile, reduce-overhead: what generate does), graph (a CUDA
+    graph of the uncompiled step: no compile time) or eager."""
+
+    steps: int = 16
+    """Timed steps of each round."""
+
+    rounds: int = 5
+    """The median round counts."""
+
+    kernel: bool = True
+    """Time the kernel alone, at these batches and contexts (for 0: at a batch whose cache has 4 GiB)."""
+
+    tune: bool = False
+    """Time the kernel with other tiles too, fastest first."""
+
+    time_limit: float = 540.0
+    """Seconds after which no new row is started."""
+
+    quick: bool = False
+    """A tiny shape, short contexts, few steps, nothing compiled."""
+
+    output: str | None = None
+    """A JSON file for the numbers; the plot goes beside it."""
+
+    def __post_init__(self) -> None:
+        for name in self.shapes:
+            require_one_of("shapes", name, tuple(SHAPES))
+        for name in self.variants:
+            require_one_of("variants", name, tuple(VARIANTS))
+        require_one_of("capture", self.capture, ("compile", "graph", "eager"))
+        for key, values, minimum in (("batches", self.batches, 0), ("contexts", self.contexts, 1)):
+            for value in values:
+                require_at_least(key, value, minimum)
+        for key in ("steps", "rounds"):
+            require_at_least(key, getattr(self, key), 1)
+        if any(not 0 < saving < 87.6 for saving in self.savings):
+            raise UserError("savings: percentages above 0, up to 87.5 (with r = d/8 the rotated keys alone are 1/16)")
+
+
+class Report:
+    """Rows as they come: printed, and in the JSON file at once, so that an interrupt loses none."""
+
+    def __init__(self, settings: DecodeSettings, device: torch.device) -> None:
+        self.start, self.settings, self.longest = time.perf_counter(), settings, 0.0
+        self.file = Path(settings.output) if settings.output else None
+        card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+        self.result: dict[str, Any] = {
+            "device": card, "torch": torch.__version__, "settings": to_dict(settings), "kernel": [], "steps": []
+        }  # fmt: skip
+
+    def add(self, table: str, row: dict[str, Any]) -> None:
+        self.result[table].append(row)
+        print("  " + "  ".join(f"{key} {_show(value)}" for key, value in row.items()), flush=True)
+        self.save()
+
+    def save(self, **entries: Any) -> None:
+        self.result.update(entries)
+        if self.file:
+            self.file.write_text(json.dumps(self.result, indent=2) + "\n")
+
+    def has_time(self, what: str) -> bool:
+        """Whether a row like the longest so far would end in time; says so where not."""
+        enough = time.perf_counter() - self.start + self.longest < self.settings.time_limit
+        if not enough:
+            print(f"  not run, no time left: {what}", flush=True)
+            self.save(not_run=[*self.result.get("not_run", []), what])
+        return enough
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.3g}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(
+    run: Callable[[], Any], steps: int, rounds: int, device: torch.device, before: Callable[[], Any] = lambda: None
+) -> tuple[float, float]:
+    """Median over rounds of the time of one run, and the spread of the rounds relative to it. `before`: untimed."""
+    times = []
+    for _ in range(rounds):
+        before()
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            run()
+        synchronize(device)
+        times.append(1000 * (time.perf_counter() - start) / steps)
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
+
+
+def copy_bandwidth(device: torch.device, quick: bool) -> float:
+    """Bytes per second that a copy of a large tensor reads and writes."""
+    source = torch.ones((16 if quick else 2048) << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    target.copy_(source)
+    ms, _ = milliseconds(lambda: target.copy_(source), 8, 3, device)
+    return 2000 * source.numel() / ms
+
+
+def kernel_inputs(batch: int, context: int, shape: Shape, rank: int, device: torch.device) -> dict[str, Any]:
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+
+    columns = shape.rope_columns()
+    return {
+        "q_rope": normal(batch, shape.heads, 1, columns),
+        "q_latent": normal(batch, shape.heads, 1, rank),
+        "k_rope": normal(batch, context, columns),
+        "latent": normal(batch, context, rank),
+        "mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device),
+        "scaling": (columns + rank) ** -0.5,
+    }
+
+
+def check_kernel(shape: Shape, rank: int, device: torch.device) -> float:
+    """Largest error against float64, relative to the largest value, with left padding and an empty end."""
+    inputs = kernel_inputs(2, 1111, shape, rank, device)
+    inputs["mask"][0, ..., :200] = False
+    inputs["mask"][:, ..., 1000:] = False
+    q, k = (torch.cat((inputs[f"{x}_rope"], inputs[y]), -1).double() for x, y in (("q", "q_latent"), ("k", "latent")))
+    scores = torch.einsum("bhsk,btk->bhst", q, k) * inputs["scaling"]
+    weights = scores.masked_fill(~inputs["mask"], -torch.inf).softmax(-1)
+    exact = torch.einsum("bhst,btc->bhsc", weights, inputs["latent"].double())
+    error = ((flash_decode(**inputs).double() - exact).abs().max() / exact.abs().max()).item()
+    if not error < KERNEL_TOLERANCE:
+        raise SystemExit(f"the kernel is wrong for {shape}, rank {rank}: error {error:.2e}")
+    return error
+
+
+def time_kernel(settings: DecodeSettings, report: Report, device: torch.device, copy: float) -> None:
+    """The kernel alone, its second pass and the reading of the mask included, against the bandwidth of a copy."""
+    cases = [(SHAPES[name], name, saving) for name in settings.shapes for saving in settings.savings]
+    for shape, name, saving in cases:
+        error = check_kernel(shape, shape.rank(saving), device)
+        report.add("kernel", {"shape": name, "saving": saving, "error": error})
+    for shape, name, saving in cases:
+        for context in settings.contexts:
+            row_bytes = 2 * (shape.rope_columns() + shape.rank(saving)) * context
+            for batch in sorted({batch or max(1, (4 << 30) // row_bytes) for batch in settings.batches}):
+                if report.has_time(f"kernel {name} {saving} batch {batch} context {context}"):
+                    head = {"shape": name, "saving": saving, "batch": batch, "context": context}
+                    for row in time_tiles(kernel_inputs(batch, context, shape, shape.rank(saving), device), settings):
+                        rate = batch * row_bytes / row["ms"] / 1e6
+                        speed = {"GB/s": rate, "of copy": 1e9 * rate / copy}
+                        report.add("kernel", {**head, **speed, **row})
+
+
+def time_tiles(inputs: dict[str, Any], settings: DecodeSettings) -> list[dict[str, Any]]:
+    """Times of the chosen tiles and, when tuning, of the eight fastest of all."""
+    device, (batch, heads, _, rank) = inputs["latent"].device, inputs["q_latent"].shape
+    _, context, columns = inputs["k_rope"].shape
+    chosen = choose_tiles(batch, heads, context, columns, rank, 2, *device_limits(device.index))
+    expected = flash_decode(**inputs, tiles=chosen)
+    rows = []
+    for tiles in [chosen, *(other_tiles(chosen) if settings.tune else ())]:
+        try:
+            result = flash_decode(**inputs, tiles=tiles)
+        except Exception as failure:  # a tile may need more registers or shared memory than there are
+            print(f"  {tiles}: {str(failure).splitlines()[0]}", flush=True)
+            continue
+        if (result - expected).abs().max() > KERNEL_TOLERANCE * expected.abs().max():
+            raise SystemExit(f"the kernel is wrong with {tiles}")
+
+        graph = torch.cuda.CUDAGraph()  # without one, small batches would time the launches
+        with torch.cuda.graph(graph):
+            flash_decode(**inputs, tiles=tiles)
+        ms, spread = milliseconds(graph.replay, settings.steps, settings.rounds, device)
+        rows.append({"ms": ms, "spread": spread, "chosen": "yes" if tiles == chosen else "no", "tiles": str(tiles)})
+    fastest = sorted(rows, key=lambda row: row["ms"])[:8]
+    return fastest if rows[0] in fastest else [*fastest, rows[0]]
+
+
+def other_tiles(chosen: Tiles) -> Iterator[Tiles]:
+    """The same latent tile cut in other ways."""
+    for splits in (max(1, chosen.splits // 2), 2 * chosen.splits):
+        yield dataclasses.replace(chosen, splits=splits)
+    for warps, block_m, block_n, stages in itertools.product((4, 8, 16), (16, 32), (16, 32, 64), (2, 3, 4)):
+        if chosen.block_c // warps >= 16 and (chosen.block_g == 0 or chosen.block_g // warps >= 16):
+            tiles = dataclasses.replace(chosen, warps=warps, block_m=block_m, block_n=block_n, stages=stages)
+            if tiles != chosen:
+                yield tiles
+
+
+def make_model(shape: Shape, saving: float | None, device: torch.device, context: int) -> Any:
+    """A random bf16 model, made on the device; converted (joint, r = d/8) where a saving is given."""
+    settings: dict[str, Any] = dict(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
+        tie_word_embeddings=shape.tied, max_position_embeddings=context + 1024,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        if saving is None:
+            return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=torch.bfloat16).eval()
+        settings["mha2mla"] = {
+            "partial_rope": {"qk_rope_head_dim": shape.head_dim // 8},
+            "low_rank": {"method": "joint", "kv_lora_rank": shape.rank(saving)},
+        }
+        return MHA2MLALlamaForCausalLM._from_config(MHA2MLALlamaConfig(**settings), dtype=torch.bfloat16).eval()
+
+
+def cache_widths(shape: Shape, saving: float | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(heads, columns) of a layer's keys and values."""
+    if saving is None:
+        return (shape.groups, shape.head_dim), (shape.groups, shape.head_dim)
+    return (1, shape.rank(saving)), (1, shape.rope_columns())
+
+
+def fill_cache(
+    model: Any, shape: Shape, saving: float | None, static: bool, batch: int, context: int, room: int
+) -> Any:
+    """A cache of `context` random tokens, with room for more where it is static."""
+    cache: Any = StaticCache(config=model.config, max_cache_len=context + room) if static else DynamicCache()
+    parts = cache_widths(shape, saving)
+    for layer in range(shape.layers):
+        if static:
+            empty = (torch.empty(batch, n, 0, width, dtype=model.dtype, device=model.device) for n, width in parts)
+            cache.layers[layer].lazy_initialization(*empty)
+            cache.layers[layer].keys.normal_()
+            cache.layers[layer].values.normal_()
+        else:
+            full = (torch.randn(batch, n, context, w, dtype=model.dtype, device=model.device) for n, w in parts)
+            cache.update(*full, layer)
+    return cache
+
+
+class Step:
+    """One more token for every sequence, over a cache that is set back to the context's length now and then."""
+
+    def __init__(self, model: Any, cache: Any, context: int, batch: int, capture: str) -> None:
+        self.model, self.cache, self.context = model, cache, context
+        self.static = isinstance(cache, StaticCache)
+        self.tokens = torch.ones(batch, 1, dtype=torch.long, device=model.device)
+        self.forward: Callable[..., Any] = model.forward
+        self.graph: Any = None
+        if self.static and capture == "compile":
+            self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
+        self.rewind()
+        for _ in range(3):  # compile, then record
+            self()
+        if self.static and capture == "graph":
+            synchronize(model.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self()
+            self.graph = graph
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        with torch.no_grad():
+            self.forward(input_ids=self.tokens, past_key_values=self.cache, use_cache=True)
+
+    def rewind(self) -> None:
+        if self.static:
+            for layer in self.cache.layers:
+                layer.cumulative_length.fill_(self.context)
+        elif self.cache.get_seq_length() > self.context:
+            self.cache.crop(self.context - self.cache.get_seq_length())
+
+
+def free_memory() -> None:
+    """Give back what the row before held: wrappers refer to each other, and compiled graphs to their pools."""
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a step reads: all but an embedding that is not the output projection too."""
+    skipped = None if model.config.tie_word_embeddings else model.get_input_embeddings().weight
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p is not skipped)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes allocated for the cache: of the storages, not of views into them."""
+    parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    return sum(part.untyped_storage().nbytes() for part in parts)
+
+
+def time_step(
+    model: Any, shape: Shape, saving: float | None, variant: Variant, batch: int, context: int,
+    settings: DecodeSettings, copy: float,
+) -> dict[str, Any]:  # fmt: skip
+    """One row: milliseconds of a step, tokens per second, memory. Raises RuntimeError where it does not fit."""
+    device, room = model.device, settings.steps + 8
+    if variant.converted:
+        model.config.mla_decode, model.config.mla_kernel = variant.decode, variant.kernel
+    allocated = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    cache = fill_cache(model, shape, saving, variant.static, batch, context, room)
+    allocated = torch.cuda.memory_allocated() - allocated if device.type == "cuda" else cache_bytes(cache)
+    tokens = batch * (context + room if variant.static else context)
+    elements = sum(heads * columns for heads, columns in cache_widths(shape, saving))
+    step = Step(model, cache, context, batch, settings.capture)
+    ms, spread = milliseconds(step, settings.steps, settings.rounds, device, before=step.rewind)
+    read = weight_bytes(model) + 2 * batch * context * shape.layers * elements
+    row = {
+        "ms": ms, "spread": spread, "tokens/s": 1000 * batch / ms, "of copy": 1000 * read / ms / copy,
+        "cache GB": allocated / 1e9, "cache/formula": allocated / (2 * tokens * shape.layers * elements),
+    }  # fmt: skip
+    if device.type == "cuda":
+        row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
+    return row
+
+
+def largest_batch(model: Any, shape: Shape, saving: float | None, variant: Variant, settings: Any, context: int) -> int:
+    """The batch whose static cache fills the memory that the weights leave, less a step's own memory."""
+    if model.device.type != "cuda":
+        return 2
+    free, _ = torch.cuda.mem_get_info()
+    elements = sum(heads * columns for heads, columns in cache_widths(shape, saving))
+    per_sequence = 2 * shape.layers * elements * (context + settings.steps + 8)
+    # A step's logits, and the float32 partial results of a layer's splits.
+    per_sequence += 4 * (2 * shape.vocabulary + 8 * shape.heads * (shape.rank(saving) if saving else shape.head_dim))
+    return max(1, (free - SPARE_BYTES) // per_sequence)
+
+
+def time_steps(settings: DecodeSettings, report: Report, device: torch.device, copy: float) -> None:
+    for name in settings.shapes:
+        for saving in [None, *settings.savings]:
+            names = [
+                variant
+                for variant in settings.variants
+                if VARIANTS[variant].converted == (saving is not None)
+                and (VARIANTS[variant].kernel == "torch" or device.type == "cuda")
+            ]
+            if not names or not report.has_time(f"{name}, {saving or 'original'}"):
+                continue
+            free_memory()
+            model = make_model(SHAPES[name], saving, device, max(settings.contexts))
+            for context in settings.contexts:
+                for batch in settings.batches:
+                    for variant in names:
+                        _add_row(model, name, saving, variant, batch, context, settings, report, copy)
+            del model
+
+
+def _add_row(
+    model: Any, name: str, saving: float | None, variant: str, batch: int, context: int, settings: DecodeSettings,
+    report: Report, copy: float,
+) -> None:  # fmt: skip
+    """Time one row; where the batch is searched for, with 4 % less at every failure."""
+    search, start = batch == 0, time.perf_counter()
+    if search and not VARIANTS[variant].static:
+        return
+    free_memory()
+    batch = batch or largest_batch(model, SHAPES[name], saving, VARIANTS[variant], settings, context)
+    head = {"shape": name, "variant": variant, "saving": saving or 0.0, "context": context}
+    while report.has_time(f"{name} {variant} {saving or 'original'} batch {batch} context {context}"):
+        try:
+            row = time_step(model, SHAPES[name], saving, VARIANTS[variant], batch, context, settings, copy)
+        except RuntimeError as failure:
+            if not any(sign in str(failure) for sign in ("out of memory", "ALLOC_FAILED")):
+                raise
+            row = {"ms": float("inf")}
+        free_memory()
+        if row["ms"] < float("inf") or not search or batch == 1:
+            fits = {"largest": "yes"} if search else {}
+            failed = row["ms"] == float("inf")
+            report.longest = max(report.longest, time.perf_counter() - start)
+            report.add("steps", {**head, "batch": batch, **({"result": "out of memory"} if failed else row), **fits})
+            return
+        batch -= max(1, batch // 25)
+
+
+def plot(report: Report) -> None:
+    """Tokens per second over the batch, a line per variant, a panel per shape and context; beside the JSON file."""
+    rows = [row for row in report.result["steps"] if "ms" in row]
+    if report.file is None or not rows:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = sorted({(row["shape"], row["context"]) for row in rows})
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), squeeze=False)
+    for axis, (shape, context) in zip(axes[0], panels, strict=True):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if (row["shape"], row["context"]) == (shape, context):
+                label = row["variant"] + (f" -{row['saving']:g} %" if row["saving"] else "")
+                lines.setdefault(label, []).append((row["batch"], row["tokens/s"]))
+        for label, points in lines.items():
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axis.set(title=f"{shape}, context {context}", xlabel="batch", ylabel="tokens/s", xscale="log", yscale="log")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(report.file.with_suffix(".png"), dpi=120)
+
+
+def main(argv: list[str]) -> None:
+    _, overrides, file = split_words(argv, USAGE, 0, 0, schema=DecodeSettings)
+    settings = load_settings(DecodeSettings, overrides, file)
+    if settings.quick:
+        quick = ["shapes=[tiny]", "contexts=[64]", "batches=[1,0]", "capture=eager", "steps=2", "rounds=2"]
+        settings = load_settings(DecodeSettings, [*quick, *overrides], file)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu" and settings.capture != "eager":
+        raise UserError(f"capture={settings.capture} needs a GPU; on the CPU give quick=true or capture=eager")
+    report = Report(settings, device)
+    copy = copy_bandwidth(device, settings.quick)
+    report.save(copy_bytes_per_second=copy)
+    print(f"\n{report.result['device']}: a copy moves {copy / 1e9:,.0f} GB/s")
+    if settings.kernel and device.type == "cuda":
+        print("\nThe kernel alone:")
+        time_kernel(settings, report, device, copy)
+    print("\nDecoding steps:")
+    time_steps(settings, report, device, copy)
+    plot(report)
+
+
+if __name__ == "__main__":
+    run_tool(main)
