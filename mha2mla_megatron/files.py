@@ -38,7 +38,7 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
         raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
     try:
         yield scratch
-        for target in reversed(targets):
+        for target in reversed(targets[1:]):
             target.unlink(missing_ok=True)
         for target, file in zip(targets, scratch, strict=True):
             os.replace(file, target)

@@ -69,7 +69,7 @@ def _read_yaml(file: Path) -> Any:
 def _merge(base: Any, update: Any, source: str) -> Any:
     try:
         return OmegaConf.merge(base, update)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a list where a mapping belongs
         key = getattr(error, "full_key", None) or "?"
         parent = base
         for part in str(key).split(".")[:-1]:
