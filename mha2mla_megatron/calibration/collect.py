@@ -116,7 +116,7 @@ def _add_layer(
     sums.key_norms += _pair_norms(keys)
     groups = keys.shape[1]
     per_group = queries.shape[1] // groups
-    token_gradients = []
+    key_gradients, value_gradients = [], []
     for g in range(groups):
         mine = slice(g * per_group, (g + 1) * per_group)
         gradient_k, gradient_v, score, loss = _group_sums(
@@ -128,12 +128,13 @@ def _add_layer(
             outputs[:, mine],
             attention.scaling,
         )
-        y = torch.cat((gradient_k.transpose(1, 2).flatten(2), gradient_v), -1).flatten(0, 1)  # [b S, (N+1) d]
-        sums.gradient_moment[g] += y.T @ y
+        key_gradients.append(gradient_k.transpose(1, 2).flatten(2))  # [b, S, N d]
+        value_gradients.append(gradient_v)
         sums.score_moments[mine] += score
         sums.loss_moments[mine] += loss
-        token_gradients.append(y.square().sum(-1))
-    energy = torch.stack(token_gradients).sum(0)  # [b S]
+    y = torch.cat((*key_gradients, *value_gradients), -1).flatten(0, 1)  # [b S, (H + G) d]
+    sums.gradient_moment += y.T @ y
+    energy = y.square().sum(-1)  # [b S]
     tokens = x.flatten(0, 1).float()
     sums.input_moment += tokens.T @ tokens
     sums.weighted_input_moment += tokens.T @ (tokens * energy[:, None])

@@ -1,23 +1,24 @@
 """The statistics file: sums over calibration tokens that say what each part of an attention layer does.
 
-Shape letters: L layers, h hidden size, H query heads, G key/value heads, N = H / G, d head dim, P = d/2 rotary pairs,
-n stored sequences, S their length.
+Shape letters: L layers, h hidden size, H query heads, G key/value heads, d head dim, P = d/2 rotary pairs, n stored
+sequences, S their length.
 
 All sums run over tokens (or over queries, which are tokens), so files of several runs merge by adding. For one layer:
 
     query_norms             [H, P]           ||q_pair|| before rotation
     key_norms               [G, P]           ||k_pair||
     input_moment            [h, h]           x x^T of the layer's (normed) input
-    gradient_energy         []               |y|^2, y a token's key and value gradients (below)
+    gradient_energy         []               |y|^2
     weighted_input_moment   [h, h]           |y|^2 x x^T
-    gradient_moment         [G, W, W]        y_g y_g^T, W = (N + 1) d, y_g the gradients of group g: with respect to
-                                             the unrotated key as each of its N query heads sees it, then to the value
+    gradient_moment         [W, W]           y y^T, W = (H + G) d
     score_moments           [H, P, 3, 3]     second moments of (t, f1, f2) under the softmax, centred per query
     loss_moments            [H, P, 3, 3]     the same, of their effects on the loss
 
-t is what pair j adds to an attention logit, f1 = Re(conj(q_j) k_j) and f2 = Im(conj(q_j) k_j) are what can be had
-without rotating it. The loss is the model's own: the negative log-likelihood of labels that it samples itself, so that
-second moments of gradients are those of the Kullback-Leibler divergence from the original (its Fisher information).
+y is a token's gradient: for each query head with respect to the unrotated key as that head sees it, then for each
+key/value head with respect to the value. t is what pair j adds to an attention logit, f1 = Re(conj(q_j) k_j) and
+f2 = Im(conj(q_j) k_j) are what can be had without rotating it. The loss is the model's own: the negative log-likelihood
+of labels that it samples itself, so that second moments of gradients are those of the Kullback-Leibler divergence from
+the original (its Fisher information).
 """
 
 from __future__ import annotations
@@ -70,14 +71,14 @@ class LayerStatistics:
 def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Name -> shape of one layer's sums."""
     h, heads, groups, d = architecture.heads
-    width = (heads // groups + 1) * d
+    width = (heads + groups) * d
     return {
         "query_norms": (heads, d // 2),
         "key_norms": (groups, d // 2),
         "input_moment": (h, h),
         "gradient_energy": (),
         "weighted_input_moment": (h, h),
-        "gradient_moment": (groups, width, width),
+        "gradient_moment": (width, width),
         "score_moments": (heads, d // 2, 3, 3),
         "loss_moments": (heads, d // 2, 3, 3),
     }
