@@ -140,8 +140,10 @@ class AttentionConverter:
                 k_nope, source.weights["v_proj.weight"], layout, self._metric(source, layout, order)
             )
         ]
-        longest = max(len(part) for part in parts)
-        return 0.5 * torch.stack([torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts]).sum(0)
+        longest = max((len(part) for part in parts), default=1)
+        # A layer that rotates every key has none to factor.
+        nothing = torch.zeros(longest, dtype=torch.float64)
+        return 0.5 * sum((torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts), nothing)
 
     def _read_layer(self, layer: int) -> _Layer:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope

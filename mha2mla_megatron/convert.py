@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,6 +78,8 @@ class ConvertSettings:
             raise UserError(
                 f"cache_budget: {self.cache_budget} is not a fraction of the original cache, above 0 and at most 1"
             )
+        if self.cache_elements is not None and not (math.isfinite(self.cache_elements) and self.cache_elements > 0):
+            raise UserError(f"cache_elements: {self.cache_elements} is not a number above 0")
         if self.budgeted:
             for key, value in (
                 ("partial_rope.qk_rope_head_dim", self.partial_rope.qk_rope_head_dim),
@@ -89,6 +92,8 @@ class ConvertSettings:
                 raise UserError("low_rank.method=none saves no cache, so it cannot meet a cache budget")
             if self.partial_rope.strategy == "full":
                 raise UserError("partial_rope.strategy=full keeps every rotation: give low_rank.kv_lora_rank instead")
+        elif self.allocation != AllocationSettings():
+            raise UserError("allocation: these settings spend a cache budget; give cache_budget or cache_elements too")
         for key, used in (("a cache budget", self.budgeted), ("heal.steps", self.heal.steps > 0)):
             if used and self.low_rank.statistics is None:
                 raise UserError(f"{key} needs statistics=FILE (of tools/calibrate.py)")

@@ -101,6 +101,12 @@ class Planner:
                 f"allocation: no multiple of rope_multiple={step} from min_rope={settings.min_rope} to {limit}"
             )
 
+        for r in self.rope_dims:  # what the strategy cannot have is said before minutes of measuring
+            rope = dataclasses.replace(converter.mla.partial_rope, qk_rope_head_dim=r)
+            dataclasses.replace(converter.mla, partial_rope=rope).resolve(
+                self.original.num_layers, *self.original.heads
+            )
+
     def plan(self, budget: int) -> Plan:
         """Spend at most `budget` cached elements per token, over all layers.
 
@@ -113,8 +119,8 @@ class Planner:
         cheapest = min(costs)
         if budget < layers * cheapest:
             raise UserError(
-                f"cache_budget: {budget / layers:.6g} elements per token and layer; the least that these bounds allow "
-                f"is {cheapest}"
+                f"the cache budget is {budget / layers:.6g} elements per token and layer; the least that these bounds "
+                f"allow is {cheapest}"
             )
         reference = self._reference(budget // layers)
         measured = self._measure(reference)

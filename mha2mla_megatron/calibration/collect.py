@@ -49,6 +49,7 @@ def _loss_gradient(model: Any, hidden: torch.Tensor, seeds: list[int]) -> torch.
             chance = torch.rand(len(probabilities), 1, generator=torch.Generator().manual_seed(seed))
             cumulated = probabilities.cumsum(-1)
             labels = torch.searchsorted(cumulated, chance.to(cumulated) * cumulated[:, -1:])
+            labels.clamp_(max=cumulated.shape[1] - 1)  # NaN is beyond all; the sums say so where they are saved
             probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))
             gradient[row] = probabilities.to(head.weight.dtype) @ head.weight
     return gradient

@@ -27,6 +27,7 @@ import torch
 
 from mha2mla_megatron.calibration.pairs import apply_query_map
 from mha2mla_megatron.calibration.statistics import LayerStatistics
+from mha2mla_megatron.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,5 @@ def _root(moment: torch.Tensor, damping: float) -> torch.Tensor:
             return root
         # Few tokens, or one that outweighs all others: the float32 rounding of the sums is above the damping.
         damping *= 10
+        if damping > 1:
+            raise UserError("statistics: a second moment is not that of any numbers; the file is damaged")

@@ -91,6 +91,11 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
     device = _rank_device(settings.device, world)
     reader = HFReader(source, architecture)
     sequences = read_sequences(source, text, settings)
+    largest = int(sequences.max())
+    if largest >= architecture.vocab_size:
+        raise UserError(
+            f"{source}: token id {largest} of the text is beyond the model's vocabulary {architecture.vocab_size}"
+        )
     provenance = {
         "tokens": min(settings.samples, len(sequences)) * settings.sequence_length,
         "model": {"source": str(source), "fingerprint": model_fingerprint(reader, architecture)},

@@ -121,6 +121,8 @@ class Statistics:
 
     def _check(self) -> None:
         names = set(self._tensors.keys())
+        if "sequences" not in names:
+            raise UserError(f"{self.file}: sequences is missing: not a whole statistics file")
         for layer in range(self.architecture.num_layers):
             for name, shape in layer_shapes(self.architecture).items():
                 key = f"layers.{layer}.{name}"
@@ -212,7 +214,12 @@ def _metadata(file: Path, tensors: Any) -> dict[str, Any]:
     metadata = tensors.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise UserError(f"{file}: not a statistics file of tools/calibrate.py (format {metadata.get('format')!r})")
-    return json.loads(metadata["provenance"])
+    try:
+        provenance = json.loads(metadata["provenance"])
+        _ = provenance["tokens"], provenance["model"]["fingerprint"], provenance["model"]["source"]
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{file}: its provenance is missing or damaged") from None
+    return provenance
 
 
 def all_tensors(layers: Iterable[LayerStatistics]) -> list[torch.Tensor]:
