@@ -38,7 +38,8 @@ def draw_allocation(report: dict[str, Any], head_dim: int, file: Path) -> None:
     )
     below.set_xlabel("layer")
     below.set_ylabel("cached elements")
-    below.legend()
+    below.margins(y=0.3)
+    below.legend(loc="upper right", ncols=2)
     saved = report["cache_elements_per_token"]["saved"]
     figure.suptitle(f"cache -{saved:.2%}")
     figure.savefig(file, dpi=120)
