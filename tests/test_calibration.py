@@ -82,12 +82,10 @@ def reference_sums(folder: Path, tokens: torch.Tensor, seed: int) -> dict[str, t
     sums = {}
     for index, (kept, weights) in enumerate(zip(layers, expected.attentions, strict=True)):
         x, q, k, features = kept["x"], kept["q"], kept["k"], kept["features"]
-        groups = k.shape[1]
         key_gradients, value_gradients, effects = (kept[f"{part} probe"].grad for part in ("key", "value", "effect"))
         assert key_gradients is not None and value_gradients is not None and effects is not None
-        y = torch.cat((key_gradients.unflatten(1, (groups, -1)), value_gradients[:, :, None]), 2)  # [b, G, N + 1, S, d]
-        y = y.permute(1, 0, 3, 2, 4).reshape(groups, len(x), -1)
-        energy = y.square().sum((0, 2))
+        y = torch.cat((key_gradients, value_gradients), 1).transpose(1, 2).reshape(len(x), -1)  # [b S, (H + G) d]
+        energy = y.square().sum(1)
         centred = features - torch.einsum("bhmn,bhmnpx->bhmpx", weights, features)[:, :, :, None]
         layer_sums = {
             "query_norms": q.abs().sum((0, 2)),
@@ -95,7 +93,7 @@ def reference_sums(folder: Path, tokens: torch.Tensor, seed: int) -> dict[str, t
             "input_moment": torch.einsum("ti,tj->ij", x, x),
             "gradient_energy": energy.sum(),
             "weighted_input_moment": torch.einsum("t,ti,tj->ij", energy, x, x),
-            "gradient_moment": torch.einsum("gti,gtj->gij", y, y),
+            "gradient_moment": torch.einsum("ti,tj->ij", y, y),
             "score_moments": torch.einsum("bhmn,bhmnpx,bhmnpy->hpxy", weights, centred, centred),
             "loss_moments": torch.einsum("bhmpx,bhmpy->hpxy", effects, effects),
         }
@@ -396,6 +394,7 @@ def test_statistics_of_another_model_are_refused(
 
 BAD_TENSORS = {
     "nan": (lambda t: t["layers.1.gradient_moment"].view(-1)[3].fill_(torch.nan), ["1.gradient_moment", "finite"]),
+    "negative": (lambda t: t["layers.0.weighted_input_moment"].neg_(), ["weighted_input_moment", "negative"]),
     "missing": (lambda t: t.pop("layers.2.loss_moments"), ["layers.2.loss_moments", "missing"]),
     "shape": (lambda t: t.update({"layers.0.key_norms": torch.ones(2, 5)}), ["layers.0.key_norms", "(2, 5)", "(2, 8)"]),
     "no sequences": (lambda t: t.pop("sequences"), ["sequences", "missing"]),

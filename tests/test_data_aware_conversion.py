@@ -99,9 +99,7 @@ def identity_statistics(statistics: Path, target: Path, groups: int) -> Path:
             "input_moment": torch.eye(64) * tokens,
             "gradient_energy": torch.tensor(7.0),
             "weighted_input_moment": torch.eye(64) * 7,
-            "gradient_moment": torch.diag(torch.tensor([tokens / per_group] * per_group * D + [tokens] * D)).repeat(
-                groups, 1, 1
-            ),
+            "gradient_moment": torch.diag(torch.tensor([tokens / per_group] * H * D + [tokens] * groups * D)),
             "score_moments": same.repeat(H, P, 1, 1) * tokens,
             "loss_moments": same.repeat(H, P, 1, 1) * tokens,
         }
@@ -148,9 +146,10 @@ class Samples:
         generator, t = random(seed), 200
         mix = torch.randn(h, h, generator=generator, dtype=torch.float64)
         self.x = torch.randn(t, h, generator=generator, dtype=torch.float64) @ mix
-        mix = torch.randn(g, (per_group + 1) * d, (per_group + 1) * d, generator=generator, dtype=torch.float64)
-        y = torch.randn(g, t, (per_group + 1) * d, generator=generator, dtype=torch.float64) @ mix
-        y[1:, :, : per_group * d] *= 3  # heads of different weight
+        width, heads = (g * per_group + g) * d, g * per_group * d
+        mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        y = torch.randn(t, width, generator=generator, dtype=torch.float64) @ mix
+        y[:, heads // 2 : heads] *= 3  # heads of different weight
         y *= torch.rand(t, 1, generator=generator, dtype=torch.float64) ** 2
         self.query_map = torch.randn(g * per_group, d // 2, 2, generator=generator, dtype=torch.float64)
         pairs = torch.rand(g, d // 2, generator=generator).argsort(1)[:, : r // 2].sort(1).values
@@ -158,15 +157,13 @@ class Samples:
         self.weight = torch.randn(g * (2 * d - r), h, generator=generator, dtype=torch.float64)
         self.nope = g * (d - r)
 
-        energy = y.square().sum((0, 2))
+        energy = y.square().sum(1)
         # What the converted layer's keys and values get: each head's part turned by its a + ib, summed.
-        parts = y.unflatten(-1, (per_group + 1, d))
-        turned = torch.complex(*parts[:, :, :-1].chunk(2, -1)) * torch.view_as_complex(self.query_map).view(
-            g, 1, per_group, d // 2
-        )
-        keys = torch.cat((turned.real, turned.imag), -1).sum(2)
-        keys = torch.stack([keys[i][:, self.order[i, r:]] for i in range(g)])
-        self.gradients = torch.cat((keys, parts[:, :, -1]), -1)  # [g, t, 2d - r]
+        seen = y[:, :heads].unflatten(1, (g, per_group, d))
+        turned = torch.complex(*seen.chunk(2, -1)) * torch.view_as_complex(self.query_map).view(g, per_group, d // 2)
+        keys = torch.cat((turned.real, turned.imag), -1).sum(2)  # [t, g, d]
+        keys = [keys[:, i, self.order[i, r:]] for i in range(g)]
+        self.gradients = torch.cat((*keys, y[:, heads:]), -1)  # [t, n]
         self.energy = energy
         nothing = torch.zeros(())
         self.statistics = LayerStatistics(
@@ -175,7 +172,7 @@ class Samples:
             input_moment=self.x.T @ self.x,
             gradient_energy=energy.sum(),
             weighted_input_moment=self.x.T @ (self.x * energy[:, None]),
-            gradient_moment=y.transpose(1, 2) @ y,
+            gradient_moment=y.T @ y,
             score_moments=nothing,
             loss_moments=nothing,
         )
@@ -188,8 +185,6 @@ class Samples:
         """Y [n, n] and C [h, h] of an objective, dense, from the tokens themselves."""
         n, h = self.weight.shape
         y, c = torch.eye(n, dtype=torch.float64), torch.eye(h, dtype=torch.float64)
-        groups, _, width = self.gradients.shape
-        keys = self.nope // groups
         if objective == "inputs":
             c = torch.stack([torch.outer(x, x) for x in self.x]).mean(0)
         if objective in ("balanced", "outputs"):
@@ -197,14 +192,10 @@ class Samples:
             c = torch.stack([s * torch.outer(x, x) for s, x in zip(share, self.x, strict=True)]).sum(0)
         if objective == "balanced":
             square = self.gradients.square()
-            y[: self.nope] *= square[:, :, :keys].mean()
-            y[self.nope :] *= square[:, :, keys:].mean()
+            y[: self.nope] *= square[:, : self.nope].mean()
+            y[self.nope :] *= square[:, self.nope :].mean()
         if objective == "outputs":
-            for g in range(groups):
-                rows = [*range(g * keys, (g + 1) * keys)]
-                rows += range(self.nope + g * (width - keys), self.nope + (g + 1) * (width - keys))
-                own = self.gradients[g]
-                y[numpy.ix_(rows, rows)] = torch.einsum("ti,tj->ij", own, own) / self.tokens
+            y = torch.einsum("ti,tj->ij", self.gradients, self.gradients) / self.tokens
         return y, c
 
 
@@ -271,8 +262,8 @@ def test_factors_are_the_whitened_svd_taken_back(objective: str, h: int) -> None
 
 def test_factors_of_identity_moments_in_float64() -> None:
     samples = Samples(7, 40)
-    identity = torch.eye(24, dtype=torch.float64).repeat(2, 1, 1) * samples.tokens
-    identity[:, :16, :16] /= 2  # two query heads of each group
+    identity = torch.eye(48, dtype=torch.float64) * samples.tokens
+    identity[:32] /= 2  # two query heads of each group
     eye = torch.eye(40, dtype=torch.float64)
     samples.statistics.input_moment = eye * samples.tokens
     samples.statistics.weighted_input_moment = eye * samples.statistics.gradient_energy
@@ -694,7 +685,8 @@ BAD_SETTINGS = {
     "budget 0": ([WITH, "cache_budget=0"], ["cache_budget", "0"]),
     "budget negative": ([WITH, "cache_budget=-0.4"], ["cache_budget", "-0.4"]),
     "budget above 1": ([WITH, "cache_budget=1.5"], ["cache_budget", "1.5", "at most 1"]),
-    "budget below the least": ([WITH, "cache_budget=0.1"], ["cache_budget", "6.3", "least", "8"]),
+    "budget below the least": ([WITH, "cache_budget=0.1"], ["cache budget", "6.3", "least", "8"]),
+    "allocation without a budget": ([WITH, "allocation.rank_multiple=16"], ["allocation", "cache_budget"]),
     "elements below the least": ([WITH, "cache_elements=7"], ["7", "least", "8"]),
     "elements 0": ([WITH, "cache_elements=0"], ["cache_", "0"]),
     "elements above the original": ([WITH, "cache_elements=65"], ["cache_elements", "65", "64"]),

@@ -117,6 +117,8 @@ class Statistics:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise UserError(f"{self.file}: layers.{index}.{name} holds numbers that are not finite")
+            if name.endswith("moment") and (tensor.diagonal() < 0).any():
+                raise UserError(f"{self.file}: layers.{index}.{name} has a negative mean square")
         return LayerStatistics(**tensors).to(device, torch.float64)
 
     def _check(self) -> None:
