@@ -185,11 +185,20 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
         attention_bias=converted.qkv_bias,
         attention_output_bias=converted.attention_output_bias,
         mlp_bias=converted.mlp_bias,
-        mha2mla=dataclasses.asdict(converted.mla),
+        mha2mla=_published(converted.mla),
     )
     if dtype != "auto":
         config["dtype"] = dtype
     return config
+
+
+def _published(mla: MHA2MLAConfig) -> dict[str, Any]:
+    """The conversion's settings with file names in place of paths, which say nothing on another machine."""
+    values = dataclasses.asdict(mla)
+    for part, key in (("partial_rope", "scores"), ("low_rank", "statistics")):
+        if values[part][key] is not None:
+            values[part][key] = Path(values[part][key]).name
+    return values
 
 
 def _converted_tensors(

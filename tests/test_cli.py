@@ -84,7 +84,16 @@ def test_settings_are_described() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tool", "key"), [("preprocess_data", "overwrite=false"), ("evaluate_perplexity", "window=1024")]
+    ("tool", "key"),
+    [
+        ("preprocess_data", "overwrite=false"),
+        ("evaluate_perplexity", "window=1024"),
+        ("evaluate_choices", "batch_tokens=4096"),
+        ("calibrate", "samples=16"),
+        ("merge_statistics", "overwrite=false"),
+        ("sweep", "keep_models=false"),
+        ("convert_mha_to_mla", "allocation.rank_multiple=8"),
+    ],
 )
 def test_help(tool: str, key: str) -> None:
     for flag in ("-h", "--help"):
@@ -92,7 +101,7 @@ def test_help(tool: str, key: str) -> None:
         assert done.stdout.startswith(f"usage: {tool}.py ") and f"\n  {key}\n" in done.stdout
 
 
-@pytest.mark.parametrize("tool", ["preprocess_data", "evaluate_perplexity"])
+@pytest.mark.parametrize("tool", ["preprocess_data", "evaluate_perplexity", "evaluate_choices"])
 def test_wrong_words_show_the_usage(tool: str) -> None:
     done = run_tool(tool, "only_one", check=False)
     assert done.returncode == 2 and f"usage: {tool}.py" in done.stderr
