@@ -51,6 +51,16 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
             file.unlink(missing_ok=True)
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Write a small file that changes all at once, also where the machine stops in between."""
+    scratch = file.with_name(f".{file.name}")
+    with scratch.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.replace(file)
+
+
 def write_json(file: Path, values: Any) -> None:
     """Write indented JSON; NaN and infinities, which JSON has not, are an error."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

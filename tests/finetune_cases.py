@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 import numpy
 import torch
 
-from mha2mla_megatron.checkpoint.megatron import TorchDistReader, iteration_folder
+from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, iteration_folder
+from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, make_llama, make_tokenizer, run_tool
 
 MODELS = ("original", "partial", "mla")
@@ -92,6 +94,15 @@ def checkpoint_values(save: Path, step: int) -> dict[str, Any]:
     from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
     return load_common_state_dict(str(iteration_folder(save, step)))
+
+
+def put_back(root: Path, target: Path, step: int) -> Path:
+    """A copy of a run as it was after this step."""
+    shutil.copytree(root, target)
+    for later in [found for found in saved_steps(target) if found > step]:
+        shutil.rmtree(iteration_folder(target, later))
+    (target / LATEST).write_text(f"{step}\n")
+    return target
 
 
 class Trap:

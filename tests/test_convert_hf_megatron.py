@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mha2mla_megatron.architecture import parse_architecture, read_architecture
+from mha2mla_megatron.checkpoint.manifest import MANIFEST
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
 from mha2mla_megatron.checkpoint.megatron import (
     LATEST,
@@ -268,6 +269,7 @@ BROKEN_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 def test_broken_checkpoints_are_refused(tmp_path: Path, folders: dict[str, Path], case: str) -> None:
     damage, named = BROKEN_CHECKPOINTS[case]
     shutil.copytree(folders["converted-megatron"], tmp_path / "source")
+    (iteration_folder(tmp_path / "source", 0) / MANIFEST).unlink()  # it would tell; the reader has to see for itself
     damage(iteration_folder(tmp_path / "source", 0))
     line = refused("convert_megatron_to_hf", tmp_path / "source", tmp_path / "back")
     assert all(part in line for part in named), line

@@ -8,6 +8,7 @@ from pathlib import Path
 from mha2mla_megatron.architecture import read_architecture, read_config
 from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
+from mha2mla_megatron.checkpoint.manifest import check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
 from mha2mla_megatron.checkpoint.megatron import (
     HF_FOLDER,
@@ -18,6 +19,7 @@ from mha2mla_megatron.checkpoint.megatron import (
     save_global_tensors,
     write_latest,
 )
+from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.progress import Progress
 
 
@@ -60,6 +62,7 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
         step = iteration_folder(folder, 0)
         step.mkdir()
         save_global_tensors(tensors, step)
+        seal_step(step, 0, ParallelConfig().sizes(1))
         progress.close()
         write_hf_side(source, folder)
         write_latest(folder, 0)
@@ -80,6 +83,7 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
     """
     side, step = locate_checkpoint(source, settings.iteration)
     architecture = read_architecture(side)
+    check_manifest(step)
     reader = TorchDistReader(step)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
     with new_folder(target, settings.overwrite) as folder:

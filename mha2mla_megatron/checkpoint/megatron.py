@@ -8,7 +8,10 @@ read what any parallel layout wrote, and the reverse.
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import replace_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
@@ -41,9 +45,7 @@ def read_latest(root: Path) -> int | None:
 
 def write_latest(root: Path, iteration: int) -> None:
     """Point at a complete step; the file changes all at once."""
-    scratch = root / f".{LATEST}"
-    scratch.write_text(f"{iteration}\n")
-    scratch.replace(root / LATEST)
+    replace_text(root / LATEST, f"{iteration}\n")
 
 
 def locate_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, Path]:
@@ -95,18 +97,58 @@ class TorchDistReader:
         if isinstance(entry, BytesStorageMetadata):
             raise KeyError(f"{name} is not a tensor")
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        covered = 0
-        for chunk in entry.chunks:
-            piece = self._read(name, chunk)
-            where = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
+        for _, where, piece in self.pieces(name):
             tensor[where] = piece
-            covered += piece.numel()
-        if covered != tensor.numel():
-            raise UserError(f"{self.folder}: {name}: {covered} of {tensor.numel()} elements are stored")
         return tensor
 
-    def _read(self, name: str, chunk: Any) -> torch.Tensor:
-        info = self.storage[MetadataIndex(name, chunk.offsets)]
+    def pieces(self, name: str) -> Iterator[tuple[Path, tuple[slice, ...], torch.Tensor]]:
+        """(file, place in the whole tensor, content) of each piece of a tensor.
+
+        Raises UserError, before the first piece, where they do not make up the whole tensor.
+        """
+        entry = self.entries[name]
+        self._check_complete(name, entry)
+        for chunk in entry.chunks:
+            info = self._info(MetadataIndex(name, chunk.offsets))
+            piece = self._load(info, name)
+            file, found = self.folder / info.relative_path, tuple(getattr(piece, "shape", ()))
+            if not isinstance(piece, torch.Tensor) or found != tuple(chunk.sizes):
+                raise UserError(f"{file}: {name}: a piece of shape {found}, expected {tuple(chunk.sizes)}")
+            if piece.dtype != entry.properties.dtype:
+                raise UserError(f"{file}: {name}: a piece of {piece.dtype}, expected {entry.properties.dtype}")
+            yield file, _place(chunk), piece
+
+    def values(self) -> dict[str, Any]:
+        """What was saved beside tensors: step, schedule, settings of the optimizer; empty where there is nothing."""
+        for index, info in self.storage.items():
+            if index.fqn.split("/")[0] == "common_state":
+                (values,) = self._load(info, index.fqn)
+                return values
+        return {}
+
+    def check_piece(self, index: MetadataIndex) -> None:
+        """Raise UserError unless the bytes of one piece, of a tensor or not, are those that were written."""
+        self._read(self._info(index), index.fqn)
+
+    def _check_complete(self, name: str, entry: TensorStorageMetadata) -> None:
+        """Pieces that lie inside the tensor, overlap nowhere and have its number of elements cover it."""
+        places = [_place(chunk) for chunk in entry.chunks]
+        count = sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks)
+        if any(p.stop > n for place in places for p, n in zip(place, entry.size, strict=True)):
+            raise UserError(f"{self.folder}: {name}: a piece lies outside of shape {tuple(entry.size)}")
+        for one, other in itertools.combinations(places, 2):
+            if all(a.start < b.stop and b.start < a.stop for a, b in zip(one, other, strict=True)):
+                raise UserError(f"{self.folder}: {name}: two pieces overlap")
+        if count != entry.size.numel():
+            raise UserError(f"{self.folder}: {name}: {count} of {entry.size.numel()} elements are stored")
+
+    def _info(self, index: MetadataIndex) -> Any:
+        if index not in self.storage:
+            raise UserError(f"{self.folder / '.metadata'}: does not say where a piece of {index.fqn} is")
+        return self.storage[index]
+
+    def _read(self, info: Any, name: str) -> bytes:
+        """The bytes of one piece, a zip archive, after a look at its checksums: torch itself does not check them."""
         file = self.folder / info.relative_path
         if Path(info.relative_path).name != info.relative_path:
             raise UserError(f"{self.folder}: {info.relative_path!r} is not the name of a file in this folder")
@@ -114,12 +156,25 @@ class TorchDistReader:
             with file.open("rb") as stream:
                 stream.seek(info.offset)
                 data = stream.read(info.length)
-            piece = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                wrong = archive.testzip()
         except Exception as error:
             raise UserError(f"{file}: {name} cannot be read ({type(error).__name__}: {error})") from None
-        if tuple(piece.shape) != tuple(chunk.sizes):
-            raise UserError(f"{file}: {name}: a piece of shape {tuple(piece.shape)}, expected {tuple(chunk.sizes)}")
-        return piece
+        if wrong is not None:
+            raise UserError(f"{file}: {name} cannot be read (damaged: the checksum of its bytes differs)")
+        return data
+
+    def _load(self, info: Any, name: str) -> Any:
+        data = self._read(info, name)
+        try:
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{self.folder / info.relative_path}: {name} cannot be read ({reason})") from None
+
+
+def _place(chunk: Any) -> tuple[slice, ...]:
+    return tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], step: Path) -> None:

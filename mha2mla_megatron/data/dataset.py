@@ -84,6 +84,15 @@ def sample_batches(
     return iter(loader)
 
 
+def remove_cut_indices(cache: Path) -> None:
+    """Remove the sample indices that a process killed while it wrote them left short: Megatron takes what is there."""
+    for file in cache.glob("*.npy"):
+        try:
+            numpy.load(file, mmap_mode="r")
+        except (ValueError, EOFError):
+            file.unlink()
+
+
 def check_data(train: str | dict[str, float], vocab_size: int) -> None:
     """Check the token files of `data.train` without Megatron, before anything is written.
 

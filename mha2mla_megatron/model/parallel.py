@@ -47,6 +47,16 @@ class ParallelConfig:
         """Processes that hold one copy of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
+    def sizes(self, world_size: int) -> dict[str, int]:
+        """The whole layout over this many processes, as plain numbers."""
+        return {
+            "processes": world_size,
+            "tensor": self.tensor_model_parallel_size,
+            "pipeline": self.pipeline_model_parallel_size,
+            "context": self.context_parallel_size,
+            "data": world_size // self.model_parallel_size,
+        }
+
 
 def launched_world_size() -> int:
     """How many processes were started: torchrun's WORLD_SIZE, 1 for a plain `python`."""

@@ -112,7 +112,13 @@ class FinetuneSettings:
     """Steps between checkpoints; the last step is saved always."""
 
     keep_last: int | None = None
-    """How many of the newest checkpoints to keep. None: all."""
+    """How many of the newest checkpoints to keep; older ones go once a newer one is complete. None: all."""
+
+    on_nan: str = "stop"
+    """What to do in a step whose loss or gradient norm is NaN or infinite: stop the run, or skip the step's update."""
+
+    max_skips_in_a_row: int = 10
+    """With on_nan=skip: stop where more steps than this follow each other without an update."""
 
     seed: int = 1234
     """Order of the samples."""
@@ -128,7 +134,9 @@ class FinetuneSettings:
             require_at_least(key, getattr(self, key), 1)
         if self.keep_last is not None:
             require_at_least("keep_last", self.keep_last, 1)
+        require_at_least("max_skips_in_a_row", self.max_skips_in_a_row, 1)
         for key, valid in (
+            ("on_nan", ("stop", "skip")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("implementation", ("auto", "local", "transformer_engine")),
             ("recompute", ("none", "selective", "full")),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from mha2mla_megatron.files import replace_text
 from mha2mla_megatron.progress import format_seconds
+from mha2mla_megatron.training.step import StepResult
 
 
 class StepLog:
@@ -18,38 +24,54 @@ class StepLog:
     def __init__(self, root: Path, total_steps: int, first_step: int) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.total, self.first = total_steps, first_step
+        self.failed = False
         self.file = _reopen(root / "log.jsonl", first_step)
         self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
         self.started = self.previous = time.monotonic()
 
-    def step(self, step: int, loss: float, grad_norm: float, lr: float, tokens: int) -> None:
-        """step counts from 1; tokens: predicted in this step over all ranks."""
+    def step(self, step: int, result: StepResult, lr: float) -> None:
+        """step counts from 1. Values that are not finite are null in log.jsonl, which JSON has no number for."""
         now = time.monotonic()
         seconds, self.previous = now - self.previous, now
-        rate = tokens / seconds
+        rate = result.tokens / seconds
         left = (now - self.started) / (step - self.first) * (self.total - step)
         print(
-            f"step {step}/{self.total} | loss {loss:.4f} | grad norm {grad_norm:.3f} | lr {lr:.3e} | "
-            f"{rate:,.0f} tokens/s | {format_seconds(left)} left",
+            f"step {step}/{self.total} | loss {result.loss:.4f} | grad norm {result.grad_norm:.3f} | lr {lr:.3e} | "
+            f"{rate:,.0f} tokens/s | {format_seconds(left)} left{'' if result.updated else ' | skipped'}",
             flush=True,
         )
-        values: dict[str, Any] = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens_per_second": rate}
-        self.file.write(json.dumps({"step": step, **values, "tokens": tokens, "seconds": seconds}) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        found = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens_per_second": rate}
+        values: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        line = {"step": step, **values, "tokens": result.tokens, "seconds": seconds}
+        if not result.updated:
+            line["skipped"] = True
+        with self._may_fail():
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        for stream in (self.file, self.board):
+            with self._may_fail():
+                stream.close()
+
+    @contextmanager
+    def _may_fail(self) -> Iterator[None]:
+        """A log that cannot be written, as on a full disk, is no reason to lose the steps since the last save."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                self.failed = True
+                print(f"warning: {self.file.name} or tensorboard: not written ({error.strerror})", file=sys.stderr)
 
 
 def _reopen(file: Path, first_step: int) -> IO[str]:
     """The log with the steps up to `first_step`; later ones were lost with the run that is resumed."""
-    kept = [line for line in _lines(file) if json.loads(line)["step"] <= first_step]
-    stream = file.open("w")
-    stream.writelines(kept)
-    return stream
+    replace_text(file, "".join(line for line in _lines(file) if json.loads(line)["step"] <= first_step))
+    return file.open("a")
 
 
 def _lines(file: Path) -> list[str]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,15 +13,18 @@ from megatron.core.distributed import DistributedDataParallel
 from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
-from mha2mla_megatron.data.dataset import build_dataset, check_data, sample_batches
+from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
-from mha2mla_megatron.training.checkpoint import load_weights, resume_run, save_run
+from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.log import StepLog
+from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
+from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.step import build_training_model, train_step
+from mha2mla_megatron.training.together import on_first_rank
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -54,23 +54,27 @@ def finetune(settings: FinetuneSettings) -> None:
     dtype = training_dtype(settings, device)
     model = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer([model], settings, dtype)
-    rank = torch.distributed.get_rank()
-    step = 0
-    run = resume_run(root, architecture, model.module, optimizer, schedule)
-    if run is not None:
-        step = run["step"]
-    else:
+    prepare_root(root)
+    resumed = resume_run(root, architecture, model.module, optimizer, schedule)
+    run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0} if resumed is None else resumed
+    step = run["step"]
+    if resumed is None:
         load_weights(model.module, weights, architecture)
         optimizer.reload_model_params()
-        if rank == 0:
+
+    def write_beside() -> None:
+        if resumed is None:
             write_hf_side(side, root)
-    if rank == 0:
         save_settings(settings, root / "settings.yaml")
         print(
             f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True
         )
+
+    on_first_rank(write_beside, f"save: {root}: cannot be written")
     batches = _batches(settings, eod, architecture, root, step, data_size)
-    _train(settings, root, model, optimizer, schedule, batches, step, device)
+    # A run saved by an earlier version has no counts of skipped steps.
+    guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
+    _train(settings, root, model, optimizer, schedule, batches, guard, step, device)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -91,6 +95,8 @@ def _batches(
     settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, step: int, data_size: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     total = settings.steps * settings.global_batch_size
+    cache = Path(settings.data.cache) if settings.data.cache else root / "cache"
+    on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
     dataset = build_dataset(
         settings.data.train,
         settings.data.sequence_length,
@@ -99,7 +105,7 @@ def _batches(
         settings.data.eod_mask_loss,
         eod,
         architecture.vocab_size,
-        Path(settings.data.cache) if settings.data.cache else root / "cache",
+        cache,
     )
     return sample_batches(
         dataset,
@@ -119,59 +125,37 @@ def _train(
     optimizer: Any,
     schedule: Any,
     batches: Iterator[dict[str, torch.Tensor]],
+    guard: NonFiniteSteps,
     step: int,
     device: torch.device,
 ) -> None:
+    layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
-    stop = _StopRequest(device)
+    stop = StopRequest(device)
     model.train()
     schedule.step(0)
     try:
         while step < settings.steps:
             lr = optimizer.param_groups[0]["lr"]
             result = train_step(model, optimizer, batches, settings, device)
+            guard.check(step + 1, result)
             schedule.step(1)
             step += 1
             if log is not None:
-                log.step(step, result.loss, result.grad_norm, float(lr), result.tokens)
+                log.step(step, result, float(lr))
             stopping = stop.requested()
             if step == settings.steps or step % settings.save_interval == 0 or stopping:
-                save_run(root, step, model.module, optimizer, schedule, {"step": step}, settings.keep_last)
+                run = {"step": step, "skipped": guard.skipped, "skipped_in_a_row": guard.in_a_row}
+                save_run(root, step, model.module, optimizer, schedule, run, layout, settings.keep_last)
             if stopping:
+                if log is not None:
+                    print(
+                        f"{root}: asked to stop; step {step} of {settings.steps} is saved, and the same command goes "
+                        "on from there",
+                        flush=True,
+                    )
                 break
     finally:
         stop.close()
         if log is not None:
             log.close()
-
-
-class _StopRequest:
-    """SIGINT and SIGTERM end the run after the current step, which is saved; a later one ends it at once.
-
-    One that comes within GRACE seconds is the same request: a launcher passes on what its processes got already.
-    """
-
-    GRACE = 5.0
-
-    def __init__(self, device: torch.device) -> None:
-        self.flag = torch.zeros(1, dtype=torch.int32, device=device)
-        self.asked: float | None = None
-        self.before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _ask(self, number: int, _: Any) -> None:
-        now = time.monotonic()
-        self.asked = now if self.asked is None else self.asked
-        if now - self.asked > self.GRACE:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer."""
-        self.flag.fill_(self.asked is not None)
-        torch.distributed.all_reduce(self.flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(self.flag.item())

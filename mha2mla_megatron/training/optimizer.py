@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,6 +38,7 @@ def build_optimizer(
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             _save_every_bucket_in_its_place(part)
+    _leave_out_what_is_not_finite(optimizer)
     for inner in _torch_adams(optimizer):
         _make_resumable(inner)
     schedule = OptimizerParamScheduler(
@@ -57,6 +59,27 @@ def build_optimizer(
         override_opt_param_scheduler=True,
     )
     return optimizer, schedule
+
+
+def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
+    """Let `step` change nothing, and say so, where the gradient norm over all ranks is NaN or infinite.
+
+    Megatron does that with a loss scaler alone, which is for float16; without one such gradients go into the moments,
+    from where they never leave.
+    """
+    measure, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
+    norm = math.nan
+
+    def get_grad_norm() -> float:
+        nonlocal norm
+        norm = float(measure())
+        return norm
+
+    def step_with_ready_grads() -> bool:
+        return math.isfinite(norm) and update()
+
+    optimizer.get_grad_norm = get_grad_norm
+    optimizer.step_with_ready_grads = step_with_ready_grads
 
 
 def _save_every_bucket_in_its_place(optimizer: DistributedOptimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +22,17 @@ from mha2mla_megatron.training.config import FinetuneSettings
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave: mean loss over `tokens` predicted tokens of all ranks, gradient norm before clipping."""
+    """What one step gave: mean loss over `tokens` predicted tokens of all ranks, gradient norm before clipping.
+
+    updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite.
+    bad_micro_batches: those of this rank whose loss is.
+    """
 
     loss: float
     tokens: int
     grad_norm: float
+    updated: bool
+    bad_micro_batches: tuple[int, ...]
 
 
 def build_training_model(
@@ -48,7 +55,7 @@ def build_training_model(
         use_distributed_optimizer=True,
         overlap_grad_reduce=True,
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # it raises on one rank alone; the optimizer sees the norm over all of them
     )
     wrapped = DistributedDataParallel(config, ddp, model)
     # Gradients are summed over ranks as they appear: only those of the last micro batch may start that.
@@ -63,7 +70,7 @@ def train_step(
     settings: FinetuneSettings,
     device: torch.device,
 ) -> StepResult:
-    """Forward, backward and update over one global batch."""
+    """Forward, backward and, where loss and gradients are finite, update over one global batch."""
     model.zero_grad_buffer()
     optimizer.zero_grad()
     losses = get_forward_backward_func()(
@@ -76,9 +83,15 @@ def train_step(
         micro_batch_size=settings.micro_batch_size,
         forward_only=False,
     )
-    _, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     loss, tokens = _mean_loss(losses, device)
-    return StepResult(loss, tokens, float(grad_norm))
+    bad: tuple[int, ...] = ()
+    updated, grad_norm = False, math.nan
+    # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one.
+    if math.isfinite(loss):
+        updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
+    else:
+        bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"][0])))
+    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad)
 
 
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mha2mla_megatron.checkpoint.megatron import LATEST, read_latest
+from mha2mla_megatron.checkpoint.megatron import read_latest
+from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, run_tool
 from tests.finetune_cases import (
     checkpoint_tensors,
     finetune,
     losses,
     make_workspace,
+    put_back,
     read_log,
     run_words,
     terminate_at_step_3,
@@ -41,16 +42,6 @@ LAYOUTS = {
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def put_back(root: Path, target: Path, step: int) -> Path:
-    """A copy of a run as it was after this step."""
-    shutil.copytree(root, target)
-    for later in target.glob("iter_*"):
-        if int(later.name.removeprefix("iter_")) > step:
-            shutil.rmtree(later)
-    (target / LATEST).write_text(f"{step}\n")
-    return target
-
-
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_workspace(tmp_path_factory.mktemp("finetune-parallel"))
@@ -64,9 +55,9 @@ def results(workspace: Path) -> Path:
     """
     folder, runs = workspace / "runs", []
 
-    def add(name: str, model: str, *words: str, stop: int | None = None) -> None:
+    def add(name: str, model: str, *words: str, fault: str | None = None) -> None:
         argv = run_words(workspace, model, folder / name, *SCHEDULE, *words)
-        runs.append({"name": name, "argv": argv, "stop": stop})
+        runs.append({"name": name, "argv": argv, "fault": fault, "rank": 1})
 
     for model in MODELS:
         single = finetune(workspace, model, folder / f"{model}-single", *SCHEDULE)
@@ -74,7 +65,9 @@ def results(workspace: Path) -> Path:
         add(f"{model}-resumed-tp2", model, *LAYOUTS["tp2"])
         for layout, words in LAYOUTS.items():
             add(f"{model}-{layout}", model, *words)
-    add("stopped", "mla", "save_interval=4", stop=1)
+    add("stopped", "mla", "save_interval=4", fault="signal")
+    add("full", "mla", "save_interval=1", *LAYOUTS["tp2"], fault="full disk")
+    add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
     add("bad-batch", "mla", "global_batch_size=2")
     add("bad-data", "mla", "data.train=/nowhere/text")
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -125,6 +118,25 @@ def test_one_process_goes_on_from_any_layout(workspace: Path, results: Path, tmp
 def test_a_signal_to_one_process_stops_all(results: Path) -> None:
     assert [run["code"] for run in outcome(results, "stopped")] == [0, 0]
     assert read_latest(results / "stopped") == 2 and len(read_log(results / "stopped")) == 2
+
+
+def test_a_disk_full_on_one_process_ends_all(results: Path, tmp_path: Path) -> None:
+    first, second = outcome(results, "full")
+    assert (first["code"], second["code"], second["stderr"]) == (2, 2, "")
+    (line,) = first["stderr"].splitlines()
+    assert "step 2 cannot be saved" in line and "rank 1" in line and "File too large" in line and "step, 1," in line
+    assert saved_steps(results / "full") == [1] and read_latest(results / "full") == 1
+    run_tool("inspect_checkpoint", results / "full")
+
+
+def test_a_nan_on_one_process_stops_all_and_is_named(results: Path) -> None:
+    """Two processes of two micro batches of one sample each: the second process's first is the second of the step."""
+    first, second = outcome(results, "nan-stop")
+    assert (first["code"], second["code"], second["stderr"]) == (2, 2, "")
+    (line,) = first["stderr"].splitlines()
+    assert "step 2: loss nan" in line and "samples 5;" in line, line
+    assert saved_steps(results / "nan-stop") == [1]
+    run_tool("inspect_checkpoint", results / "nan-stop")
 
 
 @pytest.mark.parametrize(("name", "part"), [("bad-batch", "2 data-parallel ranks"), ("bad-data", "/nowhere/text.bin")])
