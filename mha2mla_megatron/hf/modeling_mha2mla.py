@@ -198,11 +198,11 @@ class MHA2MLAAttention(nn.Module):
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[b, t, G n] -> [b, G, t, n]."""
         groups = self.layout.num_key_value_heads
-        return x.unflatten(-1, (groups, x.shape[-1] // groups)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], groups, x.shape[-1] // groups).transpose(1, 2)
 
     def _by_group(self, x: torch.Tensor) -> torch.Tensor:
         """[b, H, s, n] -> [b, G, H / G, s, n]."""
-        return x.unflatten(1, (self.layout.num_key_value_heads, self.num_key_value_groups))
+        return x.reshape(x.shape[0], self.layout.num_key_value_heads, self.num_key_value_groups, *x.shape[2:])
 
 
 class MHA2MLALlamaModel(LlamaModel):
