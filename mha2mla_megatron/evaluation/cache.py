@@ -22,3 +22,17 @@ def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int:
 def cache_bytes_per_token(model: Any, tokens: int = 16) -> float:
     """Cached bytes per token and sequence, over a short sequence."""
     return cache_bytes(model, tokens) / tokens
+
+
+def stored_bytes(value: Any) -> int:
+    """Bytes of all tensors that an object holds, however deep: of a cache its codes, scales, zeros and window."""
+    if isinstance(value, torch.Tensor):
+        flatten: Any = getattr(value, "__tensor_flatten__", None)
+        if flatten is not None:  # a tensor made of others, such as quanto's
+            return sum(stored_bytes(getattr(value, name)) for name in flatten()[0])
+        return value.numel() * value.element_size()
+    if isinstance(value, list | tuple):
+        return sum(map(stored_bytes, value))
+    if isinstance(value, dict):
+        return sum(map(stored_bytes, value.values()))
+    return stored_bytes(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else 0

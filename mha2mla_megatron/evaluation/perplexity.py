@@ -18,7 +18,7 @@ import hashlib
 import importlib.metadata
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes, cache_bytes_per_token
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache, window_nll_through
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
@@ -61,6 +62,17 @@ class PerplexitySettings:
     bos: bool | None = None
     """true: put the tokenizer's BOS token before each window."""
 
+    cache: str | None = None
+    """Attend through a cache, in chunks: full, int8, int4, int2 (converted models), hqq8, hqq4, hqq2, quanto4, quanto2.
+    null: no cache."""
+
+    cache_chunk: int = 32
+    """Tokens fed at a time if `cache` is set."""
+
+    cache_options: dict[str, int] = field(default_factory=dict)
+    """Settings of that cache, such as residual_length, group_size and rope_nbits (int) or q_group_size and axis_key
+    (hqq, quanto)."""
+
     output: str | None = None
     """A JSON file for the results, replaced if it exists."""
 
@@ -69,10 +81,13 @@ class PerplexitySettings:
             ("window", self.window, 2),
             ("max_windows", self.max_windows, 1),
             ("batch_size", self.batch_size, 1),
+            ("cache_chunk", self.cache_chunk, 1),
         ):
             if value is not None:
                 require_at_least(key, value, minimum)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
+        if self.cache is not None:
+            require_one_of("cache", self.cache, KINDS)
         pick_device(self.device)
 
 
@@ -98,7 +113,8 @@ class PerplexityResult:
     cache_bytes_per_token: float
 
     cache_bytes_per_sequence: int
-    """Of a window of N tokens."""
+    """Of a window of N tokens. With `cache`, this and the bytes per token are those of all that the cache stores after
+    a whole window (BOS included): codes, scales, zeros and the tokens still in full precision."""
 
     dtype: str
 
@@ -115,7 +131,7 @@ def evaluate_perplexity(models: Sequence[str], text: Path, settings: PerplexityS
         folders = {model: resolve_model(model) for model in models}
         windows = cut_windows(content, folders, text, settings)
         for model, folder in folders.items():
-            _check_config(model, folder, windows)
+            _check_config(model, folder, windows, settings)
         results = [_evaluate(model, folder, windows, settings) for model, folder in folders.items()]
         for file in scratch:
             report = {
@@ -188,8 +204,8 @@ def format_results(results: Sequence[PerplexityResult]) -> str:
     return format_table(("model", "perplexity", "std. error", "tokens", "cache bytes/token"), rows)
 
 
-def _check_config(model: str, folder: Path, windows: torch.Tensor) -> None:
-    """Raise UserError if the model cannot take the windows. windows: int64 [w, t]."""
+def _check_config(model: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> None:
+    """Raise UserError if the model cannot take the windows or the cache. windows: int64 [w, t]."""
     from transformers import AutoConfig
 
     with loading(model):
@@ -203,6 +219,8 @@ def _check_config(model: str, folder: Path, windows: torch.Tensor) -> None:
     largest = int(windows.max())
     if largest >= config.vocab_size:
         raise UserError(f"{model}: token id {largest} of the text is beyond the model's vocabulary {config.vocab_size}")
+    if settings.cache is not None:
+        make_cache(model, config, settings.cache, settings.cache_options)
 
 
 def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> PerplexityResult:
@@ -210,9 +228,17 @@ def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: Pe
     model = load_causal_lm(model_name, folder, DTYPES[settings.dtype], pick_device(settings.device))
     predicted = settings.window - 1
     progress = Progress(model_name, windows.numel(), "tokens")
-    sums = []
+    sums, per_sequence, per_token = [], 0, 0.0
     for batch in windows.split(settings.batch_size):
-        sums.append(window_nll(model, batch.to(model.device), predicted))
+        if settings.cache is None:
+            sums.append(window_nll(model, batch.to(model.device), predicted))
+        else:
+            cache = make_cache(model_name, model.config, settings.cache, settings.cache_options)
+            sums_of_batch, held = window_nll_through(
+                cache, model, batch.to(model.device), predicted, settings.cache_chunk
+            )
+            sums.append(sums_of_batch)
+            per_sequence, per_token = held // len(batch), held / batch.numel()
         if not sums[-1].isfinite().all():
             raise UserError(f"{model_name}: gives log-likelihoods that are not finite, dtype {model.dtype}")
         progress.advance(batch.numel())
@@ -222,6 +248,8 @@ def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: Pe
     error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
     if nll > 700:  # exp of it is past float64
         raise UserError(f"{model_name}: {nll:.6g} nats a token is not the likelihood of a language model")
+    if settings.cache is None:
+        per_sequence, per_token = cache_bytes(model, settings.window), cache_bytes_per_token(model)
     perplexity = math.exp(nll)
     return PerplexityResult(
         model=model_name,
@@ -230,7 +258,7 @@ def _evaluate(model_name: str, folder: Path, windows: torch.Tensor, settings: Pe
         nll=nll,
         nll_standard_error=error,
         tokens=len(windows) * predicted,
-        cache_bytes_per_token=cache_bytes_per_token(model),
-        cache_bytes_per_sequence=cache_bytes(model, settings.window),
+        cache_bytes_per_token=per_token,
+        cache_bytes_per_sequence=per_sequence,
         dtype=str(model.dtype).removeprefix("torch."),
     )

@@ -23,8 +23,10 @@ from transformers.models.llama.modeling_llama import (
     rotate_half,
 )
 
+from .backend_cache_mha2mla import quantized_cache
 from .configuration_mha2mla import MHA2MLALlamaConfig
 from .decode_mha2mla import absorbed_attention, absorbed_is_cheaper, own_group, spread_over_groups, visible_rows
+from .latent_cache_mha2mla import LatentQuantizedCache
 from .layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
 
 
@@ -228,6 +230,25 @@ class MHA2MLALlamaForCausalLM(LlamaForCausalLM):
 
     def _get_static_cache_init_shape(self) -> None:
         """generate allocates a static cache at the first update, with the shapes that it sees there."""
+
+    def latent_cache(self, **settings: Any) -> LatentQuantizedCache:
+        """An empty quantised cache for `past_key_values`; settings: nbits and the others of LatentQuantizedCache."""
+        return LatentQuantizedCache(self.config, **settings)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Builds the quantised caches of `generate` itself: transformers' layers fail on many shapes, and know no
+        latents."""
+        quantized = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
+        if not quantized or model_kwargs.get("past_key_values") is not None:
+            prepare: Callable = super()._prepare_cache_for_generation  # type: ignore[misc]
+            prepare(generation_config, model_kwargs, *args, **kwargs)
+            return
+        cache = quantized_cache(self.config, **(generation_config.cache_config or {}))
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
 
 __all__ = ["MHA2MLALlamaForCausalLM", "MHA2MLALlamaModel"]
