@@ -100,19 +100,21 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
 def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.device:
     """Join the processes, form Megatron's groups for `parallel`, seed the random states; returns this process's device.
 
-    Under torchrun the world is torchrun's; a plain `python` is a world of one that opens no port. Calling it again
-    forms new groups in the same world. `seed` decides initial weights and dropout.
+    Under torchrun the world is torchrun's; a plain `python` is a world of one that opens no port. Called again, it
+    forms new groups in the same world where the layout is another one. `seed` decides initial weights and dropout.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     device = _join_world()
-    parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-    )
+    # Megatron forgets groups without closing them, and each of gloo's keeps its threads.
+    if not _has_groups(parallel):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+        )
     # As in Megatron's own training: the stages of a pipeline must not draw the same weights.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
@@ -132,6 +134,17 @@ def shut_down_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _has_groups(parallel: ParallelConfig) -> bool:
+    """Whether Megatron's groups are there already, in this layout."""
+    from megatron.core import parallel_state
+
+    return parallel_state.model_parallel_is_initialized() and (
+        parallel_state.get_tensor_model_parallel_world_size() == parallel.tensor_model_parallel_size
+        and parallel_state.get_pipeline_model_parallel_world_size() == parallel.pipeline_model_parallel_size
+        and parallel_state.get_context_parallel_world_size() == parallel.context_parallel_size
+    )
 
 
 def _join_world() -> torch.device:
