@@ -1,8 +1,8 @@
 """Flash decoding over a joint latent cache in Triton: the cache is read from memory once for all heads of a tile.
 
 In the absorbed form every head attends over the same rows, [rotated keys of all groups | latent]: keys are the whole
-row, values its latent. A query is zero in the rotated columns of other groups; those columns are loaded anyway, and
-their multiplications are idle tensor-core time, because decoding waits for memory.
+row, values its latent. A query is zero in the rotated columns of other groups; those columns are loaded anyway, for
+the heads of those groups, and multiplied for all.
 
 Shape letters: b batch, m query rows per sequence (heads x new tokens), t cached rows, g rotated columns (G r), c latent
 width.
