@@ -10,11 +10,9 @@ from typing import Any
 
 from mha2mla_megatron.config import MHA2MLAConfig, config_from_dict
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
+from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, MAX_DIMENSION, LatentLayout
 
 MLA_MODEL_TYPE = "mha2mla_llama"
-MAX_DIMENSION = 1 << 24
-"""No real model has a dimension near this; a config that says so is damaged."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class _Layer:
 
     weights: dict[str, torch.Tensor]
     statistics: LayerStatistics | None
+    pair_losses: torch.Tensor | None
+    """[G, P], float64: what each lost rotation costs in the attention weights."""
     scores: torch.Tensor | None
     """[G, P], what the strategy ranks pairs by."""
     query_map: torch.Tensor | None
@@ -95,7 +97,7 @@ class AttentionConverter:
             return reorder(rows).reshape_as(rows)
 
         converted = {"o_proj.weight": weights["o_proj.weight"], "q_proj.weight": queries(weights["q_proj.weight"])}
-        k = reorder(weights["k_proj.weight"])[:, 0]  # [G, d, h]
+        k = _ordered_keys(weights, order)  # [G, d, h]
         k_rope, k_nope = k[:, :r].flatten(0, 1), k[:, r:].flatten(0, 1)
         v = weights["v_proj.weight"]
         if r > 0:
@@ -120,10 +122,8 @@ class AttentionConverter:
     def pair_loss(self, layer: int, layout: LatentLayout) -> float:
         """The price of the lost rotations: KL divergence of the attention weights per query, summed over heads."""
         source = self._layer(layer)
-        assert source.statistics is not None and self.statistics is not None
-        moments = source.statistics.score_moments / self.statistics.tokens
-        query_map = identity_map(moments) if source.query_map is None else fit_query_map(moments)
-        losses = per_group(pair_losses(moments, query_map), layout.num_key_value_heads)
+        losses = source.pair_losses
+        assert losses is not None, "there are no statistics"
         kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
         return max(0.0, (losses.sum() - kept.sum()).item())
 
@@ -131,9 +131,7 @@ class AttentionConverter:
         """The price of every rank c from 0 on, in the objective: float64 [ranks], not increasing."""
         source = self._layer(layer)
         order = head_row_order(self._pairs(source, layout), layout.head_dim).to(self.device)
-        groups, d, r = layout.num_key_value_heads, layout.head_dim, layout.qk_rope_head_dim
-        k = source.weights["k_proj.weight"].view(groups, d, -1)
-        k_nope = k.gather(1, order[:, r:, None].expand(-1, -1, k.shape[-1])).flatten(0, 1)
+        k_nope = _ordered_keys(source.weights, order)[:, layout.qk_rope_head_dim :].flatten(0, 1)
         parts = [
             truncation_losses(rows, metric).cpu()
             for _, rows, metric in _parts(
@@ -151,19 +149,20 @@ class AttentionConverter:
         weights = {name: self.reader[prefix + name].to(self.device) for name in names}
         scores = None if self.scores is None else self.scores[layer]
         if self.statistics is None:
-            return _Layer(weights, None, scores, None, None)
+            return _Layer(weights, None, None, scores, None, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
         query_map = None
         if rope.query_map:
             # Fitted to the effects on the loss; pairs are ranked by their effects on the attention weights (both are
             # the better choice on the real model: docs/conversion.md).
             query_map = fit_query_map(statistics.loss_moments)
+        moments = statistics.score_moments / tokens
+        best = fit_query_map(moments) if rope.query_map else identity_map(moments)
+        losses = per_group(pair_losses(moments, best), self.original.num_key_value_heads)
         if rope.strategy == "activation":
-            moments = statistics.score_moments / tokens
-            best = fit_query_map(moments) if rope.query_map else identity_map(moments)
-            scores = per_group(pair_losses(moments, best), self.original.num_key_value_heads)
+            scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
-        return _Layer(weights, statistics, scores, query_map, columns)
+        return _Layer(weights, statistics, losses, scores, query_map, columns)
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
         return kept_pairs(
@@ -207,6 +206,12 @@ class AttentionConverter:
             factors.update({f"{name}.weight": part for name, part in zip(names, up.split(widths), strict=True)})
             downs.append(down)
         return {**factors, "kv_down_proj.weight": torch.cat(downs)} if downs else {}
+
+
+def _ordered_keys(weights: dict[str, torch.Tensor], order: torch.Tensor) -> torch.Tensor:
+    """The rows of every key head in order, [G, d, h]."""
+    k = weights["k_proj.weight"].view(*order.shape, -1)
+    return k.gather(1, order[:, :, None].expand_as(k))
 
 
 def _parts(

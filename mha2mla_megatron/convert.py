@@ -136,7 +136,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
             assert converter.statistics is not None
             model, sequences = OriginalModel(source, device), converter.statistics.sequences
             if settings.budgeted:
-                planner = Planner(converter, mla.low_rank.method, settings.allocation, model, sequences)
+                planner = Planner(converter, settings.allocation, model, sequences)
                 plan = planner.plan(settings.budget(original))
                 mla = with_plan(plan, mla).resolve(original.num_layers, *original.heads)
                 report["allocation"] = plan.report
@@ -225,7 +225,8 @@ def _converted_tensors(
     for name in reader.names:
         layer = attention.get(name)
         if layer is None:
-            yield name, cast(reader[name], reader[name].dtype)
+            tensor = reader[name]
+            yield name, cast(tensor, tensor.dtype)
             continue
         if layer in done:
             continue

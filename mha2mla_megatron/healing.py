@@ -16,6 +16,7 @@ Shape letters: n sequences, S tokens of each, h hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +118,7 @@ class Healer:
             optimizer.step()
         attention.requires_grad_(False)
 
-    def _map(self, function, hidden: torch.Tensor) -> torch.Tensor:
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """`function` on a few sequences at a time."""
         return torch.cat([function(part) for part in hidden.split(self.batch)])
 

@@ -83,14 +83,12 @@ class Planner:
     def __init__(
         self,
         converter: AttentionConverter,
-        method: str,
         settings: AllocationSettings,
         model: OriginalModel,
         sequences: torch.Tensor,
     ) -> None:
         """sequences: int [n, S], for the measurements."""
-        self.converter, self.method, self.settings, self.model = converter, method, settings, model
-        self.sequences = sequences
+        self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
         limit = d if settings.max_rope is None else min(settings.max_rope, d)
@@ -147,7 +145,7 @@ class Planner:
 
     def _layout(self, r: int, c: int | None) -> LatentLayout:
         """c None: nothing factored."""
-        return LatentLayout(*self.original.heads, r, "none" if c is None else self.method, c)
+        return LatentLayout(*self.original.heads, r, "none" if c is None else self.converter.mla.low_rank.method, c)
 
     def _ranks(self, r: int) -> list[int]:
         """Multiples within the bounds that a layer with this r can have."""

@@ -214,7 +214,7 @@ def _conversion(name: str, leaves: dict[str, Any]) -> ConvertSettings:
     words = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in leaves.items()]
     try:
         return load_settings(ConvertSettings, words)
-    except (UserError, TypeError) as error:  # TypeError: OmegaConf's, for a list where a mapping belongs
+    except UserError as error:
         raise UserError(f"row '{name}': {error}") from None
 
 

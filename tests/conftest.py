@@ -97,6 +97,14 @@ PROSE = (
 )
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of PROSE, four times over."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(PROSE * 4))
+    return file
+
+
 def make_tokenizer(folder: Path, vocab_size: int = 256, **changes: object) -> Path:
     """A byte-level BPE tokenizer trained on PROSE, saved into `folder`: ids 0 to 2 are <unk>, <bos> and <eos>.
 

@@ -29,13 +29,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(PROSE * 4))
-    return file
-
-
-@pytest.fixture(scope="module")
 def statistics(tmp_path_factory: pytest.TempPathFactory, model: Path, text: Path) -> Path:
     return calibrate(model, text, tmp_path_factory.mktemp("statistics") / "s.safetensors")
 

@@ -21,7 +21,7 @@ from mha2mla_megatron.calibration.pairs import apply_query_map, fit_query_map, i
 from mha2mla_megatron.calibration.statistics import LayerStatistics
 from mha2mla_megatron.low_rank import factorise, truncation_losses
 from mha2mla_megatron.partial_rope import head_row_order
-from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
+from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 
 H, G, D, L, S = 4, 2, 16, 3, 32
 P, N, BEFORE = D // 2, H // G, 2 * G * D
@@ -31,13 +31,6 @@ OBJECTIVES = ("weights", "inputs", "balanced", "outputs")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tokenizer(make_llama(tmp_path_factory.mktemp("models") / "llama", bias=True, seed=3))
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.txt"
-    file.write_text("\n".join(PROSE * 4))
-    return file
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm
 
 
 class OriginalModel:
-    """A Hugging Face causal LM whose weights get no gradient, float32 unless it lives on a GPU in another type."""
+    """A Hugging Face causal LM in float32 whose weights get no gradient."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.model: Any = load_causal_lm(str(folder), folder, torch.float32, device).requires_grad_(False)

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.calibration.collect import collect_batch
 from mha2mla_megatron.calibration.statistics import (
+    LayerStatistics,
     all_tensors,
     empty_statistics,
     model_fingerprint,
@@ -115,10 +116,10 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if rank != 0:
-            _collect(source, sequences, settings, device, rank, world)
+            _collect(source, architecture, sequences, settings, device, rank, world)
             return None
         with new_files([target], settings.overwrite) as (scratch,):
-            layers = _collect(source, sequences, settings, device, rank, world)
+            layers = _collect(source, architecture, sequences, settings, device, rank, world)
             stored = sequences[-int(provenance["stored_sequences"]) :]
             save_statistics(scratch, architecture, layers, stored, provenance)
         return provenance
@@ -152,10 +153,15 @@ def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> tor
 
 
 def _collect(
-    source: Path, sequences: torch.Tensor, settings: CalibrateSettings, device: torch.device, rank: int, world: int
-) -> list[Any]:
+    source: Path,
+    architecture: Architecture,
+    sequences: torch.Tensor,
+    settings: CalibrateSettings,
+    device: torch.device,
+    rank: int,
+    world: int,
+) -> list[LayerStatistics]:
     """The sums over the first `samples` sequences, this rank's part run here and all parts added up."""
-    architecture = read_architecture(source)
     model = load_causal_lm(str(source), source, DTYPES[settings.dtype], device).requires_grad_(False)
     layers = [empty_statistics(architecture, device) for _ in range(architecture.num_layers)]
     mine = list(range(rank, min(settings.samples, len(sequences)), world))
