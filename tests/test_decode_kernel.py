@@ -59,9 +59,9 @@ def test_tiles_fit(element_size: int, shared_memory: int) -> None:
             for c in (16, 96, 100, 512, 1024, 2048, 4096):
                 tiles = choose_tiles(7, m, 5000, g, c, element_size, 132, shared_memory)
                 sizes = (tiles.block_m, tiles.block_n, tiles.block_c, tiles.warps)
-                assert all(n & (n - 1) == 0 for n in sizes) and tiles.block_c // tiles.warps >= 16
-                assert tiles.block_g == 0 or (tiles.block_g >= g and tiles.block_g // tiles.warps >= 16)
-                assert _shared_bytes(tiles, g, c, element_size) <= shared_memory
+                assert all(n & (n - 1) == 0 for n in sizes)
+                assert not tiles.scores_latent or tiles.block_c >= c  # a score needs all columns
+                assert _shared_bytes(tiles, element_size) <= shared_memory
                 assert 1 <= tiles.splits <= 5000 // 64 + 1
 
 

@@ -4,6 +4,17 @@ In the absorbed form every head attends over the same rows, [rotated keys of all
 row, values its latent. A query is zero in the rotated columns of other groups; those columns are loaded anyway, for
 the heads of those groups, and multiplied for all.
 
+Matrix instructions want 64 rows or more of their first operand, and a decode step has few query rows. So cached rows
+and latent columns, of which there are many, are the long sides of all products: scores^T = keys queries^T and
+context^T = values^T weights^T, both from the same tile of cached rows in shared memory.
+
+Two kernels. `_score_rows`, a plain product that streams columns, writes float32 scores of the rotated columns, with the
+mask in them. `_average_rows` is flash decoding over the latents: it adds their scores and averages them, from one
+reading. Latents too wide for that are scored by the first kernel too, and read twice.
+
+(Rotated columns scored in the second kernel would save the scores' way through memory, a tenth of a row, but two chains
+of matrix instructions in its loop read wrong addresses with Triton 3.6.)
+
 Shape letters: b batch, m query rows per sequence (heads x new tokens), t cached rows, g rotated columns (G r), c latent
 width.
 """
@@ -12,7 +23,7 @@ width.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,9 +50,9 @@ class Tiles:
     block_n: int
     """Cached rows of one step."""
     block_c: int
-    """Latent columns whose average a program computes; it scores the others in a slower loop."""
-    block_g: int
-    """Rotated columns kept in registers like the latent's; 0: scored in the slower loop."""
+    """Latent columns whose average a program computes."""
+    scores_latent: bool
+    """Whether the averaging kernel scores the latents itself; the kernel before it does otherwise."""
     warps: int
     stages: int
     splits: int
@@ -72,45 +83,36 @@ def choose_tiles(
     batch: int, m: int, t: int, g: int, c: int, element_size: int, multiprocessors: int, shared_memory: int
 ) -> Tiles:
     """The tiles for these shapes on a GPU with this many multiprocessors, each with these bytes of shared memory."""
-    warps = 4 if c <= 256 else 8
-    block_c = min(2048 if element_size == 2 else 512, max(16 * warps, _power_of_2(c)))
-    block_g = max(16 * warps, _power_of_2(g)) if 0 < g <= 512 * 2 // element_size else 0
-    # A thread holds its share of the context (float32) and of the query in at most 255 registers.
-    context_rows = 128 * 32 * warps // block_c
-    block_m = min(max(16, _power_of_2(m)), max(16, context_rows if element_size == 2 else 16), 64)
+    widest, rows = _power_of_2(max(16, c)), _power_of_2(max(16, m))
+    cuts = [
+        # A thread keeps at most 128 registers of the context, float32.
+        Tiles(block_m, 64, block_c, scores_latent, 4 if block_c * block_m <= 128 * 128 else 8, stages, 1)
+        for block_m in (64, 32, 16)
+        for scores_latent, block_c in ((True, widest), (False, min(widest, 256)), (False, 64))
+        for stages in (4, 3, 2)
+        if block_m <= rows and block_c * block_m <= 128 * 256
+    ]
+    cuts.append(Tiles(16, 64, 16, False, 4, 1, 1))
+    tiles = next(cut for cut in cuts if cut == cuts[-1] or _shared_bytes(cut, element_size) <= shared_memory)
+    programs = batch * -(-m // tiles.block_m) * -(-c // tiles.block_c)
+    # Registers hold two programs of 4 warps; so many run at once.
+    resident = multiprocessors * max(1, min(8 // tiles.warps, shared_memory // _shared_bytes(tiles, element_size)))
 
-    def fits(block_n: int, stages: int) -> bool:
-        return block_m * block_n <= 1024 and shared_memory >= _shared_bytes(
-            Tiles(block_m, block_n, block_c, block_g, warps, stages, 1), g, c, element_size
-        )
+    def cost(splits: int) -> float:
+        """Time of all programs in rows: full rounds of resident ones, each with its rows and what it starts with."""
+        return -(-programs * splits // resident) * (-(-t // splits) + 128)
 
-    # Three stages load the next rows while these are used. Where not even 16 rows fit, the cache is read more often (by
-    # more programs with fewer query rows), or columns are read in loops.
-    cuts = ((64, 3), (32, 3), (16, 3), (16, 2), (16, 1))
-    while not any(fits(*cut) for cut in cuts) and (block_g > 0 or block_c > 16 * warps):
-        if block_m > 16:
-            block_m //= 2
-        elif block_g >= block_c:
-            block_g = 0
-        else:
-            block_c //= 2
-    block_n, stages = next((cut for cut in cuts if fits(*cut)), cuts[-1])
-    programs = batch * -(-m // block_m) * -(-c // block_c)
-    # Every multiprocessor gets a program; more splits than that have 1024 rows each, so that partial results, float32
-    # and c wide for every query row, stay small beside the rows.
-    splits = max(-(-multiprocessors // programs), min(-(-4 * multiprocessors // programs), t // 1024))
-    return Tiles(block_m, block_n, block_c, block_g, warps, stages, min(splits, -(-t // 64)))
+    most = max(1, min(-(-t // 64), 128))
+    return replace(tiles, splits=min(range(1, most + 1), key=cost))
 
 
-def _shared_bytes(tiles: Tiles, g: int, c: int, element_size: int) -> int:
-    """An upper bound of the shared memory that Triton 3.6 gives the kernel: the query, a buffer of rows for every stage
-    but one (float32: for every one), and the scores between warps; more where columns are read in loops."""
-    row_buffers = max(1, tiles.stages - 1) if element_size == 2 else max(2, tiles.stages)
-    buffers = tiles.block_m + row_buffers * tiles.block_n
-    scores = 4 * tiles.warps * tiles.block_m * tiles.block_n
-    loops = tiles.block_c < c or tiles.block_g < g
-    columns = (tiles.block_c + tiles.block_g) * element_size
-    return buffers * columns + scores * (2 if loops or tiles.stages == 1 else 1) + (16384 if loops else 0)
+def _shared_bytes(tiles: Tiles, element_size: int) -> int:
+    """Shared memory that Triton 3.6 gives the averaging kernel for Hopper: stages of cached rows, the query, weights,
+    and scores on their way in or between two layouts."""
+    query = tiles.block_m * tiles.block_c if tiles.scores_latent else 0
+    scores = tiles.block_m * tiles.block_n
+    rows = tiles.stages * tiles.block_n * tiles.block_c
+    return (rows + query + scores) * element_size + 4 * scores * max(1, tiles.stages - 1)
 
 
 def _power_of_2(n: int) -> int:
@@ -152,6 +154,7 @@ def flash_decode(
     q_rope [b, H, s, g], q_latent [b, H, s, c], k_rope [b, t, g] and latent [b, t, c] of one type: bfloat16, float16 or
     float32 (as sums of three tf32 products). mask: None (every token sees every row) or bool [1 or b, 1, s, t].
     Returns the averaged latents [b, H, s, c] in that type, 0 where a token sees no row; scores and sums are float32.
+    Works in 4 b H s t bytes for the scores, and 4 b H s c for each split.
     """
     batch, heads, length, c = q_latent.shape
     m, t, g = heads * length, latent.shape[1], k_rope.shape[-1]
@@ -160,134 +163,146 @@ def flash_decode(
     if tiles is None:
         tiles = choose_tiles(batch, m, t, g, c, latent.element_size(), *device_limits(latent.device.index))
     c_tiles, c_block = -(-c // tiles.block_c), min(1024, _power_of_2(c))
+    block_m, precision = min(64, _power_of_2(max(16, m))), PRECISIONS[latent.dtype]
+    scores = torch.empty(batch, t, m, dtype=torch.float32, device=latent.device)
     partial = torch.empty(batch, tiles.splits, m, c, dtype=torch.float32, device=latent.device)
     logsumexp = torch.empty(batch, tiles.splits, m, dtype=torch.float32, device=latent.device)
     out = torch.empty(batch, heads, length, c, dtype=latent.dtype, device=latent.device)
+    bounds = latent  # not read where there is no mask
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        bounds = visible_bounds(mask, batch)
+    strides = (
+        k_rope.stride(0), k_rope.stride(1), latent.stride(0), latent.stride(1),
+        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
+    )  # fmt: skip
     # Triton launches on the current device, which is not always the tensors' (a compiled graph sees to that itself).
     guard = torch.cuda.device(latent.device) if latent.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
-        _attend_rows[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
-            q_rope, q_latent, k_rope, latent,
-            latent if mask is None else mask, latent if mask is None else visible_bounds(mask, batch),
-            partial, logsumexp,
-            k_rope.stride(0), k_rope.stride(1), latent.stride(0), latent.stride(1),
-            0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
-            m, length, t, scaling * LOG2_E,
-            G=g, C=c, C_TILES=c_tiles, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_C=tiles.block_c,
-            BLOCK_G=tiles.block_g, BLOCK_K=64, PARTS=tiles.warps, HAS_MASK=mask is not None,
-            PRECISION=PRECISIONS[latent.dtype], STAGES=tiles.stages, num_warps=tiles.warps,
-            num_stages=tiles.stages,
+        _score_rows[(-(-t // 128), -(-m // block_m), batch)](
+            q_rope, q_latent, k_rope, latent, latent if mask is None else mask, bounds, scores, *strides, m, length, t,
+            G=g, C=0 if tiles.scores_latent else c, HAS_MASK=mask is not None, PRECISION=precision, BLOCK_M=block_m,
+            BLOCK_N=128, BLOCK_K=128 // latent.element_size(), STAGES=4, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        _average_rows[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
+            q_latent, latent, bounds, scores, partial, logsumexp, latent.stride(0), latent.stride(1), m, t,
+            scaling * LOG2_E, C=c, C_TILES=c_tiles, HAS_BOUNDS=mask is not None, SCORES_LATENT=tiles.scores_latent,
+            PRECISION=precision, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
+            STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         _combine_splits[(batch * m, -(-c // c_block))](partial, logsumexp, out, m, tiles.splits, C=c, BLOCK_C=c_block)
     return out
 
 
 @_jit
-def _attend_rows(
-    q_rope, q_latent, k_rope, latent, mask, bounds, context, logsumexp,
-    k_rope_batch, k_rope_row, latent_batch, latent_row, mask_batch, mask_query, m, queries, t, scale,
-    G: tl.constexpr, C: tl.constexpr, C_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+def _score_rows(
+    q_rope, q_latent, k_rope, latent, mask, bounds, scores,
+    k_rope_batch, k_rope_row, latent_batch, latent_row, mask_batch, mask_query, m, queries, t,
+    G: tl.constexpr, C: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C latent columns.
-
-    A tile's columns are PARTS parts, one per warp, as the batch dim of a 3-D dot: each warp keeps its part of the query
-    and of the context in its registers, and only [BLOCK_M, BLOCK_N] scores are summed across warps. (A 2-D dot with so
-    few query rows would have all warps repeat the same work.)
-    """
-    tile, split, batch = tl.program_id(0) % C_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows_m = (tl.program_id(0) // C_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid_m = rows_m < m
+    """Scores [b, t, m] of BLOCK_N rows over G rotated columns and C latents, -inf where a query does not see the row;
+    not yet scaled."""
+    batch, n = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_N
     begin, end = 0, t
     if HAS_MASK:
+        begin, end = tl.load(bounds + 2 * batch), tl.load(bounds + 2 * batch + 1)
+    if (n < end) & (n + BLOCK_N > begin):
+        rows_n = n + tl.arange(0, BLOCK_N)
+        rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if G > 0:
+            acc = _add_product(
+                acc, q_rope + batch * m * G, k_rope + batch * k_rope_batch, k_rope_row, rows_n, rows_m, end, m, G,
+                BLOCK_K, PRECISION, STAGES,
+            )  # fmt: skip
+        if C > 0:
+            acc = _add_product(
+                acc, q_latent + batch * m * C, latent + batch * latent_batch, latent_row, rows_n, rows_m, end, m, C,
+                BLOCK_K, PRECISION, STAGES,
+            )  # fmt: skip
+        inside = (rows_n < end)[:, None] & (rows_m < m)[None, :]
+        if HAS_MASK and queries == 1:
+            seen = tl.load(mask + batch * mask_batch + rows_n, mask=rows_n < end, other=0).to(tl.int1)
+            acc = tl.where(seen[:, None], acc, float("-inf"))
+        elif HAS_MASK:
+            at = mask + batch * mask_batch + (rows_m % queries)[None, :] * mask_query + rows_n[:, None]
+            acc = tl.where(tl.load(at, mask=inside, other=0).to(tl.int1), acc, float("-inf"))
+        tl.store(scores + batch * t * m + rows_n[:, None] * m + rows_m[None, :], acc, mask=inside)
+
+
+@_jit
+def _add_product(
+    acc, query, key, key_row, rows_n, rows_m, end, m,
+    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_N, BLOCK_M] plus key rows times query rows, over all columns."""
+    for k in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+        column = k + tl.arange(0, BLOCK_K)
+        keys = _load_rows(key, key_row, rows_n, end, column, COLUMNS)
+        queries = _load_rows(query, COLUMNS, rows_m, m, column, COLUMNS)
+        acc = tl.dot(keys, tl.trans(queries), acc, input_precision=PRECISION)
+    return acc
+
+
+@_jit
+def _load_rows(pointer, stride, rows, end, columns, COLUMNS: tl.constexpr):
+    mask = (rows < end)[:, None] & (columns < COLUMNS)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+
+
+@_jit
+def _average_rows(
+    q_latent, latent, bounds, scores, context, logsumexp, latent_batch, latent_row, m, t, scale,
+    C: tl.constexpr, C_TILES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_LATENT: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C latent columns."""
+    tile, split, batch = tl.program_id(0) % C_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows_m = (tl.program_id(0) // C_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid_m = (rows_m < m)[None, :]
+    begin, end = 0, t
+    if HAS_BOUNDS:
         begin, end = tl.load(bounds + 2 * batch), tl.load(bounds + 2 * batch + 1)
     # Splits are whole blocks, of the rows that a sequence has and not of those that the cache could hold.
     length = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     begin += split * length
     end = tl.minimum(end, begin + length)
 
-    q_rope += batch * m * G
-    q_latent += batch * m * C
-    k_rope += batch * k_rope_batch
+    scores += batch * t * m
     latent += batch * latent_batch
-    part, m3, n3 = tl.arange(0, PARTS)[:, None, None], rows_m[None, :, None], tl.arange(0, BLOCK_N)[None, :, None]
-    column = tile * BLOCK_C + part * (BLOCK_C // PARTS) + tl.arange(0, BLOCK_C // PARTS)[None, None, :]
-    q = tl.load(q_latent + m3 * C + column, mask=(m3 < m) & (column < C), other=0.0)
-    if BLOCK_G > 0:
-        rope_column = part * (BLOCK_G // PARTS) + tl.arange(0, BLOCK_G // PARTS)[None, None, :]
-        q_turned = tl.load(q_rope + m3 * G + rope_column, mask=(m3 < m) & (rope_column < G), other=0.0)
-
+    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    if SCORES_LATENT:
+        q = tl.trans(_load_rows(q_latent + batch * m * C, C, rows_m, m, column, C))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([PARTS, BLOCK_M, BLOCK_C // PARTS], tl.float32)
+    acc = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
-        row3 = n + n3
-        values = tl.load(latent + row3 * latent_row + column, mask=(row3 < end) & (column < C), other=0.0)
-        parts = tl.dot(q, tl.permute(values, (0, 2, 1)), input_precision=PRECISION)
-        if BLOCK_G > 0:
-            keys = tl.load(k_rope + row3 * k_rope_row + rope_column, mask=(row3 < end) & (rope_column < G), other=0.0)
-            parts = tl.dot(q_turned, tl.permute(keys, (0, 2, 1)), parts, input_precision=PRECISION)
-        scores = tl.sum(parts, axis=0)
         rows_n = n + tl.arange(0, BLOCK_N)
-        if G > 0 and BLOCK_G == 0:
-            scores = _add_scores(
-                scores, q_rope, k_rope, k_rope_row, rows_m, valid_m, rows_n, end, 0, 0, G, BLOCK_K, PRECISION
-            )
-        if C_TILES > 1:
-            skip = tile * BLOCK_C
-            scores = _add_scores(
-                scores, q_latent, latent, latent_row, rows_m, valid_m, rows_n, end, skip, skip + BLOCK_C, C, BLOCK_K,
-                PRECISION,
-            )  # fmt: skip
-        visible = valid_m[:, None] & (rows_n < end)[None, :]
-        if HAS_MASK and queries == 1:
-            seen_n = tl.load(mask + batch * mask_batch + rows_n, mask=rows_n < end, other=0).to(tl.int1)
-            visible = valid_m[:, None] & seen_n[None, :]
-        elif HAS_MASK:
-            at = mask + batch * mask_batch + (rows_m % queries)[:, None] * mask_query + rows_n[None, :]
-            visible = tl.load(at, mask=visible, other=0).to(tl.int1)
-        scores = tl.where(visible, scores * scale, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        values = _load_rows(latent, latent_row, rows_n, end, column, C)
+        at = scores + rows_n[:, None] * m + rows_m[None, :]
+        part = tl.load(at, mask=(rows_n < end)[:, None] & valid_m, other=float("-inf"))
+        if SCORES_LATENT:
+            part = tl.dot(values, q, part, input_precision=PRECISION)
+        part *= scale
+        new_top = tl.maximum(top, tl.max(part, axis=0))
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible row so far
-        weights = tl.exp2(scores - safe_top[:, None])
+        weights = tl.exp2(part - safe_top[None, :])
         decay = tl.exp2(top - safe_top)
-        total = total * decay + tl.sum(weights, axis=1)
-        weights = tl.broadcast_to(weights.to(values.dtype)[None, :, :], (PARTS, BLOCK_M, BLOCK_N))
-        acc = tl.dot(weights, values, acc * decay[None, :, None], input_precision=PRECISION)
+        total = total * decay + tl.sum(weights, axis=0)
+        acc = tl.dot(tl.trans(values), weights.to(values.dtype), acc * decay[None, :], input_precision=PRECISION)
         top = new_top
 
     seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[None, :, None]
+    acc = acc / tl.where(seen, total, 1.0)[None, :]
     row = (batch * tl.num_programs(1) + split) * m
-    tl.store(context + (row + m3) * C + column, acc, mask=(m3 < m) & (column < C))
+    tl.store(context + (row + rows_m[None, :]) * C + column[:, None], acc, mask=valid_m & (column < C)[:, None])
     if tile == 0:
         tl.store(
             logsumexp + row + rows_m,
             tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
-            mask=valid_m,
+            mask=rows_m < m,
         )
-
-
-@_jit
-def _add_scores(
-    scores, query, key, key_row, rows_m, valid_m, rows_n, end, skip_begin, skip_end,
-    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """scores [BLOCK_M, BLOCK_N] plus those of columns outside [skip_begin, skip_end), read in a loop."""
-    for k in range(0, COLUMNS, BLOCK_K):
-        column = k + tl.arange(0, BLOCK_K)
-        wanted = (column < COLUMNS) & ((column < skip_begin) | (column >= skip_end))
-        q = tl.load(
-            query + rows_m[:, None] * COLUMNS + column[None, :], mask=valid_m[:, None] & wanted[None, :], other=0.0
-        )
-        keys = tl.load(
-            key + rows_n[None, :] * key_row + column[:, None], mask=(rows_n < end)[None, :] & wanted[:, None], other=0.0
-        )
-        scores = tl.dot(q, keys, scores, input_precision=PRECISION)
-    return scores
 
 
 @_jit

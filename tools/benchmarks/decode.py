@@ -268,7 +268,7 @@ def time_tiles(inputs: dict[str, Any], settings: DecodeSettings) -> list[dict[st
     chosen = choose_tiles(batch, heads, context, columns, rank, 2, *device_limits(device.index))
     expected = flash_decode(**inputs, tiles=chosen)
     rows = []
-    for tiles in [chosen, *(other_tiles(chosen) if settings.tune else ())]:
+    for tiles in [chosen, *(other_tiles(chosen, rank) if settings.tune else ())]:
         try:
             result = flash_decode(**inputs, tiles=tiles)
         except Exception as failure:  # a tile may need more registers or shared memory than there are
@@ -286,15 +286,19 @@ def time_tiles(inputs: dict[str, Any], settings: DecodeSettings) -> list[dict[st
     return fastest if rows[0] in fastest else [*fastest, rows[0]]
 
 
-def other_tiles(chosen: Tiles) -> Iterator[Tiles]:
-    """The same latent tile cut in other ways."""
+def other_tiles(chosen: Tiles, rank: int) -> Iterator[Tiles]:
+    """The same work cut in other ways."""
     for splits in (max(1, chosen.splits // 2), 2 * chosen.splits):
         yield dataclasses.replace(chosen, splits=splits)
-    for warps, block_m, block_n, stages in itertools.product((4, 8, 16), (16, 32), (16, 32, 64), (2, 3, 4)):
-        if chosen.block_c // warps >= 16 and (chosen.block_g == 0 or chosen.block_g // warps >= 16):
-            tiles = dataclasses.replace(chosen, warps=warps, block_m=block_m, block_n=block_n, stages=stages)
-            if tiles != chosen:
-                yield tiles
+    whole = 1 << (max(16, rank) - 1).bit_length()
+    for (scores_latent, block_c), warps, block_m, stages in itertools.product(
+        ((True, whole), (False, 512), (False, 256), (False, 128)), (4, 8), (16, 32, 64), (2, 3, 4)
+    ):
+        tiles = dataclasses.replace(
+            chosen, scores_latent=scores_latent, block_c=block_c, warps=warps, block_m=block_m, stages=stages
+        )
+        if tiles != chosen and block_c <= whole and block_c * block_m <= 128 * 32 * warps:
+            yield tiles
 
 
 def make_model(shape: Shape, saving: float | None, device: torch.device, context: int) -> Any:
