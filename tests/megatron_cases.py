@@ -15,8 +15,16 @@ LLAMA3 = {
 }  # fmt: skip
 """With so short an original context the scaling touches half of the frequencies."""
 
+SHORT_NAMES = {
+    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "cp": "context_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size", "stages": "pipeline_model_parallel_layout",
+    "sp": "sequence_parallel", "reduce": "overlap_grad_reduce", "gather": "overlap_param_gather",
+    "comm": "cp_comm_type",
+}  # fmt: skip
+"""Fields of ParallelConfig, as the tables of layouts call them."""
+
 ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 9, 16, 7]
-"""r and c of each layer, from nothing rotated to everything."""
+"""r and c of each layer, from nothing rotated to everything; over and over where there are more than 4."""
 
 
 def original_config(**changes: Any) -> dict[str, Any]:
@@ -30,8 +38,9 @@ def original_config(**changes: Any) -> dict[str, Any]:
 
 def converted_config(method: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a converted model whose layers all differ in r and c."""
-    low_rank = LowRankConfig(method=method, kv_lora_rank=None if method == "none" else LATENT_WIDTHS)
-    mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS), low_rank)
+    times = changes.get("num_hidden_layers", 4) // 4
+    low_rank = LowRankConfig(method=method, kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times)
+    mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times), low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
 
 

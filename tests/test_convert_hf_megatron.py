@@ -78,7 +78,7 @@ def megatron_logits(checkpoint: Path) -> torch.Tensor:
     architecture, parallel = read_architecture(checkpoint / "hf"), ParallelConfig()
     initialize_parallel(parallel)
     model = build_model(architecture, transformer_config(architecture, parallel, torch.float32))
-    load_weights(model, iteration_folder(checkpoint, 0), architecture)
+    load_weights([model], iteration_folder(checkpoint, 0), architecture)
     with torch.no_grad():
         return model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, read_latest
+from mha2mla_megatron.checkpoint.rotation import saved_steps
 from mha2mla_megatron.data.dataset import build_dataset
 from mha2mla_megatron.training import loop
 from mha2mla_megatron.training import step as step_module
@@ -352,6 +353,17 @@ def test_a_root_of_another_model_is_refused(workspace: Path, unbroken: dict[str,
         line = refused("finetune", *run_words(workspace, given, root, *SCHEDULE))
         assert str(root) in line and "decoder.layers." in line, line
         assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(("held", "said"), [("original", "mla"), ("mla", "original"), ("mla", "partial")])
+def test_weights_of_another_model_are_refused(workspace: Path, tmp_path: Path, held: str, said: str) -> None:
+    """A converted model's tensors under an original model's config.json, and the reverse."""
+    checkpoint = shutil.copytree(workspace / f"{held}-megatron", tmp_path / "checkpoint")
+    shutil.copy(workspace / f"{said}-megatron" / "hf" / "config.json", checkpoint / "hf" / "config.json")
+    words = run_words(workspace, "mla", tmp_path / "run", *SCHEDULE, f"load={checkpoint}")
+    line = refused("finetune", *words)
+    assert str(checkpoint) in line and "decoder.layers.0." in line, line
+    assert not (tmp_path / "run" / "hf").exists() and saved_steps(tmp_path / "run") == []
 
 
 def test_a_broken_root_is_refused(workspace: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.conftest import ROOT, run_tool
+from tests.finetune_cases import finetune, losses, make_workspace, run_words
 
 
 @pytest.mark.gpu
@@ -21,3 +24,21 @@ def test_benchmark_agrees_and_trains(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "out.json").read_text())
     assert {row["model"] for row in result["speed"]} == {"original", "converted"}
     assert all(row["error"] < 0.1 for row in result["parity"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
+@pytest.mark.parametrize("model", ["original", "mla"])
+def test_context_parallelism_trains_like_one_gpu(tmp_path: Path, model: str) -> None:
+    """Transformer Engine's two ways of it, in bf16: losses differ by its rounding, wrong positions by far more."""
+    workspace = make_workspace(tmp_path)
+    words = ["implementation=transformer_engine", "steps=6", "save_interval=6", "optimizer.warmup_steps=1"]
+    expected = losses(finetune(workspace, model, tmp_path / "single", *words, own_process=True))
+    for comm in ("p2p", "all_gather"):
+        root = tmp_path / comm
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        layout = ["parallel.context_parallel_size=2", f"parallel.cp_comm_type={comm}"]
+        command = [*launcher, ROOT / "tools" / "finetune.py", *run_words(workspace, model, root, *words, *layout)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert losses(root) == pytest.approx(expected, rel=2e-2), comm

@@ -22,7 +22,7 @@ from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.finetune_cases import ROPE_DIMS, Trap, finetune, write_tokens
 
 TENSOR = "decoder.layers.2.mlp.linear_fc1.weight"
-LAYOUT = {"processes": 1, "tensor": 1, "pipeline": 1, "context": 1, "data": 1}
+LAYOUT = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual pipeline": 1, "context": 1, "data": 1}
 
 
 @pytest.fixture(scope="module")

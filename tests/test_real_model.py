@@ -62,7 +62,7 @@ def test_megatron_equals_transformers(tmp_path: Path, real_model: Path) -> None:
     architecture = read_architecture(tmp_path / "mla")
     initialize_parallel(ParallelConfig())
     model = build_model(architecture, transformer_config(architecture, ParallelConfig(), torch.float32), "local").eval()
-    load_weights(model, locate_checkpoint(tmp_path / "megatron")[1], architecture)
+    load_weights([model], locate_checkpoint(tmp_path / "megatron")[1], architecture)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "megatron" / "hf")
     tokens = tokenizer(TEXT, return_tensors="pt", add_special_tokens=False)["input_ids"]
     with torch.no_grad():

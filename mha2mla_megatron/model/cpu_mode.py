@@ -113,6 +113,8 @@ class _CpuForCuda(TorchFunctionMode):
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if _names_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": "cpu"}
+        if "pin_memory" in kwargs:  # page-locked memory is for copies to a GPU
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
             args = (args[0], "cpu", *args[2:])
         return func(*args, **kwargs)

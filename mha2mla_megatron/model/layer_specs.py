@@ -30,14 +30,15 @@ from megatron.core.transformer.transformer_layer import (
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention, MHA2MLASelfAttentionSubmodules
+from mha2mla_megatron.model.context_attention import GatheredAttention
 
 Implementation = Literal["local", "transformer_engine"]
 
 
 def layer_specs(
-    architecture: Architecture, config: TransformerConfig, implementation: Implementation
+    architecture: Architecture, config: TransformerConfig, implementation: Implementation, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm.
+    """The layers of this pipeline stage, or of its chunk `vp_stage`, and the final norm.
 
     A converted model has one spec a layer, since r and c may differ from layer to layer.
     """
@@ -48,24 +49,26 @@ def layer_specs(
         layer = dataclasses.replace(
             get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=norm, pre_mlp_layernorm=norm
         )
+        core_attention: Any = GatheredAttention if config.context_parallel_size > 1 else backend.core_attention()
     else:
         from megatron.core.extensions.transformer_engine import TELinear, TENorm
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         norm, backend = TENorm, TESpecProvider()
         replicated_linear = partial(TELinear, parallel_mode="duplicated", skip_weight_param_allocation=False)
+        core_attention = backend.core_attention()
         layer = get_gpt_layer_with_transformer_engine_submodules()
 
     linear_proj = with_bias(backend.row_parallel_linear(), architecture.attention_output_bias)
-    first = get_transformer_layer_offset(config)
-    stage = range(first, first + get_num_layers_to_build(config))
+    first = get_transformer_layer_offset(config, vp_stage)
+    stage = range(first, first + get_num_layers_to_build(config, vp_stage))
     if architecture.mla is None:
-        layers = [original_layer(architecture, layer, linear_proj)] * len(stage)
+        layers = [original_layer(architecture, layer, core_attention, linear_proj)] * len(stage)
     else:
         parts = MHA2MLASelfAttentionSubmodules(
             column_parallel_linear=backend.column_parallel_linear(),
             replicated_linear=replicated_linear,
-            core_attention=backend.core_attention(),
+            core_attention=core_attention,
             linear_proj=linear_proj,
         )
         layers = [converted_layer(architecture, index, layer, parts, norm) for index in stage]
@@ -74,13 +77,19 @@ def layer_specs(
 
 
 def original_layer(
-    architecture: Architecture, layer: TransformerLayerSubmodules, linear_proj: Callable[..., Any]
+    architecture: Architecture,
+    layer: TransformerLayerSubmodules,
+    core_attention: Callable[..., Any],
+    linear_proj: Callable[..., Any],
 ) -> TransformerLayerSubmodules:
-    """Upstream's layer with the biases of this model."""
+    """Upstream's layer with this core attention and the biases of this model."""
     assert isinstance(layer.self_attention, ModuleSpec)
     parts: Any = layer.self_attention.submodules
     parts = dataclasses.replace(
-        parts, linear_qkv=with_bias(parts.linear_qkv, architecture.qkv_bias), linear_proj=linear_proj
+        parts,
+        linear_qkv=with_bias(parts.linear_qkv, architecture.qkv_bias),
+        core_attention=core_attention,
+        linear_proj=linear_proj,
     )
     return dataclasses.replace(layer, self_attention=dataclasses.replace(layer.self_attention, submodules=parts))
 

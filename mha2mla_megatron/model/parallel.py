@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from mha2mla_megatron.errors import UserError, require_at_least
+from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of
 from mha2mla_megatron.model.cpu_mode import prepare_device
 
 if TYPE_CHECKING:
@@ -27,16 +27,42 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are dealt out to, in order and in equal numbers."""
 
+    virtual_pipeline_model_parallel_size: int = 1
+    """Chunks of the model that each pipeline stage holds, dealt out in turn: less waiting, more communication."""
+
+    pipeline_model_parallel_layout: str | None = None
+    """What each chunk holds where the numbers are not equal, in Megatron's notation: E embedding, t a layer, L output
+    layer and loss, `|` between chunks, `*n` n times: Et*3|t*5|t*5|t*3L. None: equal numbers of layers."""
+
     context_parallel_size: int = 1
-    """Processes that share every sequence. Only 1 is supported yet."""
+    """Processes that share every sequence."""
+
+    cp_comm_type: str = "p2p"
+    """With context parallelism and Transformer Engine: keys and values go round in a ring (p2p), or each process gets
+    all of them at once (all_gather), as the local implementation always does."""
 
     sequence_parallel: bool = False
     """Keep the activations between the layers split along the sequence over the tensor-parallel processes. Saves
     memory; changes no result. Off with one tensor-parallel process, whatever is set."""
 
+    overlap_grad_reduce: bool = True
+    """Sum gradients over the data-parallel processes while the backward pass goes on. Changes no result."""
+
+    overlap_param_gather: bool = False
+    """Collect the updated weights from the data-parallel processes while the next forward pass goes on. Changes no
+    result."""
+
     def __post_init__(self) -> None:
-        for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+        for key in (
+            "tensor_model_parallel_size",
+            "pipeline_model_parallel_size",
+            "virtual_pipeline_model_parallel_size",
+            "context_parallel_size",
+        ):
             require_at_least(f"parallel.{key}", getattr(self, key), 1)
+        require_one_of("parallel.cp_comm_type", self.cp_comm_type, ("p2p", "all_gather"))
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise UserError("parallel.overlap_param_gather: true needs parallel.overlap_grad_reduce: true")
 
     @property
     def uses_sequence_parallel(self) -> bool:
@@ -53,6 +79,7 @@ class ParallelConfig:
             "processes": world_size,
             "tensor": self.tensor_model_parallel_size,
             "pipeline": self.pipeline_model_parallel_size,
+            "virtual pipeline": self.virtual_pipeline_model_parallel_size,
             "context": self.context_parallel_size,
             "data": world_size // self.model_parallel_size,
         }
@@ -70,8 +97,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sizes = {
-        "num_key_value_heads": architecture.num_key_value_heads,
-        "num_attention_heads": architecture.num_attention_heads,
+        "num_key_value_heads": architecture.num_key_value_heads,  # which divide the query heads
         "intermediate_size": architecture.intermediate_size,
         "vocab_size": architecture.vocab_size,
     }
@@ -81,19 +107,91 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
                 f"parallel.tensor_model_parallel_size: {tp} does not divide {name} {size}; "
                 f"valid for this model: {_divisors(math.gcd(*sizes.values()))}"
             )
-    if architecture.num_layers % pp:
-        raise UserError(
-            f"parallel.pipeline_model_parallel_size: {pp} does not divide num_hidden_layers {architecture.num_layers}; "
-            f"valid for this model: {_divisors(architecture.num_layers)}"
-        )
-    if parallel.context_parallel_size > 1:
-        raise UserError(
-            f"parallel.context_parallel_size: {parallel.context_parallel_size} is not supported yet; valid: 1"
-        )
+    _check_stages(architecture.num_layers, parallel)
     if world_size % parallel.model_parallel_size:
         raise UserError(
             f"{world_size} processes were started, but one copy of the model takes {parallel.model_parallel_size} "
             f"(tensor {tp} x pipeline {pp} x context {parallel.context_parallel_size}); start a multiple of that"
+        )
+
+
+def _check_stages(layers: int, parallel: ParallelConfig) -> None:
+    """Refuse stages that the model's layers cannot be dealt out to."""
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if vpp > 1 and pp == 1:
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size: {vpp} needs parallel.pipeline_model_parallel_size of at "
+            "least 2, it is 1"
+        )
+    if parallel.pipeline_model_parallel_layout is not None:
+        _check_pipeline_layout(parallel.pipeline_model_parallel_layout, layers, pp, vpp)
+        return
+    hint = "or deal them out with parallel.pipeline_model_parallel_layout"
+    if layers % pp:
+        raise UserError(
+            f"parallel.pipeline_model_parallel_size: {pp} does not divide num_hidden_layers {layers}; "
+            f"valid for this model: {_divisors(layers)}; {hint}"
+        )
+    if layers % (pp * vpp):
+        raise UserError(
+            f"parallel.virtual_pipeline_model_parallel_size: {vpp} does not divide the {layers // pp} layers of each "
+            f"of {pp} pipeline stages; valid for this model: {_divisors(layers // pp)}; {hint}"
+        )
+
+
+def _check_pipeline_layout(layout: str, layers: int, pp: int, vpp: int) -> None:
+    """Refuse a layout in Megatron's notation that does not add up to this model and these stages."""
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    key = f"parallel.pipeline_model_parallel_layout: {layout}"
+    try:
+        chunks = PipelineParallelLayerLayout.parse_str_to_list(layout)
+    except AssertionError as error:
+        raise UserError(f"{key}: {first_line(error)}") from None
+    if len(chunks) != pp * vpp:
+        raise UserError(
+            f"{key} has {len(chunks)} chunks, but pipeline {pp} x virtual pipeline {vpp} make {pp * vpp}; "
+            "there are chunks - 1 signs |"
+        )
+    for index, chunk in enumerate(chunks):
+        if not chunk:
+            raise UserError(f"{key}: chunk {index} of {len(chunks)} is empty; each needs an E, a t or an L")
+    whole = [part for chunk in chunks for part in chunk]
+    if (found := whole.count(LayerType.decoder)) != layers:
+        raise UserError(f"{key} has {found} layers t, the model has num_hidden_layers {layers}")
+    if whole != [LayerType.embedding, *[LayerType.decoder] * layers, LayerType.loss]:
+        raise UserError(f"{key}: not one E first, then {layers} layers t, then one L")
+
+
+def check_batches(
+    parallel: ParallelConfig, world_size: int, sequence_length: int, micro_batch_size: int, global_batch_size: int
+) -> None:
+    """Refuse sequences and batches that a layout, which `check_layout` has passed, cannot be fed with.
+
+    Raises UserError naming the two numbers and what would be valid.
+    """
+    data_size = world_size // parallel.model_parallel_size
+    if global_batch_size % (micro_batch_size * data_size):
+        raise UserError(
+            f"global_batch_size: {global_batch_size} does not divide by micro_batch_size "
+            f"{micro_batch_size} x {data_size} data-parallel ranks"
+        )
+    micro_batches, pp = global_batch_size // (micro_batch_size * data_size), parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size > 1 and micro_batches % pp:
+        raise UserError(
+            f"global_batch_size: {global_batch_size} gives {micro_batches} micro batches a step and rank; with virtual "
+            f"pipeline stages they must divide by parallel.pipeline_model_parallel_size {pp}: "
+            f"give a multiple of {micro_batch_size * data_size * pp}"
+        )
+    # Context parallelism gives each process two pieces, an early and a late one, so that all have as much to do.
+    cp, tp = parallel.context_parallel_size, parallel.tensor_model_parallel_size
+    pieces = math.lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.uses_sequence_parallel else 1)
+    if sequence_length % pieces:
+        raise UserError(
+            f"data.sequence_length: {sequence_length} cannot be split over context_parallel_size {cp} and, with "
+            f"sequence_parallel {str(parallel.uses_sequence_parallel).lower()}, tensor_model_parallel_size {tp}; "
+            f"give a multiple of {pieces}"
         )
 
 
@@ -115,6 +213,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.dev
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
         )
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)  # forms no groups
     # As in Megatron's own training: the stages of a pipeline must not draw the same weights.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)

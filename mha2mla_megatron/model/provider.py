@@ -42,6 +42,7 @@ def transformer_config(
         for name in NOT_FOR_CONVERTED:
             if overrides.get(name):
                 raise UserError(f"{name}: not possible with the converted attention; leave it off")
+    interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     on_gpu = torch.cuda.is_available()
     settings: dict[str, Any] = dict(
         num_layers=architecture.num_layers,
@@ -64,7 +65,13 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size if interleaved else None,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        # Two stages would send each other two tensors at once, which a batch of messages cannot tell apart.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         sequence_parallel=parallel.uses_sequence_parallel,
         # One name per layer in checkpoints, since the shapes of converted layers may differ.
         hetereogenous_dist_checkpoint=True,
@@ -84,15 +91,13 @@ def build_model(
     architecture: Architecture,
     config: TransformerConfig,
     implementation: Implementation | None = None,
-    pre_process: bool | None = None,
-    post_process: bool | None = None,
-    parallel_output: bool = True,
+    vp_stage: int | None = None,
 ) -> GPTModel:
     """This process's part of the model, with random weights and on its device.
 
-    config: from `transformer_config`. pre_process and post_process: whether to hold the embedding and the output layer;
-    by default the first and the last pipeline stage do. parallel_output: leave the logits split over the vocabulary
-    between tensor-parallel processes, as the vocabulary-parallel loss wants them. Call `initialize_parallel` before.
+    config: from `transformer_config`. vp_stage: which of its chunks, from 0, where it has several. The first chunk of
+    all holds the embedding, the last one the output layer, whose logits stay split over the vocabulary between
+    tensor-parallel processes. Call `initialize_parallel` before.
 
     Raises UserError for a rope scaling that cannot be reproduced exactly, and for an implementation that is not here.
     """
@@ -101,22 +106,18 @@ def build_model(
         raise UserError(
             "implementation: transformer_engine needs a GPU and the package transformer-engine; valid here: local"
         )
-    if pre_process is None:
-        pre_process = parallel_state.is_pipeline_first_stage()
-    if post_process is None:
-        post_process = parallel_state.is_pipeline_last_stage()
     frequencies = inverse_frequencies(architecture)
     with _no_deprecation_notice():
         model = GPTModel(
             config,
-            layer_specs(architecture, config, implementation),  # type: ignore[arg-type]
+            layer_specs(architecture, config, implementation, vp_stage),  # type: ignore[arg-type]
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
-            pre_process=pre_process,
-            post_process=post_process,
-            parallel_output=parallel_output,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             share_embeddings_and_output_weights=architecture.tie_word_embeddings,
             position_embedding_type="rope",
+            vp_stage=vp_stage,
         )
     model.rotary_pos_emb.inv_freq = frequencies
     return model

@@ -7,7 +7,7 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from multiprocessing import resource_tracker
@@ -38,8 +38,8 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""
 
 
-def load_weights(model: torch.nn.Module, step_folder: Path, architecture: Architecture) -> None:
-    """Fill the model's parameters and buffers from a step folder, saved at any layout.
+def load_weights(model: Sequence[torch.nn.Module], step_folder: Path, architecture: Architecture) -> None:
+    """Fill the parameters and buffers of the model's chunks from a step folder, saved at any layout.
 
     The folder may come from anywhere: nothing in it is executed, which `dist_checkpointing.load` does not promise.
 
@@ -49,7 +49,7 @@ def load_weights(model: torch.nn.Module, step_folder: Path, architecture: Archit
     reader = TorchDistReader(step_folder)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step_folder)
     whole = lru_cache(maxsize=1)(reader.__getitem__)
-    pieces = sharded_weights(model)
+    pieces = _model_state(model)
     apply_factories(pieces)
     with torch.no_grad():
         for piece in nested_values(pieces):
@@ -74,7 +74,7 @@ def prepare_root(root: Path) -> None:
 def save_run(
     root: Path,
     iteration: int,
-    model: torch.nn.Module,
+    model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     run: dict[str, Any],
@@ -83,7 +83,7 @@ def save_run(
 ) -> None:
     """Write one step; it has its name, and counts, only once everything is there. Older ones go after that.
 
-    run: plain values to find again on resuming (step, steps left out). layout: the parallel sizes.
+    model: its chunks. run: plain values to find again on resuming (step, steps left out). layout: the parallel sizes.
 
     Raises UserError where it cannot be written; the steps that are there stay.
     """
@@ -101,9 +101,9 @@ def save_run(
     try:
         on_first_rank(begin, context)
         _start_writers_helper()
-        model_state = sharded_weights(model)
+        model_state = _model_state(model)
         state = {
-            "model": model_state,
+            **model_state,
             "optimizer": optimizer.sharded_state_dict(model_state, metadata=METADATA),
             "schedule": schedule.state_dict(),
             "run": run,
@@ -126,7 +126,7 @@ def save_run(
 def resume_run(
     root: Path,
     architecture: Architecture,
-    model: torch.nn.Module,
+    model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
 ) -> dict[str, Any] | None:
@@ -139,16 +139,22 @@ def resume_run(
         return None
     folder = iteration_folder(root, latest)
     on_every_rank(lambda: _check_step(root, folder, architecture), f"{folder}: cannot be read")
-    model_state = sharded_weights(model)
+    model_state = _model_state(model)
     state = {
-        "model": model_state,
+        **model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=True, metadata=METADATA),
     }
     loaded = _load(state, folder)
-    model.load_state_dict(loaded["model"], strict=False)
+    for name, chunk in zip(model_state, model, strict=True):
+        chunk.load_state_dict(loaded[name], strict=False)
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return loaded["run"]
+
+
+def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Each chunk's weights under a name of its own; inside, tensors carry their names in the whole model."""
+    return {f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(model)}
 
 
 def _check_step(root: Path, folder: Path, architecture: Architecture) -> None:

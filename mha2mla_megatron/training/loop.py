@@ -15,7 +15,7 @@ from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
+from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
 from mha2mla_megatron.training.config import FinetuneSettings
@@ -23,7 +23,7 @@ from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.signals import StopRequest
-from mha2mla_megatron.training.step import build_training_model, train_step
+from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 from mha2mla_megatron.training.together import on_first_rank
 
 
@@ -37,12 +37,13 @@ def finetune(settings: FinetuneSettings) -> None:
     root = Path(str(settings.save))
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
-    data_size = launched_world_size() // settings.parallel.model_parallel_size
-    if settings.global_batch_size % (settings.micro_batch_size * data_size):
-        raise UserError(
-            f"global_batch_size: {settings.global_batch_size} does not divide by micro_batch_size "
-            f"{settings.micro_batch_size} x {data_size} data-parallel ranks"
-        )
+    check_batches(
+        settings.parallel,
+        launched_world_size(),
+        settings.data.sequence_length,
+        settings.micro_batch_size,
+        settings.global_batch_size,
+    )
     if settings.data.sequence_length > architecture.max_position_embeddings:
         raise UserError(
             f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
@@ -52,14 +53,15 @@ def finetune(settings: FinetuneSettings) -> None:
     check_data(settings.data.train, architecture.vocab_size)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
-    model = build_training_model(architecture, settings, dtype, device)
-    optimizer, schedule = build_optimizer([model], settings, dtype)
+    chunks = build_training_model(architecture, settings, dtype, device)
+    optimizer, schedule = build_optimizer(chunks, settings, dtype)
+    model = [chunk.module for chunk in chunks]
     prepare_root(root)
-    resumed = resume_run(root, architecture, model.module, optimizer, schedule)
+    resumed = resume_run(root, architecture, model, optimizer, schedule)
     run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0} if resumed is None else resumed
     step = run["step"]
     if resumed is None:
-        load_weights(model.module, weights, architecture)
+        load_weights(model, weights, architecture)
         optimizer.reload_model_params()
 
     def write_beside() -> None:
@@ -71,10 +73,10 @@ def finetune(settings: FinetuneSettings) -> None:
         )
 
     on_first_rank(write_beside, f"save: {root}: cannot be written")
-    batches = _batches(settings, eod, architecture, root, step, data_size)
+    batches = _batches(settings, eod, architecture, root, step)
     # A run saved by an earlier version has no counts of skipped steps.
     guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
-    _train(settings, root, model, optimizer, schedule, batches, guard, step, device)
+    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -92,7 +94,7 @@ def _end_of_document(settings: FinetuneSettings, side: Path) -> int:
 
 
 def _batches(
-    settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, step: int, data_size: int
+    settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     total = settings.steps * settings.global_batch_size
     cache = Path(settings.data.cache) if settings.data.cache else root / "cache"
@@ -113,7 +115,7 @@ def _batches(
         total,
         settings.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
-        data_size,
+        parallel_state.get_data_parallel_world_size(),
         settings.data.workers,
     )
 
@@ -121,7 +123,7 @@ def _batches(
 def _train(
     settings: FinetuneSettings,
     root: Path,
-    model: DistributedDataParallel,
+    chunks: list[DistributedDataParallel],
     optimizer: Any,
     schedule: Any,
     batches: Iterator[dict[str, torch.Tensor]],
@@ -132,12 +134,13 @@ def _train(
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
-    model.train()
+    for chunk in chunks:
+        chunk.train()
     schedule.step(0)
     try:
         while step < settings.steps:
             lr = optimizer.param_groups[0]["lr"]
-            result = train_step(model, optimizer, batches, settings, device)
+            result = train_step(chunks, optimizer, batches, settings, device)
             guard.check(step + 1, result)
             schedule.step(1)
             step += 1
@@ -146,7 +149,9 @@ def _train(
             stopping = stop.requested()
             if step == settings.steps or step % settings.save_interval == 0 or stopping:
                 run = {"step": step, "skipped": guard.skipped, "skipped_in_a_row": guard.in_a_row}
-                save_run(root, step, model.module, optimizer, schedule, run, layout, settings.keep_last)
+                gather_weights(chunks)
+                model = [chunk.module for chunk in chunks]
+                save_run(root, step, model, optimizer, schedule, run, layout, settings.keep_last)
             if stopping:
                 if log is not None:
                     print(

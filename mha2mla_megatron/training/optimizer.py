@@ -33,6 +33,7 @@ def build_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=settings.parallel.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(config, chunks)  # type: ignore[arg-type]
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):

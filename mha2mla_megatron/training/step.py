@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -14,10 +15,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
+
+BATCH = ("tokens", "labels", "loss_mask", "position_ids")
+"""What a step reads of each micro batch, [b, s] all of them."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,11 @@ class StepResult:
 
 def build_training_model(
     architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
-) -> DistributedDataParallel:
-    """This rank's part of the model, in bf16 with float32 gradients or wholly in float32, ready for training."""
+) -> list[DistributedDataParallel]:
+    """This rank's chunks of the model, in bf16 with float32 gradients or wholly in float32, ready for training.
+
+    There is one chunk, or several with virtual pipeline stages.
+    """
     implementation = None if settings.implementation == "auto" else settings.implementation
     config = transformer_config(
         architecture,
@@ -48,35 +56,59 @@ def build_training_model(
         finalize_model_grads_func=finalize_model_grads,
         **_recompute(settings.recompute),
     )
-    model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
-    if dtype == torch.bfloat16:
-        model = Float16Module(config, model)
+    parallel, count = settings.parallel, settings.parallel.virtual_pipeline_model_parallel_size
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
-        overlap_grad_reduce=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        align_param_gather=count > 1,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # it raises on one rank alone; the optimizer sees the norm over all of them
     )
-    wrapped = DistributedDataParallel(config, ddp, model)
+    chunks = []
+    for index in range(count):
+        stage = index if count > 1 else None
+        model: MegatronModule = build_model(architecture, config, implementation, stage).to(device)  # type: ignore[arg-type]
+        if dtype == torch.bfloat16:
+            model = Float16Module(config, model)
+        # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
+        chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
+
+    def hooks(name: str) -> Any:
+        return [getattr(chunk, name) for chunk in chunks] if count > 1 else getattr(chunks[0], name)
+
     # Gradients are summed over ranks as they appear: only those of the last micro batch may start that.
-    config.no_sync_func = wrapped.no_sync
-    return wrapped
+    config.no_sync_func = hooks("no_sync")
+    # Where the stages of a pipeline start that at the same time, none of them waits for another's slower links.
+    if parallel.overlap_grad_reduce:
+        config.grad_sync_func = hooks("start_grad_sync")
+    if parallel.overlap_param_gather and count > 1:
+        config.param_sync_func = hooks("start_param_sync")
+    return chunks
+
+
+def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
+    """See that every rank has all updated weights, which `overlap_param_gather` leaves to the next forward pass."""
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def train_step(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     batches: Iterator[dict[str, torch.Tensor]],
     settings: FinetuneSettings,
     device: torch.device,
 ) -> StepResult:
     """Forward, backward and, where loss and gradients are finite, update over one global batch."""
-    model.zero_grad_buffer()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     losses = get_forward_backward_func()(
         forward_step_func=partial(forward_step, device=device),
-        data_iterator=batches,
-        model=[model],
+        data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
+        model=list(chunks),
         num_microbatches=settings.global_batch_size
         // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size()),
         seq_length=settings.data.sequence_length,
@@ -96,7 +128,11 @@ def train_step(
 
 def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it."""
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
+    found = next(batches)  # and what else the dataset says of a sample
+    batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
+    # The rotary tables are split the same way, by Megatron's rotary embedding.
+    sharing: Any = parallel_state.get_context_parallel_group()
+    batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=sharing)
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(masked_loss, batch["loss_mask"])
 
@@ -113,7 +149,7 @@ def _mean_loss(losses: list[dict[str, torch.Tensor]], device: torch.device) -> t
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for micro_batch in losses:  # empty but on the last pipeline stage
         total += micro_batch["loss"].double()
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     value, count = total.tolist()
     return value / count, int(count)

@@ -38,7 +38,13 @@ LAYOUTS = {
     "tp2-sp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
     "pp2": ["parallel.pipeline_model_parallel_size=2", "micro_batch_size=1"],
     "dp2": ["micro_batch_size=1"],
-}
+    "pp2-vpp2": [
+        "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_layout=Et|t|t*2|L", "micro_batch_size=1",
+    ],
+    "cp2-gather": ["parallel.context_parallel_size=2", "parallel.overlap_param_gather=true"],
+}  # fmt: skip
+RESUMED = ("tp2", "pp2-vpp2")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -51,7 +57,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(workspace: Path) -> Path:
     """runs/<model>-single and runs/<model>-<layout>, and what one world of two made of resuming, stopping, bad words.
 
-    <model>-resumed-tp2 went on from the single process's second step at TP 2.
+    <model>-resumed-<layout> went on from the single process's second step.
     """
     folder, runs = workspace / "runs", []
 
@@ -61,8 +67,9 @@ def results(workspace: Path) -> Path:
 
     for model in MODELS:
         single = finetune(workspace, model, folder / f"{model}-single", *SCHEDULE)
-        put_back(single, folder / f"{model}-resumed-tp2", 2)
-        add(f"{model}-resumed-tp2", model, *LAYOUTS["tp2"])
+        for layout in RESUMED:
+            put_back(single, folder / f"{model}-resumed-{layout}", 2)
+            add(f"{model}-resumed-{layout}", model, *LAYOUTS[layout])
         for layout, words in LAYOUTS.items():
             add(f"{model}-{layout}", model, *words)
     add("stopped", "mla", "save_interval=4", fault="signal")
@@ -87,7 +94,7 @@ def exported(root: Path, target: Path) -> dict[str, torch.Tensor]:
     return load_file(target / "model.safetensors")
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, "resumed-tp2"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *(f"resumed-{layout}" for layout in RESUMED)])
 @pytest.mark.parametrize("model", MODELS)
 def test_same_as_one_process(results: Path, tmp_path: Path, model: str, layout: str) -> None:
     single, split = results / f"{model}-single", results / f"{model}-{layout}"

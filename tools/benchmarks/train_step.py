@@ -128,7 +128,7 @@ def parity(shape: Shape, implementations: list[str], device: torch.device) -> li
                         continue  # fused attention kernels are for 16-bit types
                     config = transformer_config(architecture, FinetuneSettings().parallel, dtype)
                     model = build_model(architecture, config, implementation).to(device).eval()
-                    load_weights(model, step, architecture)
+                    load_weights([model], step, architecture)
                     with torch.no_grad():
                         logits = model(tokens, positions, None)
                     errors[f"{implementation} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"] = _error(logits, exact)
@@ -168,15 +168,15 @@ def timed_steps(folder: Path, shape: Shape, implementation: str, steps: int, dev
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = build_training_model(read_architecture(folder), settings, dtype, device)
-    optimizer, schedule = build_optimizer([model], settings, dtype)
+    chunks = build_training_model(read_architecture(folder), settings, dtype, device)
+    optimizer, schedule = build_optimizer(chunks, settings, dtype)
     schedule.step(0)
     batches = random_batches(shape, device)
     times = []
     for i in range(3 + steps):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        train_step(model, optimizer, batches, settings, device)
+        train_step(chunks, optimizer, batches, settings, device)
         schedule.step(1)
         torch.cuda.synchronize()
         if i >= 3:

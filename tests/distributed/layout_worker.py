@@ -1,0 +1,121 @@
+"""One of several processes that take the same two training steps at several parallel layouts.
+
+Each leaves, for every run, the file RUN.RANK.pt: the losses, and the pieces of the first step's gradients and of the
+final weights that it holds, with their places in the whole tensors.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+
+from mha2mla_megatron.architecture import Architecture, parse_architecture
+from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel, shut_down_parallel
+from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.optimizer import build_optimizer
+from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
+
+STEPS = 2
+Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
+"""Name and shape of the whole tensor, place in it, content."""
+
+
+def work(rank: int, world: int, folder: Path, runs: list[tuple[str, dict[str, Any], Path, FinetuneSettings]]) -> None:
+    """What process `rank` of `world` does; runs: (name, config.json, file of whole tensors, settings)."""
+    try:
+        torch.set_num_threads(1)
+        store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        for name, config, weights, settings in runs:
+            result = train(parse_architecture(config, name), weights, settings)
+            torch.save(result, folder / f"{name}.{rank}.pt")
+        shut_down_parallel()
+    except BaseException:
+        (folder / f"error-{world}.{rank}").write_text(traceback.format_exc())
+        raise
+
+
+def train(architecture: Architecture, weights: Path, settings: FinetuneSettings) -> dict[str, Any]:
+    """What one run leaves behind, on this rank."""
+    world = torch.distributed.get_world_size()
+    check_layout(architecture, settings.parallel, world)
+    sizes = settings.data.sequence_length, settings.micro_batch_size, settings.global_batch_size
+    check_batches(settings.parallel, world, *sizes)
+    device = initialize_parallel(settings.parallel)
+    chunks = build_training_model(architecture, settings, torch.float32, device)
+    optimizer, schedule = build_optimizer(chunks, settings, torch.float32)
+    whole = torch.load(weights)
+    with torch.no_grad():
+        for piece in sharded_tensors(chunks):
+            piece.data.copy_(whole[piece.key][piece.global_slice()])
+    optimizer.reload_model_params()
+    schedule.step(0)
+    gradients: list[Piece] = []
+    update = optimizer.step
+
+    def step() -> Any:
+        if not gradients:
+            gradients.extend(gradient_pieces(chunks))
+        return update()
+
+    optimizer.step = step  # type: ignore[method-assign]
+    batches = micro_batches(architecture.vocab_size, settings)
+    losses = [train_step(chunks, optimizer, batches, settings, device).loss for _ in range(STEPS)]
+    gather_weights(chunks)
+    return {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": gradients, "weights": pieces_of(chunks)}
+
+
+def micro_batches(vocabulary: int, settings: FinetuneSettings) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of random samples, whose masks leave each another number of tokens."""
+    generator = torch.Generator().manual_seed(3)
+    size, length = settings.micro_batch_size, settings.data.sequence_length
+    samples = torch.randint(vocabulary, (STEPS * settings.global_batch_size, length + 1), generator=generator)
+    masks = (torch.rand((len(samples), length), generator=generator) < 0.8).float()
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    for start in range(rank * size, len(samples), ranks * size):
+        tokens, mask = samples[start : start + size], masks[start : start + size]
+        yield {
+            "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": mask,
+            "position_ids": torch.arange(length).repeat(size, 1),
+        }  # fmt: skip
+
+
+def gradient_pieces(chunks: Any) -> list[Piece]:
+    """Like `pieces_of`, with the gradients: each data-parallel rank has the sums of its part of every bucket alone."""
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    for bucket in (bucket for chunk in chunks for buffer in chunk.buffers for bucket in buffer.buckets):
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
+        torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+    weights = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.main_grad)  # type: ignore[arg-type]
+        pieces = pieces_of(chunks)
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.copy_(weight)
+    return pieces
+
+
+def pieces_of(chunks: Any) -> list[Piece]:
+    """What this rank holds of the model's floating-point tensors, placed as checkpoints place it."""
+    return [
+        (piece.key, tuple(piece.global_shape), piece.global_slice(), piece.data.detach().clone())
+        for piece in sharded_tensors(chunks)
+        if piece.data.is_floating_point()
+    ]
+
+
+def sharded_tensors(chunks: Any) -> Iterator[Any]:
+    state = {index: sharded_weights(chunk.module) for index, chunk in enumerate(chunks)}
+    apply_factories(state)
+    return nested_values(state)

@@ -1,0 +1,184 @@
+"""Every form of parallelism trains like one process: losses, all gradients, and the weights after two steps.
+
+    python -m tests.test_layouts
+
+prints the table.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mha2mla_megatron.architecture import parse_architecture
+from mha2mla_megatron.checkpoint.mapping import megatron_shapes
+from mha2mla_megatron.model.parallel import ParallelConfig
+from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
+from tests.distributed import layout_worker
+from tests.megatron_cases import SHORT_NAMES, converted_config, original_config, random_tensor
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
+
+SIZES = dict(num_hidden_layers=8, hidden_size=64, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
+MODELS = {
+    "original": original_config(**SIZES, attention_bias=True, tie_word_embeddings=True),
+    "joint": converted_config("joint", **SIZES, attention_bias=True, tie_word_embeddings=True),
+    "split": converted_config("split", **SIZES, attention_bias=True, mlp_bias=True),
+}
+"""G = 4 groups of 2 heads; all with biases of q, k and v."""
+
+BATCH, LENGTH, LIMIT, TIMEOUT = 4, 16, 1e-5, 240
+WORLDS: dict[int, list[dict[str, Any]]] = {
+    1: [dict(micro=BATCH), dict(), dict(micro=2, recompute="full")],
+    2: [
+        dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
+        dict(pp=2), dict(pp=2, stages="Et*5|t*3L"), dict(pp=2, vpp=2),
+        dict(pp=2, vpp=4, recompute="full", only="original"),
+        dict(cp=2), dict(cp=2, recompute="selective", only="joint"),
+        dict(), dict(reduce=False, only="split"), dict(gather=True), dict(micro=2, gather=True, only="joint"),
+    ],
+    4: [
+        dict(tp=4, sp=True, only="original"), dict(tp=4, only="split"), dict(cp=4, only="joint"),
+        dict(pp=4, vpp=2, only="split"), dict(pp=4, stages="E|t*5|t*3|L", only="joint"),
+        dict(tp=2, pp=2, sp=True, only="joint"), dict(tp=2, cp=2, sp=True, only="original"),
+        dict(tp=2, cp=2, sp=True, only="split"), dict(pp=2, cp=2, vpp=2, stages="Et|t*3|t*2|t*2L", only="original"),
+        dict(tp=2, gather=True, only="joint"), dict(pp=2, vpp=2, gather=True, only="joint"),
+        dict(pp=2, gather=True, only="original"), dict(cp=2, only="split"), dict(gather=True, only="original"),
+    ],
+    8: [
+        dict(tp=2, pp=2, only="original"), dict(tp=2, pp=2, vpp=2, sp=True, gather=True, only="joint"),
+        dict(tp=2, cp=2, pp=2, sp=True, only="split"), dict(tp=2, cp=2, sp=True, gather=True, only="joint"),
+        dict(pp=4, reduce=False, only="split"),
+    ],
+}  # fmt: skip
+"""Processes -> layouts; the processes that a layout leaves over are data parallel.
+
+micro: samples a micro batch, else 1. only: the one model that it is run with, else all.
+"""
+
+REFERENCE = 1, WORLDS[1][0]
+RUNS = [
+    (world, layout, model)
+    for world, layouts in WORLDS.items()
+    for layout in layouts
+    for model in MODELS
+    if layout.get("only", model) == model
+]
+COMPARED = [run for run in RUNS if run[:2] != REFERENCE]
+
+
+def name_of(world: int, layout: dict[str, Any], model: str) -> str:
+    """As in "4: tp2 sp dp2, joint"."""
+    shown = {key: value for key, value in layout.items() if key != "only"}
+    words = [key if value is True else f"{key}={value}" if isinstance(value, str) else f"{key}{int(value)}"
+             for key, value in shown.items()]  # fmt: skip
+    data = world // math.prod(layout.get(key, 1) for key in ("tp", "pp", "cp"))
+    return f"{world}: {' '.join(words + [f'dp{data}'] * (data > 1)) or 'micro1'}, {model}"
+
+
+def settings_of(layout: dict[str, Any]) -> FinetuneSettings:
+    parallel = {SHORT_NAMES[key]: value for key, value in layout.items() if key in SHORT_NAMES}
+    return FinetuneSettings(
+        micro_batch_size=layout.get("micro", 1),
+        global_batch_size=BATCH,
+        recompute=layout.get("recompute", "none"),
+        data=DataSettings(sequence_length=LENGTH),
+        # Adam divides a gradient by its own size; with an epsilon far above the noise of float32 sums, noise stays so.
+        optimizer=OptimizerSettings(lr=1e-3, warmup_steps=0, decay_steps=1, adam_eps=1e-4),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def run_everything(folder: Path) -> None:
+    """Start each world once, as forks of one process that has imported everything: that is what takes long."""
+    for model, config in MODELS.items():
+        architecture = parse_architecture(config, model)
+        torch.manual_seed(11)
+        shapes = megatron_shapes(architecture).items()
+        whole = {name: random_tensor(name, shape, architecture.head_dim) for name, shape in shapes}
+        torch.save(whole, folder / f"{model}.pt")
+    context = multiprocessing.get_context("forkserver")
+    lazy = ["transformers.models.llama.modeling_llama", "megatron.core.models.mimo"]  # imported when first used
+    context.set_forkserver_preload([layout_worker.__name__, *lazy])
+    for world in WORLDS:
+        runs = [
+            (str(number), MODELS[model], folder / f"{model}.pt", settings_of(layout))
+            for number, (one, layout, model) in enumerate(RUNS)
+            if one == world
+        ]
+        processes = [context.Process(target=layout_worker.work, args=(r, world, folder, runs)) for r in range(world)]
+        for process in processes:
+            process.start()
+        end = time.monotonic() + TIMEOUT
+        for process in processes:
+            process.join(max(0, end - time.monotonic()))
+        for process in processes:
+            process.kill()
+            process.join()
+        errors = [file.read_text() for file in sorted(folder.glob(f"error-{world}.*"))]
+        assert not errors and not any(process.exitcode for process in processes), "\n".join(errors) or "timed out"
+
+
+def errors_of(folder: Path, run: tuple[int, dict[str, Any], str]) -> dict[str, float]:
+    """The largest relative errors of a run, by what was compared, against one process with a batch of all samples.
+
+    Every piece of every process is compared: also the copies that several processes hold. The pieces must make up all
+    tensors of the model.
+    """
+    world, _, model = run
+    reference = torch.load(folder / f"{RUNS.index((*REFERENCE, model))}.0.pt", weights_only=False)
+    found = [torch.load(folder / f"{RUNS.index(run)}.{rank}.pt", weights_only=False) for rank in range(world)]
+    errors = {"loss": torch.stack([(one["losses"] / reference["losses"] - 1).abs() for one in found])}
+    for kind in ("gradients", "weights"):
+        wanted = whole_tensors(reference[kind])
+        covered = {key: torch.zeros(tensor.shape, dtype=torch.bool) for key, tensor in wanted.items()}
+        relative = []
+        for key, shape, place, piece in (piece for one in found for piece in one[kind]):
+            assert shape == wanted[key].shape, key
+            scale = wanted[key].abs().max()
+            assert scale > 0, f"{kind} of {key}: nothing to compare"
+            relative.append((piece - wanted[key][place]).abs().max() / scale)
+            covered[key][place] = True
+        assert [key for key, mask in covered.items() if not mask.all()] == []
+        errors[kind] = torch.stack(relative)
+    return {kind: float(values.max()) for kind, values in errors.items()}
+
+
+def whole_tensors(pieces: list[layout_worker.Piece]) -> dict[str, torch.Tensor]:
+    """A single process's tensors; some of them it has in several pieces."""
+    whole = {key: torch.full(shape, torch.nan) for key, shape, _, _ in pieces}
+    for key, _, place, piece in pieces:
+        whole[key][place] = piece
+    return whole
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("layouts")
+    run_everything(folder)
+    return folder
+
+
+@pytest.mark.parametrize("run", COMPARED, ids=[name_of(*run) for run in COMPARED])
+def test_trains_like_one_process(folder: Path, run: tuple[int, dict[str, Any], str]) -> None:
+    errors = errors_of(folder, run)
+    assert all(error < LIMIT for error in errors.values()), errors
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        run_everything(Path(scratch))
+        print(f"{'processes: layout, model':54} {'loss':>8} {'gradient':>8} {'weight':>8}   largest relative errors")
+        for run in COMPARED:
+            print(f"{name_of(*run):54}", *(f"{error:8.1e}" for error in errors_of(Path(scratch), run).values()))
+
+
+if __name__ == "__main__":
+    main()
