@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.model.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from mha2mla_megatron.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,20 @@ class FinetuneSettings:
     def decay_steps(self) -> int:
         given = self.optimizer.decay_steps
         return max(1, self.steps // 6) if given is None else given
+
+
+def check_samples(settings: FinetuneSettings, architecture: Architecture, data_size: int) -> None:
+    """Refuse samples that do not divide over `data_size` data-parallel ranks, or are longer than the model's context.
+
+    Raises UserError naming the two numbers.
+    """
+    if settings.global_batch_size % (settings.micro_batch_size * data_size):
+        raise UserError(
+            f"global_batch_size: {settings.global_batch_size} does not divide by micro_batch_size "
+            f"{settings.micro_batch_size} x {data_size} data-parallel ranks"
+        )
+    if settings.data.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
+            f"{architecture.max_position_embeddings}"
+        )

@@ -18,7 +18,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
-from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.config import FinetuneSettings, check_samples
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -38,16 +38,7 @@ def finetune(settings: FinetuneSettings) -> None:
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
     data_size = launched_world_size() // settings.parallel.model_parallel_size
-    if settings.global_batch_size % (settings.micro_batch_size * data_size):
-        raise UserError(
-            f"global_batch_size: {settings.global_batch_size} does not divide by micro_batch_size "
-            f"{settings.micro_batch_size} x {data_size} data-parallel ranks"
-        )
-    if settings.data.sequence_length > architecture.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
-            f"{architecture.max_position_embeddings}"
-        )
+    check_samples(settings, architecture, data_size)
     eod = _end_of_document(settings, side)
     check_data(settings.data.train, architecture.vocab_size)
     device = initialize_parallel(settings.parallel, settings.seed)
