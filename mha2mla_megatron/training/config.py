@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
-from mha2mla_megatron.model.parallel import ParallelConfig
+from mha2mla_megatron.model.parallel import ParallelConfig, check_batches
+
+if TYPE_CHECKING:
+    from mha2mla_megatron.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -157,3 +160,22 @@ class FinetuneSettings:
     def decay_steps(self) -> int:
         given = self.optimizer.decay_steps
         return max(1, self.steps // 6) if given is None else given
+
+
+def check_samples(settings: FinetuneSettings, architecture: Architecture, world_size: int) -> None:
+    """Refuse samples that the layout cannot be fed with, or that are longer than the model's context.
+
+    Raises UserError naming the two numbers.
+    """
+    check_batches(
+        settings.parallel,
+        world_size,
+        settings.data.sequence_length,
+        settings.micro_batch_size,
+        settings.global_batch_size,
+    )
+    if settings.data.sequence_length > architecture.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
+            f"{architecture.max_position_embeddings}"
+        )

@@ -15,10 +15,10 @@ from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel, launched_world_size
+from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
-from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.config import FinetuneSettings, check_samples
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -37,18 +37,7 @@ def finetune(settings: FinetuneSettings) -> None:
     root = Path(str(settings.save))
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
-    check_batches(
-        settings.parallel,
-        launched_world_size(),
-        settings.data.sequence_length,
-        settings.micro_batch_size,
-        settings.global_batch_size,
-    )
-    if settings.data.sequence_length > architecture.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
-            f"{architecture.max_position_embeddings}"
-        )
+    check_samples(settings, architecture, launched_world_size())
     eod = _end_of_document(settings, side)
     check_data(settings.data.train, architecture.vocab_size)
     device = initialize_parallel(settings.parallel, settings.seed)

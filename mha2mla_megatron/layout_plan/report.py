@@ -1,0 +1,153 @@
+"""The whole plan: as plain values, and as tables for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.evaluation.table import format_table
+from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.layout_plan.settings import GIB, PlanSettings, planned_architecture
+from mha2mla_megatron.layout_plan.stages import most_used, plan_stages
+from mha2mla_megatron.layout_plan.suggest import suggest
+from mha2mla_megatron.model.parallel import check_layout
+from mha2mla_megatron.training.config import check_samples
+
+MEMORY_COLUMNS = ("parameters", "gradients", "optimizer", "attention", "mlp", "layer_inputs", "output")
+
+
+def make_plan(settings: PlanSettings) -> dict[str, Any]:
+    """The plan of `settings`' layout and of the smallest one that fits, as plain JSON values; writes settings.output.
+
+    `suggestion` is None where nothing fits; `nearest` is what takes the least of all that was tried.
+    Raises UserError for a model, a layout or batch sizes that cannot be.
+    """
+    architecture = planned_architecture(settings)
+    check_layout(architecture, settings.parallel, settings.gpus)
+    check_samples(settings, architecture, settings.gpus)
+    stages = plan_stages(architecture, settings)
+    suggestion, nearest = suggest(architecture, settings)
+    found = {
+        "model": dataclasses.asdict(architecture),
+        "layout": settings.parallel.sizes(settings.gpus),
+        "sequence_parallel": settings.parallel.uses_sequence_parallel,
+        "dtype": settings.planned_dtype,
+        "implementation": settings.planned_implementation,
+        "recompute": settings.recompute,
+        "sequence_length": settings.data.sequence_length,
+        "micro_batch_size": settings.micro_batch_size,
+        "global_batch_size": settings.global_batch_size,
+        "micro_batches": settings.micro_batches,
+        "bubble": settings.bubble,
+        "room": settings.room,
+        "total": most_used(stages),
+        "stages": [dataclasses.asdict(stage) for stage in stages],
+        "suggestion": suggestion,
+        "nearest": nearest,
+    }
+    if settings.output is not None:
+        with new_files([Path(settings.output)], settings.overwrite) as (file,):
+            write_json(file, found)
+    return found
+
+
+def require_fit(found: dict[str, Any], settings: PlanSettings) -> None:
+    """Raise UserError, saying what the nearest layout needs, where nothing fits."""
+    if found["suggestion"] is None:
+        nearest = found["nearest"]
+        raise UserError(
+            f"nothing fits into {_room(settings)} on {settings.gpus} GPUs; nearest is {_layout(nearest)}, which needs "
+            f"{_gib(nearest['total'])} GiB: more gpus, more gpu_memory, or a smaller micro_batch_size or "
+            "data.sequence_length would help"
+        )
+
+
+def format_plan(found: dict[str, Any], settings: PlanSettings) -> str:
+    """Tables of memory and messages, and the suggestion."""
+    layout, stages = found["layout"], found["stages"]
+    memory = [
+        (
+            str(stage["stage"]),
+            str(stage["layers"]),
+            f"{stage['parameter_count'] / 1e6:.1f}",
+            *(_gib(stage[key]) for key in MEMORY_COLUMNS),
+            str(stage["in_flight"]),
+            *(_gib(stage[key]) for key in ("others_in_flight", "working", "total")),
+        )
+        for stage in stages
+    ]
+    headings = (
+        "stage", "layers", "M weights", *(key.replace("_", " ") for key in MEMORY_COLUMNS), "in flight", "the others",
+        "working", "total",
+    )  # fmt: skip
+    kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["sent"]))
+    traffic = [(kind, *(_gib(stage["sent"].get(kind, 0)) for stage in stages)) for kind in kinds]
+    return "\n".join(
+        (
+            _model(found["model"]),
+            f"layout: tensor {layout['tensor']}{' + sequence' if found['sequence_parallel'] else ''}, pipeline "
+            f"{layout['pipeline']}, data {layout['data']} on {layout['processes']} GPUs; {found['dtype']}, "
+            f"{found['implementation']}, recompute {found['recompute']}",
+            f"step: {found['global_batch_size']} samples of {found['sequence_length']} tokens, "
+            f"{found['micro_batches']} micro-batches of {found['micro_batch_size']} on each rank; "
+            f"pipeline bubble {found['bubble']:.1%}",
+            "",
+            "GiB of one rank",
+            format_table(headings, memory),
+            "",
+            "GiB that one rank sends in a step" if kinds else "nothing is sent",
+            *([format_table(("stage", *(str(stage["stage"]) for stage in stages)), traffic)] if kinds else []),
+            "",
+            *_verdict(found, settings),
+        )
+    )
+
+
+def _model(model: dict[str, Any]) -> str:
+    mla = model["mla"]
+    conversion = "original"
+    if mla is not None:
+        low_rank, rope = mla["low_rank"], mla["partial_rope"]
+        conversion = (
+            f"converted ({low_rank['method']}, qk_rope_head_dim {rope['qk_rope_head_dim']}, "
+            f"kv_lora_rank {low_rank['kv_lora_rank']})"
+        )
+    return (
+        f"model: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
+        f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key/value heads of "
+        f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']}; {conversion}"
+    )
+
+
+def _verdict(found: dict[str, Any], settings: PlanSettings) -> list[str]:
+    fits = "fits" if found["total"] <= settings.room else "does not fit"
+    lines = [f"this layout needs {_gib(found['total'])} GiB: {fits} into {_room(settings)}"]
+    best = found["suggestion"]
+    if best is None:
+        return lines
+    reason = "no layout with fewer GPUs a copy fits; of as many, most tensor parallelism within a node"
+    if best["recompute"] != settings.recompute:
+        reason = f"nothing fits with recompute={settings.recompute}; with full, {reason}"
+    return [
+        *lines,
+        f"suggestion: {_layout(best)}, data {best['copies']}: needs {_gib(best['total'])} GiB "
+        f"(pipeline bubble {best['bubble']:.1%})",
+        f"why: {reason}",
+    ]
+
+
+def _layout(found: dict[str, Any]) -> str:
+    return (
+        f"tensor {found['tensor_model_parallel_size']}{' + sequence' if found['sequence_parallel'] else ''}, "
+        f"pipeline {found['pipeline_model_parallel_size']}, recompute {found['recompute']}"
+    )
+
+
+def _room(settings: PlanSettings) -> str:
+    return f"{_gib(settings.room)} GiB (gpu_memory {settings.gpu_memory:g} less reserve {settings.reserve:g})"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"

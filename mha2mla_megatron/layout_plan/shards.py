@@ -1,0 +1,66 @@
+"""Which parameters each rank holds: the library's table of global shapes, split as Megatron's layers split it."""
+
+from __future__ import annotations
+
+import math
+
+from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.checkpoint.mapping import megatron_shapes
+from mha2mla_megatron.model.parallel import ParallelConfig
+
+COLUMN_PARALLEL = (
+    "word_embeddings", "output_layer", "linear_qkv", "linear_q", "linear_k_rope", "linear_k_up", "linear_k_nope",
+    "linear_v_up", "linear_v", "linear_fc1",
+)  # fmt: skip
+"""Layers whose weight and bias are split by rows; those of the vocabulary too."""
+
+ROW_PARALLEL = ("linear_proj", "linear_fc2")
+"""Layers whose weight is split by columns; each rank holds the whole bias."""
+
+
+def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int) -> range:
+    """The layers of one pipeline stage, both counted from 0."""
+    number = architecture.num_layers // parallel.pipeline_model_parallel_size
+    return range(stage * number, (stage + 1) * number)
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension that tensor parallelism splits the Megatron tensor of this name by; None: every rank has it all."""
+    *_, layer, kind = name.split(".")
+    if layer in COLUMN_PARALLEL and kind in ("weight", "bias"):
+        return 0
+    return 1 if layer in ROW_PARALLEL and kind == "weight" else None
+
+
+def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[dict[str, tuple[int, ...]]]:
+    """For each pipeline stage: Megatron name -> shape on one rank, of every parameter.
+
+    Where the output layer is the embedding and they are on two stages, the last one has a copy of it.
+    """
+    tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shapes = megatron_shapes(architecture)
+    if architecture.tie_word_embeddings and stages > 1:
+        shapes["output_layer.weight"] = shapes["embedding.word_embeddings.weight"]
+    found = []
+    for stage in range(stages):
+        prefixes = [f"decoder.layers.{layer}." for layer in stage_layers(architecture, parallel, stage)]
+        prefixes += ["embedding."] if stage == 0 else []
+        prefixes += ["decoder.final_layernorm.", "output_layer."] if stage == stages - 1 else []
+        found.append(
+            {
+                name: _split(name, shape, tp)
+                for name, shape in shapes.items()
+                if name.startswith(tuple(prefixes)) and not name.endswith("rope_pairs")  # whole numbers, no parameter
+            }
+        )
+    return found
+
+
+def count(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Numbers in all tensors of these shapes."""
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _split(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    dim = split_dim(name)
+    return tuple(size // tp if i == dim else size for i, size in enumerate(shape))

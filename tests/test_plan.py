@@ -1,0 +1,237 @@
+"""tools/plan.py against models that are built, bytes that autograd keeps, and published or measured numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mha2mla_megatron.layout_plan.settings import PlanSettings, planned_architecture
+from mha2mla_megatron.model.parallel import initialize_parallel
+from mha2mla_megatron.settings import load_settings
+from mha2mla_megatron.training.step import build_training_model, forward_step
+from tests.conftest import ROOT, refused, run_tool
+from tests.megatron_cases import converted_config, original_config
+from tests.saved_activations import SavedActivations, random_batch
+
+EXAMPLES = ROOT / "examples" / "multi_node"
+GIB = 2**30
+
+
+@pytest.fixture
+def empty(tmp_path: Path) -> Path:
+    """A settings file in which everything is at its default."""
+    (tmp_path / "run.yaml").write_text("")
+    return tmp_path / "run.yaml"
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> str:
+    """The word for a folder with nothing but this config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"model={folder}"
+
+
+def plan(config: Path, *words: object) -> dict[str, Any]:
+    """What the tool writes."""
+    output = config.parent / "plan.json"
+    run_tool("plan", config, f"output={output}", "overwrite=true", *words)
+    return json.loads(output.read_text())
+
+
+def test_parameters_of_llama_2(empty: Path) -> None:
+    """The published models' counts, from their configs alone, whatever the layout: summed over stages, an unsplit norm
+    or latent projection counted once for each tensor-parallel rank."""
+    published = {"7b": 6_738_415_616, "13b": 13_015_864_320, "70b": 68_976_648_192}
+    for name, number in published.items():
+        words = (f"model={EXAMPLES / f'llama-2-{name}'}", "gpus=8", "gpu_memory=2000")
+        (whole,) = plan(empty, *words)["stages"]
+        assert whole["parameter_count"] == number
+        stages = plan(empty, *words, "parallel.pipeline_model_parallel_size=8")["stages"]
+        assert len(stages) == 8 and sum(stage["parameter_count"] for stage in stages) == number
+
+
+MEASURED = {
+    "original 135M": (("576", "1536", "30", "9", "3", "16"), (), 24.0),
+    "converted 135M": (("576", "1536", "30", "9", "3", "16"), ("low_rank.d_kv=32",), 24.1),
+    "original 1.7B": (("2048", "8192", "24", "32", "32", "8"), (), 62.0),
+    "converted 1.7B": (("2048", "8192", "24", "32", "32", "8"), ("low_rank.d_kv=32",), 62.1),
+}
+"""hidden, MLP, layers, heads, key/value heads, micro batch of 2048 tokens; conversion; GiB on an H100, of
+docs/performance.md."""
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_peak_measured_on_a_gpu(empty: Path, case: str) -> None:
+    """Within 3 %, a few temporary tensors of a layer's kernels, which the plan does not follow one by one."""
+    (hidden, mlp, layers, heads, groups, batch), conversion, measured = MEASURED[case]
+    config = original_config(
+        vocab_size=49152, hidden_size=int(hidden), intermediate_size=int(mlp), num_hidden_layers=int(layers),
+        num_attention_heads=int(heads), num_key_value_heads=int(groups), head_dim=64, max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    model = write_config(empty.parent / "model", config)
+    found = plan(empty, model, "gpus=1", f"micro_batch_size={batch}", f"global_batch_size={batch}", *conversion)
+    assert found["total"] / GIB == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's kernels keep")
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("method", ["original", "joint", "split"])
+def test_activations_are_those_that_autograd_keeps(empty: Path, method: str, recompute: str) -> None:
+    """Within 1 %: the plan leaves out token ids and the loss mask, 12 bytes of the 6000 and more of each token."""
+    length, samples = 256, 2
+    for groups, dtype in ((2, "float32"), (4, "bfloat16")):
+        config = original_config(
+            vocab_size=512, hidden_size=256, intermediate_size=640, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=groups, head_dim=64, max_position_embeddings=length,
+        )  # fmt: skip
+        words = [
+            write_config(empty.parent / "model", config), "gpus=1", "device=cpu", f"recompute={recompute}",
+            f"dtype={dtype}", f"micro_batch_size={samples}", f"global_batch_size={samples}",
+            f"data.sequence_length={length}",
+        ]  # fmt: skip
+        if method != "original":
+            words += ["partial_rope.qk_rope_head_dim=16", f"low_rank.method={method}", "low_rank.kv_lora_rank=48"]
+        (stage,) = plan(empty, *words)["stages"]
+        settings = load_settings(PlanSettings, words)
+        device = initialize_parallel(settings.parallel)
+        (model,) = build_training_model(planned_architecture(settings), settings, getattr(torch, dtype), device)
+        saved = SavedActivations(model)
+        with saved.recorded():
+            output, loss = forward_step(iter([random_batch(samples, length, 512)]), model, device)
+            kept_alive = loss(output)
+        assert stage["parameter_count"] == sum(parameter.numel() for parameter in model.parameters())
+        planned = sum(stage[key] for key in ("attention", "mlp", "layer_inputs", "output"))
+        assert planned == pytest.approx(saved.peak, rel=0.01), (groups, dtype)
+        del kept_alive
+
+
+def test_a_conversion_is_planned_from_the_original_alone(empty: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """As words, as a conversion's YAML file, and as the converted folder itself: one plan."""
+    words = ["partial_rope.qk_rope_head_dim=[0,4,8]", "low_rank.method=split", "low_rank.kv_lora_rank=12"]
+    yaml = tmp_path / "mla.yaml"
+    yaml.write_text("partial_rope: {qk_rope_head_dim: [0, 4, 8]}\nlow_rank: {method: split, kv_lora_rank: 12}\n")
+    run_tool("convert_mha_to_mla", tiny_llama, tmp_path / "mla", *words)
+    rest = ("gpus=1", "data.sequence_length=64")
+    planned = [
+        plan(empty, f"model={tiny_llama}", *rest, *words),
+        plan(empty, f"model={tiny_llama}", *rest, f"conversion={yaml}"),
+        plan(empty, f"model={tmp_path / 'mla' / 'config.json'}", *rest),
+    ]
+    assert planned[0] == planned[1] == planned[2]
+    assert planned[0]["stages"] != plan(empty, f"model={tiny_llama}", *rest)["stages"]
+
+
+def test_a_checkpoint_root_is_a_model_too(empty: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    run_tool("convert_hf_to_megatron", tiny_llama, tmp_path / "megatron")
+    rest = ("gpus=1", "data.sequence_length=64")
+    assert plan(empty, f"load={tmp_path / 'megatron'}", *rest) == plan(empty, f"model={tiny_llama}", *rest)
+
+
+def test_in_flight_micro_batches_and_bubble(empty: Path) -> None:
+    """1F1B: the first of four stages has four micro-batches, the last has one; three of m + 3 slots are idle."""
+    words = (f"model={EXAMPLES / 'llama-2-7b'}", "gpus=4", "gpu_memory=200",
+             "parallel.pipeline_model_parallel_size=4")  # fmt: skip
+    found = plan(empty, *words, "global_batch_size=8")
+    assert [stage["in_flight"] for stage in found["stages"]] == [4, 3, 2, 1]
+    assert found["bubble"] == pytest.approx(3 / 11)
+    few = plan(empty, *words, "global_batch_size=2")
+    assert [stage["in_flight"] for stage in few["stages"]] == [2, 2, 2, 1]
+
+
+def test_the_suggestion_is_the_smallest_that_fits(empty: Path) -> None:
+    """Tensor parallelism first, pipelining where a node ends, recomputing last; it needs the same when it is planned
+    itself, and half as many GPUs a copy would not do."""
+    cases = [
+        ("7b", "gpus=16", "gpu_memory=80", (1, 1, "none")),
+        ("7b", "gpus=16", "gpu_memory=40", (2, 1, "none")),
+        ("70b", "gpus=32", "gpu_memory=80", (8, 2, "none")),
+        ("70b", "gpus=16", "gpu_memory=82", (8, 2, "full")),
+    ]
+    for name, gpus, memory, expected in cases:
+        words = [f"model={EXAMPLES / f'llama-2-{name}'}", gpus, memory, "global_batch_size=256",
+                 "data.sequence_length=4096"]  # fmt: skip
+        best = plan(empty, *words)["suggestion"]
+        tp, pp, recompute = expected
+        assert (best["tensor_model_parallel_size"], best["pipeline_model_parallel_size"], best["recompute"]) == expected
+        layout = [f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}",
+                  f"recompute={recompute}", f"parallel.sequence_parallel={str(tp > 1).lower()}"]  # fmt: skip
+        again = plan(empty, *words, *layout)
+        assert again["total"] == best["total"] <= again["room"]
+        if tp * pp > 1:
+            tp, pp = (tp, pp // 2) if pp > 1 else (tp // 2, pp)
+            half = [f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}",
+                    f"recompute={recompute}", f"parallel.sequence_parallel={str(tp > 1).lower()}"]  # fmt: skip
+            assert plan(empty, *words, *half)["total"] > again["room"]
+
+
+def test_the_tables_name_what_the_numbers_are(empty: Path) -> None:
+    text = run_tool("plan", EXAMPLES / "llama-2-70b.yaml", f"model={EXAMPLES / 'llama-2-70b'}", "gpus=32").stdout
+    assert "tensor 8 + sequence, pipeline 2, data 2 on 32 GPUs; bfloat16, transformer_engine" in text
+    for word in (
+        "working",
+        "tensor: all-gather",
+        "pipeline: send",
+        "data: reduce-scatter",
+        "suggestion: tensor 8",
+        "why: ",
+    ):
+        assert word in text
+
+
+def test_bad_input_is_refused(empty: Path, tmp_path: Path) -> None:
+    model = f"model={EXAMPLES / 'llama-2-7b'}"
+    assert "model is not set" in refused("plan", empty)
+    assert "no config.json" in refused("plan", empty, f"model={tmp_path / 'nowhere'}")
+    assert "no config.json" in refused("plan", empty, f"load={tmp_path}")
+    assert "no such settings file" in refused("plan", tmp_path / "none.yaml", model)
+    layout = refused("plan", empty, model, "parallel.tensor_model_parallel_size=3", "gpus=3")
+    assert "3 does not divide num_key_value_heads 32" in layout
+    assert "8 processes were started, but one copy of the model takes 16" in refused(
+        "plan", empty, model, "parallel.tensor_model_parallel_size=16"
+    )
+    assert "global_batch_size: 12 does not divide" in refused("plan", empty, model, "global_batch_size=12")
+    assert "more than the model's context 4096" in refused("plan", empty, model, "data.sequence_length=8192")
+    for memory in ("0", "-80"):
+        assert f"gpu_memory: {memory} GiB is not above 0" in refused("plan", empty, model, f"gpu_memory={memory}")
+    assert "gpu_memory: nan" in refused("plan", empty, model, "gpu_memory=.nan")
+    assert "reserve: 90 GiB is not between 0" in refused("plan", empty, model, "reserve=90")
+    assert "gpus: 0 is too small" in refused("plan", empty, model, "gpus=0")
+    assert "needs device=cuda" in refused("plan", empty, model, "device=cpu", "implementation=transformer_engine")
+    mla = write_config(tmp_path / "mla", converted_config("joint"))
+    assert "is converted already" in refused("plan", empty, mla, "low_rank.d_kv=4", "data.sequence_length=64")
+    (tmp_path / "budget.yaml").write_text("cache_budget: 0.5\nstatistics: s.safetensors\n")
+    assert "a cache budget chooses r and c" in refused("plan", empty, model, f"conversion={tmp_path / 'budget.yaml'}")
+    both = refused("plan", empty, model, f"conversion={tmp_path / 'budget.yaml'}", "low_rank.d_kv=64")
+    assert "partial_rope and low_rank are given too" in both
+
+
+def test_where_nothing_fits_the_nearest_is_named(empty: Path, tmp_path: Path) -> None:
+    """The tables are printed all the same."""
+    words = [empty, f"model={EXAMPLES / 'llama-2-70b'}", "gpus=8", f"output={tmp_path / 'plan.json'}"]
+    line = refused("plan", *words)
+    nearest = json.loads((tmp_path / "plan.json").read_text())["nearest"]
+    assert "nothing fits into 74.00 GiB" in line
+    assert f"needs {nearest['total'] / GIB:.2f} GiB" in line
+    assert (nearest["tensor_model_parallel_size"], nearest["recompute"]) == (8, "full")
+    assert "does not fit" in run_tool("plan", *words, "overwrite=true", check=False).stdout
+
+
+def test_settings_of_a_run_are_settings_of_its_plan() -> None:
+    """So that a run's YAML file is one of the plan's."""
+    from mha2mla_megatron.training.config import FinetuneSettings
+
+    run = {field.name for field in dataclasses.fields(FinetuneSettings)}
+    assert run < {field.name for field in dataclasses.fields(PlanSettings)}
+
+
+def test_the_memory_benchmark_says_what_it_needs(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("says so only where there is no GPU")
+    assert "measures a GPU's memory, and torch finds none here" in refused("benchmarks/memory", "shapes=[tiny]")
+    assert "shapes: unknown value '9B'" in refused("benchmarks/memory", "shapes=[9B]")
