@@ -108,6 +108,30 @@ def read_config(folder: Path) -> dict[str, Any]:
     return values
 
 
+def refuse_special_weights(folder: Path) -> None:
+    """Raise UserError for a folder that holds an adapter, or quantised weights, and not those of a whole model."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        merge = "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
+        raise UserError(
+            f"{adapter}: a PEFT (LoRA) adapter, not a model; merge it into its base model and give the result: "
+            f"python -c \"{merge.format(folder)}.save_pretrained('MERGED')\""
+        )
+    if (folder / "config.json").is_file():
+        _refuse_quantised(read_config(folder), str(folder / "config.json"))
+
+
+def _refuse_quantised(config: dict[str, Any], source: str) -> None:
+    """GPTQ, AWQ, bitsandbytes, fp8 and whatever else transformers writes there."""
+    found = config.get("quantization_config")
+    if found:
+        method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
+        raise UserError(
+            f"{source}: quantization_config: the weights are quantised ({method}); give the unquantised model, or one "
+            "that was de-quantised"
+        )
+
+
 def read_architecture(folder: Path) -> Architecture:
     """Read and check `folder`/config.json. Raises UserError naming the key for anything that we cannot do exactly."""
     return parse_architecture(read_config(folder), str(folder / "config.json"))
@@ -121,8 +145,10 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
     for key in ("rope_interleaved", "rope_interleave", "rotary_interleaved"):
         if config.get(key):
             raise UserError(f"{source}: {key}=true: interleaved rotary embeddings are not supported, only half-split")
-    if config.get("quantization_config"):
-        raise UserError(f"{source}: quantization_config is set; convert the unquantised model instead")
+    _refuse_quantised(config, source)
+    project = config.get("mha2mla") or config.get("RoPE")
+    if model_type != MLA_MODEL_TYPE and isinstance(project, dict) and not project.get("is_baseline"):
+        raise UserError(f"{source}: a model of the MHA2MLA authors' code; tools/import_mha2mla.py makes it one of ours")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported; valid: 'silu'")
     number = _Numbers(config, source)

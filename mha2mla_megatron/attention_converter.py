@@ -20,7 +20,7 @@ from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.low_rank import factorise, truncation_losses
-from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores
+from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 
 
 @dataclass(frozen=True)
@@ -81,23 +81,17 @@ class AttentionConverter:
     def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
         """The layer in the given shapes: rows reordered to [r | d - r] per head, then K_nope and V factored."""
         source, weights = self._layer(layer), self._layer(layer).weights
-        groups, d, r = layout.num_key_value_heads, layout.head_dim, layout.qk_rope_head_dim
+        d, r = layout.head_dim, layout.qk_rope_head_dim
         pairs = self._pairs(source, layout)
         order = head_row_order(pairs, d).to(self.device)  # [G, d]
-
-        def reorder(heads: torch.Tensor) -> torch.Tensor:
-            """[heads * d, ...] with each head's rows in order; a group's heads share it: [G, heads / G, d, ...]."""
-            heads = heads.view(groups, -1, d, *heads.shape[1:])
-            index = order.view(groups, 1, d, *[1] * (heads.dim() - 3)).expand_as(heads)
-            return heads.gather(2, index)
 
         def queries(rows: torch.Tensor) -> torch.Tensor:
             if source.query_map is not None and r < d:
                 rows = apply_query_map(rows.unflatten(0, (-1, d)), source.query_map, pairs).flatten(0, 1)
-            return reorder(rows).reshape_as(rows)
+            return ordered_heads(rows, order).reshape_as(rows)
 
         converted = {"o_proj.weight": weights["o_proj.weight"], "q_proj.weight": queries(weights["q_proj.weight"])}
-        k = _ordered_keys(weights, order)  # [G, d, h]
+        k = ordered_heads(weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
         k_rope, k_nope = k[:, :r].flatten(0, 1), k[:, r:].flatten(0, 1)
         v = weights["v_proj.weight"]
         if r > 0:
@@ -106,7 +100,7 @@ class AttentionConverter:
         if "q_proj.bias" in weights:
             converted["q_proj.bias"] = queries(weights["q_proj.bias"])
             if r > 0:
-                converted["k_rope_proj.bias"] = reorder(weights["k_proj.bias"])[:, 0, :r].flatten()
+                converted["k_rope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, :r].flatten()
             converted["v_up_proj.bias" if layout.factors_value else "v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
             converted["o_proj.bias"] = weights["o_proj.bias"]
@@ -131,7 +125,8 @@ class AttentionConverter:
         """The price of every rank c from 0 on, in the objective: float64 [ranks], not increasing."""
         source = self._layer(layer)
         order = head_row_order(self._pairs(source, layout), layout.head_dim).to(self.device)
-        k_nope = _ordered_keys(source.weights, order)[:, layout.qk_rope_head_dim :].flatten(0, 1)
+        k = ordered_heads(source.weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
+        k_nope = k[:, layout.qk_rope_head_dim :].flatten(0, 1)
         parts = [
             truncation_losses(rows, metric).cpu()
             for _, rows, metric in _parts(
@@ -206,12 +201,6 @@ class AttentionConverter:
             factors.update({f"{name}.weight": part for name, part in zip(names, up.split(widths), strict=True)})
             downs.append(down)
         return {**factors, "kv_down_proj.weight": torch.cat(downs)} if downs else {}
-
-
-def _ordered_keys(weights: dict[str, torch.Tensor], order: torch.Tensor) -> torch.Tensor:
-    """The rows of every key head in order, [G, d, h]."""
-    k = weights["k_proj.weight"].view(*order.shape, -1)
-    return k.gather(1, order[:, :, None].expand_as(k))
 
 
 def _parts(

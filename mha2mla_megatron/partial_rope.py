@@ -55,52 +55,65 @@ def head_row_order(pairs: torch.Tensor, head_dim: int) -> torch.Tensor:
     return torch.cat((kept, others), dim=-1)
 
 
-def load_scores(file: Path, num_layers: int, num_key_value_heads: int, head_dim: int) -> torch.Tensor:
+def ordered_heads(rows: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """The rows of every head, of queries or of keys, in its key/value head's order.
+
+    rows: [heads * d, ...]; order: int64 [G, d]. Returns [G, heads / G, d, ...].
+    """
+    heads = rows.unflatten(0, (len(order), -1, order.shape[1]))
+    index = order.view(len(order), 1, order.shape[1], *[1] * (heads.dim() - 3)).expand_as(heads)
+    return heads.gather(2, index)
+
+
+def load_scores(
+    file: Path, num_layers: int, num_key_value_heads: int, head_dim: int, key: str = "partial_rope.scores"
+) -> torch.Tensor:
     """Scores of every pair, higher is better: float32 [L, G, d/2].
 
     Reads a safetensors file (the tensor `scores`, or its only one) or the original project's qk_tensor_*.pth: uint8
-    ranks [L, G, d], 0 = best, the same for both dims of a pair.
+    ranks [L, G, d], 0 = best, the same for both dims of a pair, or its older float scores [L, G, d/2]. key: the
+    setting that errors name.
 
     Raises UserError for a missing or damaged file, another shape, or numbers that are not finite.
     """
     if not file.is_file():
-        raise UserError(f"partial_rope.scores: {file}: no such file")
-    scores = _load_pth(file) if file.suffix in (".pth", ".pt") else _load_safetensors(file)
+        raise UserError(f"{key}: {file}: no such file")
+    scores = _load_pth(file, key) if file.suffix in (".pth", ".pt") else _load_safetensors(file, key)
     ranks = (num_layers, num_key_value_heads, head_dim)
     expected = (num_layers, num_key_value_heads, head_dim // 2)
     if not scores.is_floating_point():
         if tuple(scores.shape) != ranks:
-            raise UserError(f"partial_rope.scores: {file}: ranks of shape {tuple(scores.shape)}, needed {ranks}")
+            raise UserError(f"{key}: {file}: ranks of shape {tuple(scores.shape)}, needed {ranks}")
         scores = scores.to(torch.float32)
         first, second = scores.chunk(2, dim=-1)
         if not torch.equal(first, second):
-            raise UserError(f"partial_rope.scores: {file}: dims j and j + d/2 have different ranks")
+            raise UserError(f"{key}: {file}: dims j and j + d/2 have different ranks")
         return -first
     if tuple(scores.shape) != expected:
-        raise UserError(f"partial_rope.scores: {file}: shape {tuple(scores.shape)}, needed {expected} (L, G, d/2)")
+        raise UserError(f"{key}: {file}: shape {tuple(scores.shape)}, needed {expected} (L, G, d/2)")
     if not torch.isfinite(scores).all():
-        raise UserError(f"partial_rope.scores: {file}: holds numbers that are not finite")
+        raise UserError(f"{key}: {file}: holds numbers that are not finite")
     return scores.to(torch.float32)
 
 
-def _load_pth(file: Path) -> torch.Tensor:
+def _load_pth(file: Path, key: str) -> torch.Tensor:
     try:
         tensor = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(f"partial_rope.scores: {file}: cannot be read ({first_line(error)})") from None
+        raise UserError(f"{key}: {file}: cannot be read ({first_line(error)})") from None
     if not isinstance(tensor, torch.Tensor):
-        raise UserError(f"partial_rope.scores: {file}: holds a {type(tensor).__name__}, not one tensor")
+        raise UserError(f"{key}: {file}: holds a {type(tensor).__name__}, not one tensor")
     return tensor
 
 
-def _load_safetensors(file: Path) -> torch.Tensor:
+def _load_safetensors(file: Path, key: str) -> torch.Tensor:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as tensors:
             names = list(tensors.keys())
             if "scores" not in names and len(names) != 1:
-                raise UserError(f"partial_rope.scores: {file}: no tensor named 'scores'")
+                raise UserError(f"{key}: {file}: no tensor named 'scores'")
             return tensors.get_tensor("scores" if "scores" in names else names[0])
     except SafetensorError as error:
-        raise UserError(f"partial_rope.scores: {file}: not a safetensors file ({error})") from None
+        raise UserError(f"{key}: {file}: not a safetensors file ({error})") from None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from mha2mla_megatron.architecture import refuse_special_weights
 from mha2mla_megatron.errors import UserError, first_line
 
 COMPANION_FILES = (
@@ -20,8 +21,15 @@ COMPANION_FILES = (
 def resolve_model(name: str) -> Path:
     """The local folder of a model: `name` itself if it is one, else the hub id's snapshot (downloaded or cached).
 
-    Raises UserError where it is neither.
+    Raises UserError where it is neither, and for an adapter or quantised weights.
     """
+    folder = resolve_folder(name)
+    refuse_special_weights(folder)
+    return folder
+
+
+def resolve_folder(name: str) -> Path:
+    """`resolve_model` for what is read beside the weights, such as the tokenizer."""
     folder = Path(name)
     if folder.is_dir():
         return folder

@@ -26,16 +26,19 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB
 class HFReader:
     """The tensors of a model folder, checked against its architecture when opened and read one at a time.
 
+    check: false leaves out the comparison with the architecture.
+
     Raises UserError naming the tensor or file for a missing, surplus or mis-shaped tensor and for a damaged shard.
     """
 
-    def __init__(self, folder: Path, architecture: Architecture) -> None:
+    def __init__(self, folder: Path, architecture: Architecture, check: bool = True) -> None:
         self.folder = folder
         self.files = {file: self._open(folder / file) for file in _shards(folder)}
         self.where = {name: file for file, tensors in self.files.items() for name in tensors.keys()}  # noqa: SIM118
         expected = architecture.tensor_shapes()
         self.names = list(expected)
-        self._check(architecture, expected)
+        if check:
+            self._check(architecture, expected)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU."""
@@ -43,6 +46,10 @@ class HFReader:
             return self.files[self.where[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder / self.where[name]}: {name} cannot be read ({error})") from None
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of every tensor that is there."""
+        return {name: tuple(self.files[file].get_slice(name).get_shape()) for name, file in self.where.items()}
 
     @staticmethod
     def _open(file: Path) -> Any:

@@ -84,7 +84,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"model: {model['model_type']}, {model['num_layers']} layers, hidden size {model['hidden_size']}, "
         f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key/value heads of {model['head_dim']}, "
         f"vocabulary {model['vocab_size']}",
-        "conversion: " + ("none" if conversion is None else _conversion(conversion)),
+        "conversion: " + ("none" if conversion is None else describe_conversion(conversion)),
         "optimizer state: " + ("yes" if found["optimizer_state"] else "no"),
         *([f"run: {', '.join(f'{key} {value}' for key, value in run.items())}"] if run else []),
         "verified: "
@@ -121,8 +121,8 @@ def _tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, 
     return {"name": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "bytes": size}
 
 
-def _conversion(values: dict[str, Any]) -> str:
-    """The settings that decide shapes."""
+def describe_conversion(values: dict[str, Any]) -> str:
+    """The settings that decide shapes, of `dataclasses.asdict` of an MHA2MLAConfig."""
     low_rank, rope = values["low_rank"], values["partial_rope"]
     return (
         f"{low_rank['method']}, qk_rope_head_dim {_same(rope['qk_rope_head_dim'])}, "

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mha2mla_megatron.architecture import read_config
-from mha2mla_megatron.checkpoint.folders import resolve_model
+from mha2mla_megatron.checkpoint.folders import resolve_folder
 from mha2mla_megatron.data.documents import SEPARATORS, DocumentReader
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
 from mha2mla_megatron.data.workers import encode_in_order
@@ -73,7 +73,7 @@ def preprocess(inputs: Sequence[Path], output: Path, settings: PreprocessSetting
         raise UserError(f"{output}: a file; the last word is the prefix of the output files")
     targets = [Path(f"{output}{suffix}") for suffix in (".bin", ".idx", ".json")]
     with new_files(targets, settings.overwrite) as (bin_file, idx_file, json_file):
-        folder = resolve_model(settings.tokenizer)
+        folder = resolve_folder(settings.tokenizer)
         encoder, vocab_size = _document_encoder(folder, settings)
         documents, tokens, blank = _write(reader, encoder, settings.workers or _cpu_count(), bin_file, idx_file)
         tokenizer_json = folder / "tokenizer.json"

@@ -131,7 +131,7 @@ def evaluate_perplexity(models: Sequence[str], text: Path, settings: PerplexityS
         folders = {model: resolve_model(model) for model in models}
         windows = cut_windows(content, folders, text, settings)
         for model, folder in folders.items():
-            _check_config(model, folder, windows, settings)
+            check_config(model, folder, windows, settings)
         results = [_evaluate(model, folder, windows, settings) for model, folder in folders.items()]
         for file in scratch:
             report = {
@@ -204,7 +204,7 @@ def format_results(results: Sequence[PerplexityResult]) -> str:
     return format_table(("model", "perplexity", "std. error", "tokens", "cache bytes/token"), rows)
 
 
-def _check_config(model: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> None:
+def check_config(model: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> None:
     """Raise UserError if the model cannot take the windows or the cache. windows: int64 [w, t]."""
     from transformers import AutoConfig
 

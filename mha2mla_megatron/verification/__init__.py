@@ -1,0 +1,1 @@
+"""Two model folders checked against each other."""
