@@ -43,8 +43,10 @@ setup(
         "eval": ["lighteval==0.13.0", "xxhash<4"],
         # quantised KV cache
         "quant": ["hqq"],
-        # pyright[nodejs] brings its own node; gguf reads the example model
-        "dev": ["pytest", "ruff", "pyright[nodejs]", "gguf"],
+        # examples/serve.py
+        "serve": ["fastapi>=0.165", "uvicorn"],
+        # pyright[nodejs] brings its own node; gguf reads the example model; the last four: the server and its clients
+        "dev": ["pytest", "ruff", "pyright[nodejs]", "gguf", "fastapi>=0.165", "uvicorn", "httpx", "openai"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",
