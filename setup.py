@@ -39,8 +39,8 @@ setup(
     extras_require={
         # Transformer Engine: fused kernels on NVIDIA GPUs; pip compiles its torch extension, which needs nvcc
         "te": ["transformer-engine[core_cu13,pytorch]"],
-        # lighteval 0.13 breaks with xxhash 4.1
-        "eval": ["lighteval==0.13.0", "xxhash<4"],
+        # lighteval 0.13 breaks with xxhash 4.1; jieba cuts the Chinese texts of LongBench into words
+        "eval": ["lighteval==0.13.0", "xxhash<4", "jieba"],
         # quantised KV cache
         "quant": ["hqq"],
         # examples/serve.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,15 @@ def replace_text(file: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     scratch.replace(file)
+
+
+def file_sha256(file: Path) -> str:
+    """Hex digest of a file's contents. Raises UserError where it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def write_json(file: Path, values: Any) -> None:

@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 from mha2mla_megatron import __version__
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.calibration.statistics import Statistics, model_fingerprint
+from mha2mla_megatron.checkpoint.folders import model_sha256
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.convert import ConvertSettings, convert_model
 from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
-from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import load_settings, to_dict
 
@@ -225,14 +226,13 @@ class _Files:
     """
 
     def __init__(self, source: Path, original: Architecture, rows: list[Row]) -> None:
-        parts = sorted(file for file in source.iterdir() if file.suffix in (".safetensors", ".json", ".model"))
-        self.model = _hash([(file.name, _digest(file)) for file in parts])
+        self.model = model_sha256(source)
         fingerprint = model_fingerprint(HFReader(source, original), original)
         self.digests: dict[str | None, str | None] = {None: None}
         self.provenance: dict[str, Any] = {}
         for settings in (row.settings for row in rows):
             for file in {settings.partial_rope.scores, settings.low_rank.statistics} - self.digests.keys():
-                self.digests[file] = _digest(Path(str(file)))
+                self.digests[file] = file_sha256(Path(str(file)))
             statistics = settings.low_rank.statistics
             if statistics is not None and statistics not in self.provenance:
                 about = Statistics(Path(statistics), original, fingerprint).metadata
@@ -285,14 +285,6 @@ def _measure(folder: Path, text: Path, settings: SweepSettings) -> dict[str, Any
     figures = dataclasses.asdict(evaluate_perplexity([str(folder)], text, settings.perplexity)[0])
     del figures["model"]  # a scratch folder
     return {**figures, "evaluate_seconds": round(time.monotonic() - start, 3)}
-
-
-def _digest(file: Path) -> str:
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 def _hash(values: Any) -> str:

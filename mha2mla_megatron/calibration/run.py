@@ -23,7 +23,7 @@ from mha2mla_megatron.calibration.statistics import (
     model_fingerprint,
     save_statistics,
 )
-from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, rank_device
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.data.documents import DocumentReader
 from mha2mla_megatron.data.tokenizer import load_tokenizer
@@ -89,7 +89,7 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
             f"{architecture.max_position_embeddings}"
         )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    device = _rank_device(settings.device, world)
+    device = rank_device(settings.device)
     reader = HFReader(source, architecture)
     sequences = read_sequences(source, text, settings)
     largest = int(sequences.max())
@@ -178,11 +178,3 @@ def _collect(
     if progress is not None:
         progress.close()
     return layers
-
-
-def _rank_device(device: str, world: int) -> torch.device:
-    picked = pick_device(device)
-    if world > 1 and picked.type == "cuda" and picked.index is None:
-        picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(picked)
-    return picked

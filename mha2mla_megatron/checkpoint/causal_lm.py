@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,15 @@ def pick_device(device: str) -> torch.device:
         raise UserError(f"device: unknown value '{device}'; valid: auto, cpu, cuda, cuda:N") from None
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: there are {torch.cuda.device_count()} GPUs here")
+    return picked
+
+
+def rank_device(device: str) -> torch.device:
+    """As `pick_device`; under torchrun, `auto` and `cuda` are the rank's own GPU."""
+    picked = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and picked.type == "cuda" and picked.index is None:
+        picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(picked)
     return picked
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from pathlib import Path
 
 from mha2mla_megatron.architecture import refuse_special_weights
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import file_sha256
 
 COMPANION_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
@@ -46,6 +49,12 @@ def resolve_folder(name: str) -> Path:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: neither a folder nor a hub model that can be had ({first_line(error)})") from None
+
+
+def model_sha256(folder: Path) -> str:
+    """Hex digest of a model's weights, configs, tokenizer and chat template."""
+    parts = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".model"))
+    return hashlib.sha256(json.dumps([(file.name, file_sha256(file)) for file in parts]).encode()).hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,11 +28,12 @@ import torch.nn.functional as F
 
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, loading, pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
-from mha2mla_megatron.data.documents import DocumentReader
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes_per_token
+from mha2mla_megatron.evaluation.means import mean
 from mha2mla_megatron.evaluation.perplexity import DTYPES
+from mha2mla_megatron.evaluation.rows import read_rows, require_field, require_text
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
@@ -111,6 +111,11 @@ class ChoicesResult:
 
     dtype: str
 
+    right: list[bool]
+    """Of each row, whether acc counts it."""
+
+    right_norm: list[bool]
+
 
 def evaluate_choices(models: Sequence[str], file: Path, settings: ChoicesSettings) -> list[ChoicesResult]:
     """Both accuracies of each model (folder or hub id) on the rows of a .jsonl[.gz].
@@ -145,19 +150,10 @@ def read_questions(file: Path, max_rows: int | None = None) -> tuple[str, list[Q
 
     Raises UserError, naming file and line, for a row that is not of the task.
     """
-    if not file.name.removesuffix(".gz").endswith(".jsonl"):
-        raise UserError(f"{file}: JSON lines are needed; the name must end in .jsonl or .jsonl.gz")
     task, questions = "", []
-    for block in DocumentReader([file]):
-        for number, line in enumerate(block.data.split(b"\n"), start=block.line):
-            if not line.strip() or len(questions) == max_rows:
-                continue
-            where = f"{file}, line {number}"
-            row = _row(line, where)
-            task = task or _detect(row, where)
-            questions.append(_question(task, row, where))
-        if len(questions) == max_rows:
-            break
+    for where, row in read_rows(file, max_rows):
+        task = task or _detect(row, where)
+        questions.append(_question(task, row, where))
     if not questions:
         raise UserError(f"{file}: holds no rows")
     return task, questions
@@ -236,17 +232,6 @@ _TASKS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, l
 """Name -> the fields that tell it, and what makes context and choices of a row."""
 
 
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply, half of a surrogate pair
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a JSON {type(row).__name__}, not an object")
-    return row
-
-
 def _detect(row: dict[str, Any], where: str) -> str:
     for task, (fields, _) in _TASKS.items():
         if all(field in row for field in fields):
@@ -258,14 +243,12 @@ def _detect(row: dict[str, Any], where: str) -> str:
 def _question(task: str, row: dict[str, Any], where: str) -> Question:
     fields, make = _TASKS[task]
     for field in fields:
-        if field not in row:
-            raise UserError(f"{where}: no '{field}' field; it has: {', '.join(map(repr, row)) or 'none'}")
-        value = row[field]
+        value = require_field(row, field, where)
         if field == "endings":
             if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
                 raise UserError(f"{where}: 'endings' is not a list of two strings or more")
-        elif field != "label" and not isinstance(value, str):
-            raise UserError(f"{where}: '{field}' is a {type(value).__name__}, not a string")
+        elif field != "label":
+            require_text(row, field, where)
     context, choices = make(row)
     for choice in choices:
         if not choice.strip():
@@ -334,22 +317,17 @@ def _evaluate(
         characters = torch.tensor([len(choice) for choice in question.choices], dtype=torch.float64)
         plain.append(scores.argmax().item() == question.gold)
         normed.append((scores / characters).argmax().item() == question.gold)
-    acc, acc_error = _mean(plain)
-    acc_norm, acc_norm_error = _mean(normed)
+    acc, acc_norm = mean(plain), mean(normed)
     return ChoicesResult(
         model=model_name,
         task=task,
         rows=len(questions),
-        acc=acc,
-        acc_standard_error=acc_error,
-        acc_norm=acc_norm,
-        acc_norm_standard_error=acc_norm_error,
+        acc=acc.value,
+        acc_standard_error=acc.error,
+        acc_norm=acc_norm.value,
+        acc_norm_standard_error=acc_norm.error,
         cache_bytes_per_token=cache_bytes_per_token(model),
         dtype=str(model.dtype).removeprefix("torch."),
+        right=plain,
+        right_norm=normed,
     )
-
-
-def _mean(right: list[bool]) -> tuple[float, float | None]:
-    """The share of right answers, and its standard error (rows as independent samples)."""
-    values = torch.tensor(right, dtype=torch.float64)
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None

@@ -16,3 +16,9 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in table
     )
+
+
+def format_markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table: the first `text_columns` left-aligned, the others right-aligned."""
+    rule = ("---" if column < text_columns else "---:" for column in range(len(header)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, tuple(rule), *rows))

@@ -1,0 +1,100 @@
+"""Greedy continuations of batches of prompts, padded on the left, through any of the caches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.evaluation.cached_perplexity import make_cache
+
+
+class Generator:
+    """A model with its tokenizer and the cache that it generates through.
+
+    cache: one of `cached_perplexity.KINDS`, or None for the cache that transformers makes by itself.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any, cache: str | None, options: Mapping[str, int]) -> None:
+        self.name, self.model, self.tokenizer, self.cache, self.options = name, model, tokenizer, cache, options
+        ends = model.generation_config.eos_token_id
+        ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.newline: int = tokenizer.encode("\n", add_special_tokens=False)[-1]
+
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops_at_newline: bool) -> list[str]:
+        """The continuation of each prompt, special tokens left out; where `stops_at_newline`, of one line.
+
+        Out of memory, it goes on with half as many at a time. Raises UserError if one alone does not fit.
+        """
+        # As in the benchmark: only where a line ends the answer must it not be empty.
+        ends, least = ([*self.ends, self.newline], 1) if stops_at_newline else (self.ends, 0)
+        answers: list[str] = []
+        size = len(prompts)
+        while len(answers) < len(prompts):
+            batch = prompts[len(answers) : len(answers) + size]
+            found = _unless_out_of_memory(lambda batch=batch: self._generate(batch, max_new_tokens, least, ends))
+            if found is not None:
+                answers += found
+                continue
+            longest = max(map(len, batch))
+            if len(batch) == 1:
+                raise UserError(
+                    f"{self.name}: out of memory with one prompt of {longest} tokens; a smaller max_tokens or a "
+                    "quantised cache takes less"
+                )
+            size = len(batch) // 2
+            print(
+                f"out of memory with {len(batch)} prompts of up to {longest} tokens; going on with {size} at a time",
+                file=sys.stderr,
+                flush=True,
+            )
+        return answers
+
+    def _generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, min_new_tokens: int, ends: list[int]
+    ) -> list[str]:
+        longest = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[row, longest - len(prompt) :] = 1
+        more: dict[str, Any] = {}
+        if self.cache is not None:
+            more["past_key_values"] = make_cache(self.name, self.model.config, self.cache, self.options)
+        with torch.inference_mode():
+            tokens = self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                min_new_tokens=min_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=ends or None,
+                pad_token_id=0,
+                **more,
+            )[:, longest:]
+        return [self.tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in tokens.tolist()]
+
+
+def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """The tokens up to the first that ends the generation; after it comes padding."""
+    stop = next((place for place, token in enumerate(tokens, start=1) if token in ends), len(tokens))
+    return tokens[:stop]
+
+
+def _unless_out_of_memory(work: Callable[[], list[str]]) -> list[str] | None:
+    """What `work` returns; None if the GPU's memory is too small, with whatever it held given back."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        pass  # leaves the block first: the exception holds the frames, and they the tensors
+    torch.cuda.empty_cache()
+    return None

@@ -1,0 +1,283 @@
+"""LongBench as a command: predictions as JSON lines, scores, averages and a table; alone or under torchrun.
+
+Samples are put into batches by length, the longest first, before anything else; so batches, and with them predictions,
+are the same however many processes share them and wherever an earlier run stopped.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, loading, pick_device, rank_device
+from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
+from mha2mla_megatron.data.tokenizer import load_tokenizer
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache
+from mha2mla_megatron.evaluation.longbench.generate import Generator
+from mha2mla_megatron.evaluation.longbench.journal import Prediction, append, cut_torn_line, read_journals
+from mha2mla_megatron.evaluation.longbench.samples import TaskData, encode_prompt, read_tasks
+from mha2mla_megatron.evaluation.longbench.scores import AVERAGES, score
+from mha2mla_megatron.evaluation.longbench.tasks import TASKS
+from mha2mla_megatron.evaluation.means import Mean, mean, weighted
+from mha2mla_megatron.evaluation.perplexity import DTYPES
+from mha2mla_megatron.evaluation.table import format_markdown
+from mha2mla_megatron.files import new_files, replace_text, write_json
+from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.settings import to_dict
+from mha2mla_megatron.training.together import on_every_rank
+
+
+@dataclass(frozen=True)
+class LongBenchSettings:
+    """Settings of tools/evaluate_longbench.py."""
+
+    tasks: list[str] | None = None
+    """Names of tasks. null: all that DATA has."""
+
+    max_samples: int | None = None
+    """Use only the first so many samples of each task. null: all of them."""
+
+    max_tokens: int = 3500
+    """Tokens of a prompt; longer ones lose their middle. The benchmark takes 3500 for models of 4096 tokens, 7500 for
+    8192, 15500 for 16384, 31500 for 32768."""
+
+    chat: bool = False
+    """true: put prompts into the tokenizer's chat template, except for few-shot tasks and code."""
+
+    batch_size: int = 1
+    """Prompts that are continued at a time, padded on the left."""
+
+    cache: str | None = None
+    """Generate through this cache: full, int8, int4, int2 (converted models), hqq8, hqq4, hqq2, quanto4, quanto2.
+    null: the one that transformers makes."""
+
+    cache_options: dict[str, int] = field(default_factory=dict)
+    """Settings of that cache, such as residual_length, group_size and rope_nbits (int) or q_group_size and axis_key
+    (hqq, quanto)."""
+
+    dtype: str = "auto"
+    """Type of the weights: auto (as they are stored), float32 or bfloat16."""
+
+    device: str = "auto"
+    """auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
+
+    def __post_init__(self) -> None:
+        if self.max_samples is not None:
+            require_at_least("max_samples", self.max_samples, 1)
+        require_at_least("max_tokens", self.max_tokens, 2)
+        require_at_least("batch_size", self.batch_size, 1)
+        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        if self.cache is not None:
+            require_one_of("cache", self.cache, KINDS)
+        pick_device(self.device)
+
+
+SAME = ("max_tokens", "chat", "cache", "cache_options", "dtype")
+"""Settings on which predictions depend. They, the model and the data must be those of the run that is continued."""
+
+
+def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchSettings) -> dict[str, Any] | None:
+    """Answer what `target` holds no prediction for yet, and score everything; returns what results.json then holds.
+
+    model: a folder or hub id; a converted model runs the code in its folder. data: as for `read_tasks`. Under torchrun
+    the ranks share the batches, and all but rank 0 return None. Raises UserError for bad input; what can be found
+    without reading weights is found before any are read.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = rank_device(settings.device)
+    folder = resolve_model(model)
+    tasks = read_tasks(data, settings.tasks, settings.max_samples)
+    tokenizer = load_tokenizer(folder, trust_remote_code=True)
+    prompts = _encode(model, folder, tokenizer, tasks, settings)
+    journals = target / "journal"
+    results: list[dict[str, Any]] = []
+
+    with _process_group(world) as together:
+        together(lambda: None if rank else _claim(target, folder, tasks, settings))
+        together(lambda: cut_torn_line(journals / f"{rank}.jsonl"))
+        missing = _missing(tasks, prompts, read_journals(journals), settings.batch_size)[rank::world]
+
+        def answer() -> None:
+            generator = Generator(
+                model, load_causal_lm(model, folder, DTYPES[settings.dtype], device), tokenizer, settings.cache,
+                settings.cache_options,
+            )  # fmt: skip
+            total = sum(len(prompts[task.task.name][index]) for task, batch in missing for index in batch)
+            progress = Progress("longbench", total, "prompt tokens") if rank == 0 else None
+            for task, batch in missing:
+                name, chosen = task.task.name, [prompts[task.task.name][index] for index in batch]
+                texts = generator.answer(chosen, task.task.max_new_tokens, task.task.stops_at_newline)
+                predictions = [Prediction(name, *pair) for pair in zip(batch, texts, strict=True)]
+                append(journals / f"{rank}.jsonl", predictions)
+                if progress is not None:
+                    progress.advance(sum(map(len, chosen)))
+            if progress is not None:
+                progress.close()
+
+        together(answer if missing else lambda: None)
+        if rank == 0:
+            results.append(_write_results(model, data, target, tasks, read_journals(journals), settings))
+    return results[0] if results else None
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The scores of tasks and averages as Markdown."""
+
+    def cells(entry: dict[str, Any]) -> tuple[str, str]:
+        error = entry["standard_error"]
+        return f"{entry['score']:.2f}", "-" if error is None else f"{error:.2f}"
+
+    tasks = [
+        (TASKS[name].group, name, TASKS[name].metric, str(len(entry["scores"])), *cells(entry))
+        for name, entry in results["tasks"].items()
+    ]
+    tables = [format_markdown(("group", "task", "metric", "samples", "score", "std. error"), tasks, text_columns=3)]
+    if results["averages"]:
+        averages = [(name, *cells(entry)) for name, entry in results["averages"].items()]
+        tables.append(format_markdown(("average", "score", "std. error"), averages))
+    return "\n\n".join(tables)
+
+
+@contextmanager
+def _process_group(world: int) -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A function that runs an action on every rank and waits for all; they all raise what one of them raises."""
+    if world == 1:
+        yield lambda action: action()
+        return
+    # gloo, because only errors go round. Long, because ranks wait for the slowest one's answers.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        yield lambda action: on_every_rank(action, "cannot be written")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _encode(
+    name: str, folder: Path, tokenizer: Any, tasks: list[TaskData], settings: LongBenchSettings
+) -> dict[str, list[list[int]]]:
+    """The prompts of each task in tokens. Raises UserError for what the model cannot take."""
+    from transformers import AutoConfig
+
+    with loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+    if settings.cache is not None:
+        make_cache(name, config, settings.cache, settings.cache_options)
+    if settings.chat and tokenizer.chat_template is None:
+        raise UserError(f"{name}: chat=true, but its tokenizer has no chat template")
+    limit = getattr(config, "max_position_embeddings", None)
+    prompts: dict[str, list[list[int]]] = {}
+    for data in tasks:
+        task, rows = data.task, []
+        for sample in data.samples:
+            ids = encode_prompt(tokenizer, task, sample, settings.max_tokens, settings.chat)
+            if limit is not None and len(ids) + task.max_new_tokens > limit:
+                raise UserError(
+                    f"{name}: {sample.where}: {len(ids)} tokens (max_tokens={settings.max_tokens}) and "
+                    f"{task.max_new_tokens} new ones are more than the model's max_position_embeddings {limit}"
+                )
+            if not ids or max(ids) >= config.vocab_size:
+                raise UserError(
+                    f"{name}: {sample.where}: token id {max(ids, default=None)} is not in the model's vocabulary of "
+                    f"{config.vocab_size}"
+                )
+            rows.append(ids)
+        prompts[task.name] = rows
+    return prompts
+
+
+def _claim(target: Path, folder: Path, tasks: list[TaskData], settings: LongBenchSettings) -> None:
+    """Write down what the predictions in `target` are made of. Raises UserError if they are made of something else."""
+    file = target / "run.json"
+    now: dict[str, Any] = {"model_sha256": model_sha256(folder)} | {key: getattr(settings, key) for key in SAME}
+    data = {task.task.name: task.sha256 for task in tasks}
+    before: dict[str, Any] = {"data_sha256": {}}
+    if file.exists():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+            changed = [key for key in now if before[key] != now[key]]
+            changed += [
+                f"data set for {name}" for name in data if before["data_sha256"].get(name, data[name]) != data[name]
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file}: not written by this tool; give another OUT") from None
+        if changed:
+            key = changed[0]
+            values = f": {before[key]!r} there, {now[key]!r} now" if key in now else ""
+            raise UserError(f"{target}: holds predictions of another {key}{values}; give another OUT")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target}: exists and holds no run.json of this tool")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps({**now, "data_sha256": {**before["data_sha256"], **data}}, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+
+
+def _missing(
+    tasks: list[TaskData], prompts: dict[str, list[list[int]]], done: dict[tuple[str, int], str], size: int
+) -> list[tuple[TaskData, list[int]]]:
+    """Batches of samples, the longest of a task first, less those that have a prediction."""
+    batches = []
+    for task in tasks:
+        rows = prompts[task.task.name]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+        for start in range(0, len(order), size):
+            batch = [index for index in order[start : start + size] if (task.task.name, index) not in done]
+            if batch:
+                batches.append((task, batch))
+    return batches
+
+
+def _write_results(
+    model: str,
+    data: str,
+    target: Path,
+    tasks: list[TaskData],
+    predictions: dict[tuple[str, int], str],
+    settings: LongBenchSettings,
+) -> dict[str, Any]:
+    """Score all predictions; write predictions/TASK.jsonl, results.md and results.json."""
+    means: dict[str, Mean] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for found in tasks:
+        task = found.task
+        texts = [predictions[task.name, index] for index in range(len(found.samples))]
+        scores = [
+            score(task, text, sample.answers, sample.classes, sample.where)
+            for text, sample in zip(texts, found.samples, strict=True)
+        ]
+        means[task.name] = mean(scores)
+        entries[task.name] = {**_entry(means[task.name]), "data_sha256": found.sha256, "scores": scores}
+        rows = (
+            {"pred": text, "answers": sample.answers, "all_classes": sample.classes or None, **sample.about}
+            for text, sample in zip(texts, found.samples, strict=True)
+        )
+        with new_files([target / "predictions" / f"{task.name}.jsonl"], overwrite=True) as (file,):
+            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    averages = {name: weighted(means, weights) for name, weights in AVERAGES.items()}
+    results = {
+        "model": model,
+        "data": data,
+        "settings": to_dict(settings),
+        "tasks": entries,
+        "averages": {name: _entry(value) for name, value in averages.items() if value is not None},
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
+    }
+    with new_files([target / "results.md", target / "results.json"], overwrite=True) as (table, file):
+        table.write_text(format_results(results) + "\n", encoding="utf-8")
+        write_json(file, results)
+    return results
+
+
+def _entry(value: Mean) -> dict[str, Any]:
+    return {"score": value.value, "standard_error": value.error}
