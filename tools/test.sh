@@ -18,7 +18,9 @@ python=.venv/bin/python
 step "ruff check" "$python" -m ruff check .
 step "ruff format" "$python" -m ruff format --check .
 step "pyright" "$python" -m pyright
-step "pytest" "$python" -m pytest -m "not gpu" --durations=15 "$@"
+# Two test processes of one thread each: tiny models gain nothing from more threads.
+export OMP_NUM_THREADS=1
+step "pytest" "$python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=25 "$@"
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED:'
