@@ -46,8 +46,7 @@ setup(
         # examples/serve.py
         "serve": ["fastapi>=0.165", "uvicorn"],
         # pyright[nodejs] brings its own node; gguf reads the example model; the last four: the server and its clients
-        "dev": ["pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "gguf"]
-        + ["fastapi>=0.165", "uvicorn", "httpx", "openai"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "gguf", "fastapi", "uvicorn", "httpx", "openai"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

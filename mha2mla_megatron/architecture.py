@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, MAX_DIMENSION, LatentLayout
 
 MLA_MODEL_TYPE = "mha2mla_llama"
+MAX_LAYERS = 1 << 14
+"""Far more than any model has, and few enough to list their tensors."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         values = json.loads(file.read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: not a Hugging Face model folder (no config.json)") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):
         raise UserError(f"{file}: holds a {type(values).__name__}, not a config")
@@ -140,7 +143,7 @@ def read_architecture(folder: Path) -> Architecture:
 def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
     """`read_architecture` of a config that is already in memory; `source` is named in errors."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise UserError(f"{source}: unknown architecture model_type={model_type!r}; known: {', '.join(FAMILIES)}")
     for key in ("rope_interleaved", "rope_interleave", "rotary_interleaved"):
         if config.get(key):
@@ -161,7 +164,7 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         raise UserError(f"{source}: num_attention_heads {heads} does not divide by num_key_value_heads {groups}")
     if head_dim % 2:
         raise UserError(f"{source}: head_dim {head_dim} is odd; rotary dims come in pairs")
-    num_layers = number("num_hidden_layers")
+    num_layers = number("num_hidden_layers", maximum=MAX_LAYERS)
     mla = None
     if model_type == MLA_MODEL_TYPE:
         mla = config_from_dict(config.get("mha2mla") or {}, f"{source}: mha2mla").resolve(
@@ -178,7 +181,7 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         head_dim=head_dim,
         vocab_size=number("vocab_size"),
         max_position_embeddings=number("max_position_embeddings", 2048),
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_positive(config.get("rms_norm_eps", 1e-6), f"{source}: rms_norm_eps"),
         rope_parameters=_rope_parameters(config, source),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
@@ -224,19 +227,32 @@ class _Numbers:
     def __init__(self, config: dict[str, Any], source: str) -> None:
         self.config, self.source = config, source
 
-    def __call__(self, key: str, default: int | None = None) -> int:
+    def __call__(self, key: str, default: int | None = None, maximum: int = MAX_DIMENSION) -> int:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= MAX_DIMENSION:
-            raise UserError(f"{self.source}: {key}={value!r}; a whole number from 1 to {MAX_DIMENSION} is needed")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= maximum:
+            raise UserError(f"{self.source}: {key}={value!r}; a whole number from 1 to {maximum} is needed")
         return value
 
 
 def _rope_parameters(config: dict[str, Any], source: str) -> dict[str, Any]:
     """transformers 5's `rope_parameters`, also from the older `rope_theta` and `rope_scaling`."""
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: {key}={found!r}; a mapping is needed")
+    rope = dict(found)
     rope.setdefault("rope_type", rope.pop("type", None) or "default")
     rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if not isinstance(rope["rope_type"], str):
+        raise UserError(f"{source}: {key}: rope_type={rope['rope_type']!r}; a word is needed")
+    _positive(rope["rope_theta"], f"{source}: rope_theta")
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor is not 1: the model is already partially rotated")
     return rope
+
+
+def _positive(value: Any, name: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+        raise UserError(f"{name}={value!r}; a number above 0 is needed")
+    return float(value)

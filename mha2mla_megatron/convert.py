@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_arc
 from mha2mla_megatron.attention_converter import AttentionConverter
 from mha2mla_megatron.calibration.original import OriginalModel
 from mha2mla_megatron.checkpoint.causal_lm import pick_device
-from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
+from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.conversion_picture import draw_allocation
 from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.healing import Healer, HealSettings
-from mha2mla_megatron.planning import AllocationSettings, Planner, with_plan
+from mha2mla_megatron.planning import AllocationSettings, Plan, Planner, with_plan
 from mha2mla_megatron.progress import Progress
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -115,7 +116,8 @@ class ConvertSettings:
 def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any]:
     """Convert a Hugging Face folder into another; returns the report that it wrote.
 
-    One layer is in memory at a time, unless a cache budget or healing needs the running model.
+    One layer is in memory at a time, unless a cache budget or healing needs the running model. After an interrupt the
+    same call goes on from the last layer that was written.
 
     Raises UserError before anything is written for a model or settings that cannot be converted.
     """
@@ -129,31 +131,36 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     device = pick_device(settings.device)
     reader = HFReader(source, original)
     converter = AttentionConverter(reader, original, mla, device)
-    report: dict[str, Any] = {"source": str(source), "layers": []}
-    with new_folder(target, settings.overwrite) as folder:
+    report: dict[str, Any] = {"source": str(source)}
+    files = (settings.partial_rope.scores, settings.low_rank.statistics)
+    what = identity(f"MHA -> MLA on {device.type}", settings, [source, *(Path(file) for file in files if file)])
+    with resumable_folder(target, settings.overwrite, what) as partial:
         healer = plan = None
         if settings.budgeted or settings.heal.steps > 0:
             assert converter.statistics is not None
             model, sequences = OriginalModel(source, device), converter.statistics.sequences
             if settings.budgeted:
-                planner = Planner(converter, settings.allocation, model, sequences)
-                plan = planner.plan(settings.budget(original))
+                if "plan" not in partial.done:
+                    planner = Planner(converter, settings.allocation, model, sequences)
+                    partial.finish("plan", dataclasses.asdict(planner.plan(settings.budget(original))))
+                plan = Plan(**partial.done["plan"])
                 mla = with_plan(plan, mla).resolve(original.num_layers, *original.heads)
                 report["allocation"] = plan.report
             if settings.heal.steps > 0:
                 healer = Healer(model, original, sequences, settings.heal)
         report["mha2mla"], report["heal"] = dataclasses.asdict(mla), dataclasses.asdict(settings.heal)
         converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
-        writer = HFWriter(folder, parse_size(settings.max_shard_size, "max_shard_size"))
-        for name, tensor in _converted_tensors(converter, converted, healer, settings.dtype, report["layers"]):
-            writer.add(name, tensor)
+        tensors = _planned_tensors(reader, converted, settings.dtype)
+        writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        _write_tensors(writer, converter, converted, healer)
         writer.close()
+        report["layers"] = [partial.done[_attention(layer)] for layer in range(original.num_layers)]
         _summarise(report, original)
-        write_config(folder, converted_config(read_config(source), converted, settings.dtype))
-        copy_companions(source, folder)
-        (folder / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_config(partial.path, converted_config(read_config(source), converted, settings.dtype))
+        copy_companions(source, partial.path)
+        (partial.path / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
         if plan is not None:
-            draw_allocation(report, original.head_dim, folder / "allocation.png")
+            draw_allocation(report, original.head_dim, partial.path / "allocation.png")
     return report
 
 
@@ -201,56 +208,72 @@ def _published(mla: MHA2MLAConfig) -> dict[str, Any]:
     return values
 
 
-def _converted_tensors(
-    converter: AttentionConverter,
-    converted: Architecture,
-    healer: Healer | None,
-    dtype: str,
-    layer_reports: list[dict[str, Any]],
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the converted model in the type to be written; fills `layer_reports` on the way."""
-    reader, original = converter.reader, converter.original
-    attention = {
-        f"model.layers.{layer}.self_attn.{name}": layer
-        for layer in range(original.num_layers)
-        for name in original.attention_shapes(layer)
-    }
+def _planned_tensors(reader: HFReader, converted: Architecture, dtype: str) -> dict[str, torch.Tensor]:
+    """Every tensor of the converted model, in its type, on the meta device."""
+    planned = {}
+    for name, shape in converted.tensor_shapes().items():
+        # New ones have their layer's type; with dtype=float32 they keep more digits than a bfloat16 source has.
+        source = reader.dtypes.get(name) or reader.dtypes[re.sub(r"self_attn\..*", "self_attn.k_proj.weight", name)]
+        if name.endswith("rope_pairs"):
+            written = torch.int64
+        else:
+            written = source if dtype == "auto" else DTYPES[dtype]
+        planned[name] = torch.empty(shape, dtype=written, device="meta")
+    return planned
 
-    def cast(tensor: torch.Tensor, source: torch.dtype) -> torch.Tensor:
-        # With dtype=float32 the factors keep more digits than a bfloat16 source has; auto rounds to the source.
-        return tensor.to(source if dtype == "auto" else DTYPES[dtype]) if tensor.is_floating_point() else tensor
 
-    progress = Progress("convert", original.num_layers, "layers")
-    done = set()
-    for name in reader.names:
-        layer = attention.get(name)
-        if layer is None:
-            tensor = reader[name]
-            yield name, cast(tensor, tensor.dtype)
-            continue
-        if layer in done:
-            continue
-        done.add(layer)
-        layout, prefix = converted.layout(layer), f"model.layers.{layer}.self_attn."
-        result = converter.convert(layer, layout)
-        tensors = result.tensors if healer is None else healer.heal(layer, layout, result.tensors)
-        source = reader[prefix + "k_proj.weight"].dtype
-        for key in converted.attention_shapes(layer):
-            yield prefix + key, cast(tensors.pop(key).cpu(), source)
-        assert not tensors, f"converted but not written: {list(tensors)}"
-        layer_reports.append(
-            {
-                "layer": layer,
-                "qk_rope_head_dim": layout.qk_rope_head_dim,
-                "kv_lora_rank": layout.kv_lora_rank,
-                "rope_pairs": result.pairs.tolist(),
-                **result.errors,
-                "cache_elements_before": 2 * layout.value_dim,
-                "cache_elements_after": layout.cache_elements,
-            }
-        )
-        progress.advance()
+def _write_tensors(
+    writer: HFWriter, converter: AttentionConverter, converted: Architecture, healer: Healer | None
+) -> None:
+    """Write every tensor that is not there yet; a layer's attention is one part, whose result is for the report."""
+    reader, partial, planned = converter.reader, writer.partial, writer.tensors
+    parts: dict[str, list[str]] = {}
+    for name in planned:
+        parts.setdefault(re.sub(r"(?<=\.self_attn)\..*", "", name), []).append(name)
+    layers = {_attention(layer): layer for layer in range(converted.num_layers)}
+    progress = Progress("MHA -> MLA", sum(tensor.nbytes for tensor in planned.values()), "MB", 1e6)
+    for part, names in parts.items():
+        layer, size = layers.get(part), sum(planned[name].nbytes for name in names)
+        if part in partial.done:
+            progress.skip(size)
+            tensors = {name: writer.read(name) for name in names} if healer is not None and layer is not None else {}
+        else:
+            if layer is None:
+                tensors, result = {part: reader[part]}, None
+            else:
+                tensors, result = _convert_layer(converter, converted, healer, layer)
+            assert tensors.keys() == set(names), f"converted, but not planned or the reverse: {tensors.keys() ^ names}"
+            tensors = {name: tensors[name].cpu().to(planned[name].dtype) for name in names}
+            for name, tensor in tensors.items():
+                writer.add(name, tensor)
+            partial.finish(part, result)
+            progress.advance(size)
+        if healer is not None and layer is not None:
+            attention = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
+            healer.follow(layer, converted.layout(layer), attention)
     progress.close()
+
+
+def _attention(layer: int) -> str:
+    return f"model.layers.{layer}.self_attn"
+
+
+def _convert_layer(
+    converter: AttentionConverter, converted: Architecture, healer: Healer | None, layer: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A converted attention layer's tensors by their whole names, and what the report says of it."""
+    layout = converted.layout(layer)
+    result = converter.convert(layer, layout)
+    tensors = result.tensors if healer is None else healer.heal(layer, layout, result.tensors)
+    return {f"{_attention(layer)}.{name}": tensor for name, tensor in tensors.items()}, {
+        "layer": layer,
+        "qk_rope_head_dim": layout.qk_rope_head_dim,
+        "kv_lora_rank": layout.kv_lora_rank,
+        "rope_pairs": result.pairs.tolist(),
+        **result.errors,
+        "cache_elements_before": 2 * layout.value_dim,
+        "cache_elements_after": layout.cache_elements,
+    }
 
 
 def _summarise(report: dict[str, Any], original: Architecture) -> None:

@@ -42,8 +42,8 @@ def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from mha2mla_megatron.errors import UserError
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
         for target, file in zip(targets, scratch, strict=True):
             os.replace(file, target)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise UserError(f"{targets[0]}: cannot be written ({error.strerror})") from None
     finally:

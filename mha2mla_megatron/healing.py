@@ -60,7 +60,7 @@ class HealSettings:
 
 
 class Healer:
-    """Heals the layers of one model, which must come in order."""
+    """Heals the layers of one model, in order: `follow` comes after each, `heal` before it where there is need."""
 
     def __init__(
         self, model: OriginalModel, original: Architecture, sequences: torch.Tensor, settings: HealSettings
@@ -79,7 +79,6 @@ class Healer:
     def heal(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The layer's tensors, trained. Returns tensors of the same names, float32."""
         assert layer == self.next_layer, "layers are healed in order"
-        self.next_layer += 1
         model = self.model
         with torch.no_grad():
             targets = self._map(lambda x: x + model.attention(layer, model.normed(layer, x)), self.expected)
@@ -87,12 +86,17 @@ class Healer:
             inputs = self._map(lambda x: model.normed(layer, x), self.reached)
         attention = make_attention(self.original, layout, balanced(tensors, layout), model.device)
         self._train(attention, inputs, targets)
-        del inputs, targets
+        return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
+
+    def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
+        """Go on to the next layer, from what this one puts out with its tensors as they are written."""
+        assert layer == self.next_layer, "layers are healed in order"
+        self.next_layer += 1
+        model, attention = self.model, make_attention(self.original, layout, tensors, self.model.device)
         with torch.no_grad():
             self.expected = self._map(lambda x: model.run_layer(layer, x), self.expected)
             with model.swapped(layer, attention):
                 self.reached = self._map(lambda x: model.run_layer(layer, x), self.reached)
-        return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
 
     def _train(self, attention: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         settings = self.settings

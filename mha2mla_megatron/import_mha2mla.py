@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,8 +13,9 @@ import torch
 import yaml
 
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture, read_config
-from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
+from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
@@ -100,22 +101,37 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
         weights = {name: reader[f"model.layers.{layer}.self_attn.{name}"] for name in theirs.attention_shapes(layer)}
         return _attention(weights, converted, project, layer, pairs[layer])
 
-    with new_folder(target, settings.overwrite) as folder:
-        writer = HFWriter(folder, parse_size(settings.max_shard_size, "max_shard_size"))
-        shapes = converted.tensor_shapes()
-        progress = Progress("import", len(shapes), "tensors")
-        for name, shape in shapes.items():
+    shapes = converted.tensor_shapes()
+    tensors = {name: torch.empty(shape, dtype=_dtype(name, reader), device="meta") for name, shape in shapes.items()}
+    inputs = [source, *(Path(file) for file in (settings.qk_tensor, settings.rope_config) if file is not None)]
+    with resumable_folder(target, settings.overwrite, identity("import", settings, inputs)) as partial:
+        writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        progress = Progress("import", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
+        for name, planned in tensors.items():
+            if name in partial.done:
+                progress.skip(planned.nbytes)
+                continue
             match = _ATTENTION.fullmatch(name)
             tensor = reader[name] if match is None else attention(int(match[1]))[match[2]]
-            assert tensor.shape == shape, f"{name}: {tuple(tensor.shape)} instead of {shape}"
-            writer.add(name, tensor)
-            progress.advance()
+            writer.add(name, tensor.to(planned.dtype))
+            partial.finish(name)
+            progress.advance(planned.nbytes)
         writer.close()
         progress.close()
         kept = {key: value for key, value in config.items() if key not in PROJECT_KEYS}
-        write_config(folder, converted_config(kept, converted, "auto"))
-        copy_companions(source, folder)
+        write_config(partial.path, converted_config(kept, converted, "auto"))
+        copy_companions(source, partial.path)
     return converted
+
+
+def _dtype(name: str, reader: HFReader) -> torch.dtype:
+    """The type that our tensor gets: its own, or for attention weights the widest that the layer has."""
+    if name.endswith(".rope_pairs"):
+        return torch.int64
+    if (match := _ATTENTION.fullmatch(name)) is None:
+        return reader.dtypes[name]
+    layer = f"model.layers.{match[1]}.self_attn."
+    return reduce(torch.promote_types, (dtype for key, dtype in reader.dtypes.items() if key.startswith(layer)))
 
 
 def _read_project_config(source: Path, rope_config: str | None) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class Progress:
 
     def __init__(self, what: str, total: float, unit: str, scale: float = 1.0) -> None:
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
-        self.done = 0.0
+        self.done = self.skipped = 0.0
         self.started = time.monotonic()
         self.terminal = sys.stderr.isatty()
         self.interval = 0.2 if self.terminal else 5.0
@@ -27,13 +27,18 @@ class Progress:
             self.shown = now
             self._show(now, end="\r" if self.terminal else "\n")
 
+    def skip(self, amount: float) -> None:
+        """Count work that an earlier run did; the rate leaves it out."""
+        self.skipped += amount
+        self.done += amount
+
     def close(self) -> None:
         """Show the final count and rate."""
         self._show(time.monotonic(), end="\n")
 
     def _show(self, now: float, end: str) -> None:
         seconds = max(now - self.started, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self.skipped) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         eta = f", {format_seconds(left)} left" if self.done < self.total else f" in {format_seconds(seconds)}"
         print(

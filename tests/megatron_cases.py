@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+from mha2mla_megatron.model.parallel import initialize_single_process
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -57,3 +59,13 @@ def randomize(model: Any) -> None:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             tensor.copy_(random_tensor(name, tuple(tensor.shape), model.config.kv_channels))
+
+
+def save_global_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write whole tensors as a `torch_dist` checkpoint with Megatron's own writer; the process is a world of one."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    initialize_single_process()
+    state = {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in tensors.items()}
+    dist_checkpointing.save(state, str(folder))

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,17 +24,17 @@ from mha2mla_megatron.checkpoint.megatron import (
     LATEST,
     TorchDistReader,
     iteration_folder,
-    save_global_tensors,
     write_latest,
 )
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
 from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
-from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
+from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel, initialize_single_process
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.finetune_cases import Trap
+from tests.megatron_cases import save_global_tensors
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
 BIASED: dict[str, Any] = {"groups": 4, "tied": False, "bias": True, "mlp_bias": True}
@@ -109,6 +111,19 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, case: str) -> None:
     assert (megatron_logits(tmp_path / "megatron") - hf_logits(source)).abs().max() < 2e-4
 
 
+@pytest.mark.parametrize("case", ["sharded", "joint"])
+def test_shards_are_laid_out_as_the_library_would(tmp_path: Path, case: str) -> None:
+    """Byte for byte what safetensors writes for the same tensors; a converted model has 8-byte integers among them."""
+    source = make_model(tmp_path, *CASES[case])
+    run_tool("convert_hf_to_megatron", source, tmp_path / "megatron")
+    run_tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back", "max_shard_size=50KB")
+    files = list((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 3
+    for file in files:
+        save_file(load_file(file), tmp_path / "again", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "again").read_bytes()
+
+
 def test_what_no_model_needs_is_left_out(tmp_path: Path) -> None:
     """Saved inv_freq tables, and the lm_head of a tied model."""
     source = make_llama(tmp_path / "llama")
@@ -134,6 +149,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         run_tool("convert_hf_to_megatron", folder, root / f"{name}-megatron")
         folders[f"{name}-megatron"] = root / f"{name}-megatron"
     return folders
+
+
+@pytest.mark.parametrize("model", ["original", "converted"])
+def test_megatrons_own_loader_reads_it_at_another_layout(folders: dict[str, Path], model: str) -> None:
+    """What each of two tensor-parallel ranks of a pipeline stage with the middle layer asks for."""
+    step = iteration_folder(folders[f"{model}-megatron"], 0)
+    initialize_single_process()
+    reader = TorchDistReader(step)
+    wholes = {name: reader[name] for name in reader.shapes() if name.startswith(("decoder.layers.1.", "embedding."))}
+    assert len(wholes) > 8
+    for rank in range(2):
+        expected, state = {}, {}
+        for name, tensor in wholes.items():
+            axis = int(name.endswith(("linear_proj.weight", "linear_fc2.weight")))
+            split = not any(word in name for word in ("norm", "kv_down", "rope_pairs"))
+            expected[name] = tensor.chunk(2, axis)[rank] if split else tensor
+            place, offsets = torch.empty_like(expected[name]), [(axis, rank, 2)] if split else []
+            state[name] = ShardedTensor.from_rank_offsets(name, place, *offsets, replica_id=0)
+        loaded = dist_checkpointing.load(state, str(step), validate_access_integrity=False)
+        assert all(torch.equal(loaded[name], part) for name, part in expected.items())
 
 
 Change = Callable[[dict[str, torch.Tensor]], Any]

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest, seal_step
-from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, save_global_tensors
+from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader
 from mha2mla_megatron.errors import UserError
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.finetune_cases import ROPE_DIMS, Trap, finetune, write_tokens
+from tests.megatron_cases import save_global_tensors
 
 TENSOR = "decoder.layers.2.mlp.linear_fc1.weight"
 LAYOUT = {"processes": 1, "tensor": 1, "pipeline": 1, "virtual pipeline": 1, "context": 1, "data": 1}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
+import torch
+
 from mha2mla_megatron.architecture import read_architecture, read_config
-from mha2mla_megatron.checkpoint.folders import copy_companions, new_folder
+from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.manifest import check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
@@ -16,9 +19,10 @@ from mha2mla_megatron.checkpoint.megatron import (
     check_coverage,
     iteration_folder,
     locate_checkpoint,
-    save_global_tensors,
     write_latest,
 )
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
+from mha2mla_megatron.checkpoint.torch_dist_writer import TorchDistWriter
 from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.progress import Progress
 
@@ -52,20 +56,28 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
     """Write the model of a Hugging Face folder as step 0 of a new Megatron checkpoint."""
     architecture = read_architecture(source)
     reader = HFReader(source, architecture)
-    rows = parameter_map(architecture)
-    with new_folder(target, settings.overwrite) as folder:
-        progress = Progress("HF -> Megatron", len(rows), "tensors")
-        tensors = {}
+    rows, shapes = parameter_map(architecture), megatron_shapes(architecture)
+    tensors = {}
+    for row in rows:
+        dtype = reduce(torch.promote_types, (reader.dtypes[name] for name in row.hf))
+        tensors[row.megatron] = torch.empty(shapes[row.megatron], dtype=dtype, device="meta")
+    what = identity("HF -> Megatron", settings, [source])
+    with resumable_folder(target, settings.overwrite, what) as partial:
+        step = iteration_folder(partial.path, 0)
+        writer = TorchDistWriter(partial, step, tensors)
+        progress = Progress("HF -> Megatron", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
         for row in rows:
-            tensors[row.megatron] = row.layout.pack([reader[name] for name in row.hf], architecture).contiguous()
-            progress.advance()
-        step = iteration_folder(folder, 0)
-        step.mkdir()
-        save_global_tensors(tensors, step)
-        seal_step(step, 0, ParallelConfig().sizes(1))
+            size = tensors[row.megatron].nbytes
+            if row.megatron in partial.done:
+                progress.skip(size)
+                continue
+            writer.add(row.megatron, row.layout.pack([reader[name] for name in row.hf], architecture))
+            progress.advance(size)
+        writer.close()
         progress.close()
-        write_hf_side(source, folder)
-        write_latest(folder, 0)
+        seal_step(step, 0, ParallelConfig().sizes(1))
+        write_hf_side(source, partial.path)
+        write_latest(partial.path, 0)
 
 
 def write_hf_side(source: Path, root: Path) -> None:
@@ -86,17 +98,26 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
     check_manifest(step)
     reader = TorchDistReader(step)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
-    with new_folder(target, settings.overwrite) as folder:
-        writer = HFWriter(folder, parse_size(settings.max_shard_size, "max_shard_size"))
-        rows = parameter_map(architecture)
-        progress = Progress("Megatron -> HF", len(rows), "tensors")
+    rows, shapes = parameter_map(architecture), architecture.tensor_shapes()
+    tensors = {
+        name: torch.empty(shapes[name], dtype=reader.entries[row.megatron].properties.dtype, device="meta")
+        for row in rows
+        for name in row.hf
+    }
+    what = identity("Megatron -> HF", settings, [side, step])
+    with resumable_folder(target, settings.overwrite, what) as partial:
+        writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        progress = Progress("Megatron -> HF", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
         for row in rows:
-            tensor = reader[row.megatron]
-            for name, part in zip(row.hf, row.layout.unpack(tensor, architecture), strict=True):
+            size = sum(tensors[name].nbytes for name in row.hf)
+            if row.megatron in partial.done:
+                progress.skip(size)
+                continue
+            for name, part in zip(row.hf, row.layout.unpack(reader[row.megatron], architecture), strict=True):
                 writer.add(name, part)
-            progress.advance()
+            partial.finish(row.megatron)
+            progress.advance(size)
         writer.close()
         progress.close()
-        config = read_config(side)
-        write_config(folder, config)
-        copy_companions(side, folder)
+        write_config(partial.path, read_config(side))
+        copy_companions(side, partial.path)

@@ -1,13 +1,10 @@
-"""Where models come from and go to: local folders, hub ids, and output folders that appear only when complete."""
+"""Where models come from, local folders and hub ids, and what travels with their weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from mha2mla_megatron.architecture import refuse_special_weights
@@ -55,32 +52,6 @@ def model_sha256(folder: Path) -> str:
     """Hex digest of a model's weights, configs, tokenizer and chat template."""
     parts = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja", ".model"))
     return hashlib.sha256(json.dumps([(file.name, file_sha256(file)) for file in parts]).encode()).hexdigest()
-
-
-@contextmanager
-def new_folder(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A scratch folder beside `target` that takes its place when the block ends well and vanishes when it does not.
-
-    Raises UserError if `target` exists, is not empty and `overwrite` is false, or cannot be written.
-    """
-    target = Path(os.path.abspath(target))
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: exists and is not a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UserError(f"{target}: exists and is not empty; give overwrite=true to replace it")
-    scratch = target.with_name(f".{target.name}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    try:
-        yield scratch
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def copy_companions(source: Path, target: Path) -> None:

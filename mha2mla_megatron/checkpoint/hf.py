@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture
+from mha2mla_megatron.checkpoint.resume import PartialFolder
 from mha2mla_megatron.errors import UserError
 
 CODE_FILES = (
@@ -21,6 +21,9 @@ CODE_FILES = (
 )  # fmt: skip
 CODE_FOLDER = Path(__file__).resolve().parents[1] / "hf"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64"}
+"""What safetensors calls the types that a model folder may hold."""
 
 
 class HFReader:
@@ -34,14 +37,20 @@ class HFReader:
     def __init__(self, folder: Path, architecture: Architecture, check: bool = True) -> None:
         self.folder = folder
         self.files = {file: self._open(folder / file) for file in _shards(folder)}
-        self.where = {name: file for file, tensors in self.files.items() for name in tensors.keys()}  # noqa: SIM118
+        self.where: dict[str, str] = {}
+        for file, tensors in self.files.items():
+            for name in tensors.keys():  # noqa: SIM118
+                if name in self.where:
+                    raise UserError(f"{folder}: tensor {name} is in two files, {self.where[name]} and {file}")
+                self.where[name] = file
         expected = architecture.tensor_shapes()
         self.names = list(expected)
+        self.dtypes: dict[str, torch.dtype] = {}
         if check:
             self._check(architecture, expected)
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU."""
+        """One tensor, on the CPU: a view of the mapped file, whose bytes are read where they are used."""
         try:
             return self.files[self.where[name]].get_tensor(name)
         except (SafetensorError, OSError) as error:
@@ -67,52 +76,84 @@ class HFReader:
             found = self.files[self.where[name]].get_slice(name)
             if tuple(found.get_shape()) != shape:
                 raise UserError(f"{self.folder}: {name} has shape {tuple(found.get_shape())}, config.json says {shape}")
-            if found.get_dtype() not in ("F64", "F32", "F16", "BF16") and not name.endswith("rope_pairs"):
-                raise UserError(f"{self.folder}: {name} has dtype {found.get_dtype()}; a floating one is needed")
+            valid = {"I64": torch.int64} if name.endswith("rope_pairs") else FLOATS
+            if found.get_dtype() not in valid:
+                raise UserError(
+                    f"{self.folder}: {name} has dtype {found.get_dtype()}; one of {', '.join(valid)} is needed"
+                )
+            self.dtypes[name] = valid[found.get_dtype()]
         for name in self.where:
             if name not in expected and not architecture.droppable(name):
                 raise UserError(f"{self.folder}: surplus tensor {name}: this architecture has none of that name")
 
 
 class HFWriter:
-    """Writes tensors into shards of at most `max_shard_size` bytes, then the index; the folder exists and is empty."""
+    """Writes tensors into shards of at most `max_shard_size` bytes, laid out as the safetensors library would.
 
-    def __init__(self, folder: Path, max_shard_size: int) -> None:
-        self.folder, self.limit = folder, max_shard_size
-        self.pending: dict[str, torch.Tensor] = {}
-        self.pending_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
+    tensors: every tensor of the model on the meta device, in the order in which they are dealt out to shards.
+    """
+
+    def __init__(self, partial: PartialFolder, tensors: dict[str, torch.Tensor], max_shard_size: int) -> None:
+        self.partial, self.tensors = partial, tensors
+        self.files: dict[str, str] = {}
+        self.offsets: dict[str, int] = {}
+        shards: list[list[str]] = []
+        size = 0
+        for name, tensor in tensors.items():
+            if not shards or size + tensor.nbytes > max_shard_size:
+                shards.append([])
+                size = 0
+            shards[-1].append(name)
+            size += tensor.nbytes
+        for i, names in enumerate(shards):
+            file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+            self._lay_out(file, names)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self.pending and self.pending_bytes + size > self.limit:
-            self._flush()
-        self.pending[name] = tensor.contiguous()
-        self.pending_bytes += size
-        self.total_bytes += size
+        """Write a tensor, which must not change after that."""
+        planned = self.tensors[name]
+        assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), f"{name} is not as it was planned"
+        content = memoryview(tensor.contiguous().view(torch.uint8).flatten().numpy())
+        self.partial.write(name, self.files[name], self.offsets[name], lambda stream: stream.write(content))
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that an earlier run wrote."""
+        planned, piece = self.tensors[name], self.partial.pieces[name]
+        with (self.partial.path / piece.file).open("rb") as stream:
+            stream.seek(piece.offset)
+            content = bytearray(stream.read(piece.length))
+        return torch.frombuffer(content, dtype=planned.dtype).view(planned.shape)
 
     def close(self) -> None:
-        """Write what is pending; name the shards as transformers does and index them if there are several."""
-        self._flush()
-        count = len(self.shards)
-        names = (
-            ["model.safetensors"]
-            if count == 1
-            else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        )
-        for i, name in enumerate(names):
-            (self.folder / f"shard-{i}").rename(self.folder / name)
-        if count > 1:
-            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-            (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        """Index the shards if there are several."""
+        self.partial.wait()
+        missing = self.tensors.keys() - self.partial.pieces.keys()
+        assert not missing, f"not written: {missing}"
+        if len(set(self.files.values())) > 1:
+            index = {
+                "metadata": {"total_size": sum(tensor.nbytes for tensor in self.tensors.values())},
+                "weight_map": {name: self.files[name] for name in self.tensors},
+            }
+            (self.partial.path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
-    def _flush(self) -> None:
-        if self.pending:
-            save_file(self.pending, self.folder / f"shard-{len(self.shards)}", metadata={"format": "pt"})
-            self.shards.append(list(self.pending))
-            self.pending, self.pending_bytes = {}, 0
+    def _lay_out(self, file: str, names: list[str]) -> None:
+        """Give each tensor of a shard its place, wide types first so that all are aligned, and write the header."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        ordered = sorted(names, key=lambda name: (-self.tensors[name].dtype.itemsize, name))
+        for name in ordered:
+            tensor, start = self.tensors[name], end
+            end += tensor.nbytes
+            header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        for name in ordered:
+            self.files[name] = file
+            self.offsets[name] = 8 + len(text) + header[name]["data_offsets"][0]
+        if file not in self.partial.done:
+            head = memoryview(len(text).to_bytes(8, "little") + text)
+            self.partial.write(file, file, 0, lambda stream: stream.write(head))
+            self.partial.finish(file)
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
@@ -147,7 +188,7 @@ def _shards(folder: Path) -> Iterator[str]:
         return
     try:
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not a valid index ({error})") from None
     for file in files:
         if not isinstance(file, str) or Path(file).name != file:

@@ -7,8 +7,11 @@ read what any parallel layout wrote, and the reverse.
 
 from __future__ import annotations
 
+import errno
 import io
 import itertools
+import mmap
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -76,6 +79,7 @@ class TorchDistReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.maps: dict[str, mmap.mmap] = {}
         try:
             self.metadata = _MetadataUnpickler(io.BytesIO((folder / ".metadata").read_bytes())).load()
             self.entries = dict(self.metadata.state_dict_metadata)
@@ -96,9 +100,14 @@ class TorchDistReader:
         entry = self.entries[name]
         if isinstance(entry, BytesStorageMetadata):
             raise KeyError(f"{name} is not a tensor")
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        tensor = None
         for _, where, piece in self.pieces(name):
+            if piece.shape == entry.size:
+                return piece
+            if tensor is None:
+                tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
             tensor[where] = piece
+        assert tensor is not None, "pieces that cover a tensor are at least one"
         return tensor
 
     def pieces(self, name: str) -> Iterator[tuple[Path, tuple[slice, ...], torch.Tensor]]:
@@ -141,22 +150,26 @@ class TorchDistReader:
                 raise UserError(f"{self.folder}: {name}: two pieces overlap")
         if count != entry.size.numel():
             raise UserError(f"{self.folder}: {name}: {count} of {entry.size.numel()} elements are stored")
+        stored = sum(self._info(MetadataIndex(name, chunk.offsets)).length for chunk in entry.chunks)
+        if stored < count * entry.properties.dtype.itemsize:  # before there is memory for them
+            raise UserError(f"{self.folder}: {name}: {stored} bytes are stored for {count} elements")
 
     def _info(self, index: MetadataIndex) -> Any:
         if index not in self.storage:
             raise UserError(f"{self.folder / '.metadata'}: does not say where a piece of {index.fqn} is")
         return self.storage[index]
 
-    def _read(self, info: Any, name: str) -> bytes:
+    def _read(self, info: Any, name: str) -> _Window:
         """The bytes of one piece, a zip archive, after a look at its checksums: torch itself does not check them."""
         file = self.folder / info.relative_path
         if Path(info.relative_path).name != info.relative_path:
             raise UserError(f"{self.folder}: {info.relative_path!r} is not the name of a file in this folder")
         try:
-            with file.open("rb") as stream:
-                stream.seek(info.offset)
-                data = stream.read(info.length)
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if info.relative_path not in self.maps:
+                with file.open("rb") as stream:
+                    self.maps[info.relative_path] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+            data = _Window(self.maps[info.relative_path], info.offset, info.length)
+            with zipfile.ZipFile(data) as archive:
                 wrong = archive.testzip()
         except Exception as error:
             raise UserError(f"{file}: {name} cannot be read ({type(error).__name__}: {error})") from None
@@ -167,10 +180,41 @@ class TorchDistReader:
     def _load(self, info: Any, name: str) -> Any:
         data = self._read(info, name)
         try:
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            data.seek(0)
+            return torch.load(data, map_location="cpu", weights_only=True)  # type: ignore[arg-type]
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{self.folder / info.relative_path}: {name} cannot be read ({reason})") from None
+
+
+class _Window(io.RawIOBase):
+    """Part of a mapped file as a file of its own, without a copy of it."""
+
+    def __init__(self, mapped: mmap.mmap, offset: int, length: int) -> None:
+        if min(offset, length) < 0 or offset + length > len(mapped):
+            raise ValueError(f"{length} bytes from {offset} on, but the file has {len(mapped)}")
+        page = offset % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, offset - page, length + page)
+        self.view, self.at = memoryview(mapped)[offset : offset + length], 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: len(self.view)}[whence]
+        if at < 0:
+            raise OSError(errno.EINVAL, "before the start")
+        self.at = at
+        return at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.view[self.at : self.at + len(buffer)]
+        buffer[: len(data)] = data
+        self.at += len(data)
+        return len(data)
 
 
 def _place(chunk: Any) -> tuple[slice, ...]:
@@ -212,15 +256,3 @@ class _MetadataUnpickler(pickle.Unpickler):
         if is_dtype or (module, name) in self.ALLOWED:
             return super().find_class(module, name)
         raise UserError(f".metadata: refuses to load {module}.{name}")
-
-
-def save_global_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
-    """Write whole tensors as a `torch_dist` checkpoint with Megatron's own writer; the process is a world of one."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing import ShardedTensor
-
-    from mha2mla_megatron.model.parallel import initialize_single_process
-
-    initialize_single_process()
-    state = {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in tensors.items()}
-    dist_checkpointing.save(state, str(folder))

@@ -1,0 +1,279 @@
+"""Conversions that are interrupted, killed, started twice or out of room: the same command ends with the same bytes."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import gc
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mha2mla_megatron import healing
+from mha2mla_megatron.checkpoint import resume
+from mha2mla_megatron.checkpoint.hf import HFReader
+from mha2mla_megatron.checkpoint.resume import JOURNAL, NEW, PartialFolder
+from mha2mla_megatron.planning import Planner
+from tests.conftest import make_llama, make_tokenizer, refused, run_tool
+from tests.kill_conversion import WORDS, contents, convert, kill_conversions, wait
+from tests.test_faults import small_files
+
+TOOLS = list(WORDS)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each converter's source, and under `done` what it makes of it."""
+    root = tmp_path_factory.mktemp("resume")
+    make_tokenizer(make_llama(root / "original", num_hidden_layers=4))
+    sources = {"convert_mha_to_mla": root / "original"}
+    for tool, following in zip(TOOLS, [*TOOLS[1:], None], strict=True):
+        target = root / f"of-{tool}"
+        run_tool(tool, sources[tool], target, *words(tool))
+        sources[f"{tool} done"] = target
+        if following is not None:
+            sources[following] = target
+    return sources
+
+
+def words(tool: str) -> list[str]:
+    return [word.replace("300KB", "100KB").replace("rank=48", "rank=20") for word in WORDS[tool]]
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, part: int, error: BaseException) -> None:
+    """End the work, counted over the process's conversions, instead of its n-th part."""
+    finish, count = PartialFolder.finish, 0
+
+    def stopping(self: PartialFolder, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == part:
+            raise error
+        finish(self, *args)
+
+    monkeypatch.setattr(PartialFolder, "finish", stopping)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_an_interrupted_conversion_goes_on(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+) -> None:
+    command = [tool, models[tool], tmp_path / "out", *words(tool)]
+    for part in (1, 4, 9):
+        with monkeypatch.context() as patch:
+            stop_at(patch, part, KeyboardInterrupt())
+            done = run_tool(*command, check=False)
+        assert done.returncode == 130
+        line = f"{tmp_path / 'out'}: interrupted; the same command goes on from there"
+        assert done.stderr.splitlines()[-1] == line
+        assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    lines = (tmp_path / ".out.partial" / JOURNAL).read_text().splitlines()
+    assert len(lines) == 1 + 0 + 3 + 8, "what was done before is not done again"
+    read: list[str] = []
+    getitem = HFReader.__getitem__
+    monkeypatch.setattr(HFReader, "__getitem__", lambda self, name: (read.append(name), getitem(self, name))[1])
+    assert "checking what is there" in run_tool(*command).stderr
+    assert contents(tmp_path / "out") == contents(models[f"{tool} done"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "model.embed_tokens.weight" not in read
+
+
+DAMAGE: dict[str, Callable[[Path], Any]] = {
+    "a file flipped": lambda partial: _flip(_largest(partial)),
+    "a file gone": lambda partial: _largest(partial).unlink(),
+    "a file cut": lambda partial: os.truncate(_largest(partial), 2000),
+    "journal's last line torn": lambda partial: os.truncate(partial / JOURNAL, _by_size(partial / JOURNAL) - 7),
+    "journal ends in zeros": lambda partial: (partial / JOURNAL).open("ab").write(bytes(99) + b"\n"),
+    "journal gone": lambda partial: (partial / JOURNAL).unlink(),
+    "journal empty": lambda partial: (partial / JOURNAL).write_bytes(b""),
+}
+
+
+def _largest(partial: Path) -> Path:
+    return max((file for file in (partial / NEW).rglob("*") if file.is_file()), key=_by_size)
+
+
+def _by_size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 3] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_was_damaged_meanwhile_is_made_again(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, case: str
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15, KeyboardInterrupt())
+        run_tool(tool, models[tool], tmp_path / "out", *words(tool), check=False)
+    DAMAGE[case](tmp_path / ".out.partial")
+    run_tool(tool, models[tool], tmp_path / "out", *words(tool))
+    assert contents(tmp_path / "out") == contents(models[f"{tool} done"])
+
+
+@pytest.mark.parametrize("change", ["settings", "source"])
+def test_another_conversion_starts_anew(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    source = shutil.copytree(models["convert_mha_to_mla"], tmp_path / "source")
+    command = ["convert_mha_to_mla", source, tmp_path / "out", *words("convert_mha_to_mla")]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 15, KeyboardInterrupt())
+        run_tool(*command, check=False)
+    if change == "settings":
+        command.append("dtype=bfloat16")
+    else:
+        make_llama(source, num_hidden_layers=4, seed=1)
+    assert "left by another conversion; starting anew" in run_tool(*command).stderr
+    run_tool(*command[:2], tmp_path / "fresh", *command[3:])
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_full_disk_is_one_line_and_the_work_is_kept(models: dict[str, Path], tmp_path: Path, tool: str) -> None:
+    full = words(tool)[:-1] if tool != "convert_hf_to_megatron" else []  # in one shard
+    with small_files(200_000):
+        line = refused(tool, models[tool], tmp_path / "out", *full)
+    assert "File too large" in line and "with more room the same command goes on from there" in line
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    run_tool(tool, models[tool], tmp_path / "out", *full)
+    run_tool(tool, models[tool], tmp_path / "fresh", *full)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_two_at_once_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial" / JOURNAL).open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        line = refused("convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out")
+    assert ".out.partial: another process is working in it" in line
+    run_tool("convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out")
+
+
+def test_an_old_target_stays_until_the_new_one_is_complete(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the process dies between the two renames, which leaves nothing of that name for a moment."""
+    command = ["convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out", "overwrite=true"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("old")
+    rename = Path.rename
+
+    def dying(self: Path, target: Path) -> Any:
+        if self.name == NEW:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", dying)
+        assert run_tool(*command, check=False).returncode == 130
+    assert not (tmp_path / "out").exists()
+    assert "overwrite=true" in refused(*command[:3])
+    assert (tmp_path / "out" / "mine").read_text() == "old"
+    run_tool(*command)
+    assert contents(tmp_path / "out") == contents(models["convert_hf_to_megatron done"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_plan_and_healed_layers_are_kept(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """The layers above the interrupt are healed against what the healed ones below put out, as without it."""
+    make_tokenizer(make_llama(tmp_path / "original"))
+    run_tool("calibrate", tmp_path / "original", text, tmp_path / "s.safetensors", "samples=4", "sequence_length=32",
+             "stored_samples=4")  # fmt: skip
+    heal = ["heal.steps=4", "heal.batch_tokens=64", "heal.sequence_length=32", f"dtype={dtype}"]
+    command = ["convert_mha_to_mla", tmp_path / "original", tmp_path / "out", f"statistics={tmp_path}/s.safetensors",
+               "cache_budget=0.5", *heal]  # fmt: skip
+    run_tool(*command)
+    shutil.move(tmp_path / "out", tmp_path / "unbroken")
+    train, planned, count = healing.Healer._train, [], 0
+
+    def counting(self: healing.Healer, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise KeyboardInterrupt
+        train(self, *args)
+
+    plan = Planner.plan
+    monkeypatch.setattr(healing.Healer, "_train", counting)
+    monkeypatch.setattr(Planner, "plan", lambda self, budget: (planned.append(budget), plan(self, budget))[1])
+    assert run_tool(*command, check=False).returncode == 130
+    run_tool(*command)
+    assert (len(planned), count) == (1, 2 + 2), "a plan or a layer was made again"
+    before, after = contents(tmp_path / "unbroken"), contents(tmp_path / "out")
+    assert before.pop("allocation.png") and after.pop("allocation.png")
+    assert before == after
+
+
+def test_identity_names_every_input(tmp_path: Path) -> None:
+    """Otherwise a changed one would be taken for the same."""
+    (tmp_path / "a").write_text("1")
+    settings = resume.Piece("x", 0, 1, 2)
+    first = resume.identity("c", settings, [tmp_path])
+    (tmp_path / "a").write_text("22")
+    assert first != resume.identity("c", settings, [tmp_path])
+    assert json.loads(json.dumps(first)) == first and first["settings"]["crc"] == 2
+
+
+def test_ended_at_random_moments(tmp_path: Path) -> None:
+    seed = int.from_bytes(os.urandom(4))
+    print(f"seed={seed}")
+    kill_conversions(tmp_path, kills=3, seed=seed)
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    shape = ["layers=1", "hidden=64", "intermediate=96", "heads=4", "groups=2", "vocabulary=256", "rope=4", "rank=20"]
+    table = run_tool("benchmarks/convert", tmp_path / "work", *shape, "repeats=1").stdout
+    for row in ("hf_to_megatron, original", "megatron_to_hf, original", "hf_to_megatron, MLA", "megatron_to_hf, MLA"):
+        (line,) = (line for line in table.splitlines() if line.startswith(row))
+        # A process that has imported torch and nothing else; GiB.
+        assert 0.05 < float(line.split()[-1]) < 1.5, line
+    assert "MHA -> MLA of 1 layers" in table and not (tmp_path / "work").exists()
+
+
+def anonymous(process: int | str) -> int:
+    """Anonymous resident memory in bytes; 0 for a process that has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return max([0, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s*(\d+)", status))])
+
+
+def growth_of(tool: str, source: Path, target: Path) -> int:
+    """The most memory that a conversion has beyond what the process had that it is forked from, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or the fork would live in what this process freed
+    before, peak = anonymous("self"), 0
+    process = convert(tool, source, target)
+    while os.waitpid(process, os.WNOHANG) == (0, 0):
+        peak = max(peak, anonymous(process))
+    assert target.is_dir()
+    return peak - before
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, tool: str) -> None:
+    """Layers of 5 MB: sixteen more of them are 80 MB more of model."""
+    growths = []
+    for layers in (2, 18):
+        shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 1280, "vocab_size": 4096}
+        source = make_llama(tmp_path / f"{layers}", **shape)
+        if tool == "convert_megatron_to_hf":
+            assert wait(convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")) == 0
+            source = tmp_path / f"{layers}-megatron"
+        growths.append(growth_of(tool, source, tmp_path / f"{layers}-out"))
+    assert sum(file.stat().st_size for file in (tmp_path / "18").iterdir()) > 3 * 25e6
+    assert growths[1] - growths[0] < 25e6, growths
