@@ -92,6 +92,7 @@ def test_settings_are_described() -> None:
         ("calibrate", "samples=16"),
         ("merge_statistics", "overwrite=false"),
         ("sweep", "keep_models=false"),
+        ("plot_run", "overwrite=false"),
         ("convert_mha_to_mla", "allocation.rank_multiple=8"),
     ],
 )

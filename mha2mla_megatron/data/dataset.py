@@ -27,7 +27,7 @@ class _TokenIds:
 
 
 def build_dataset(
-    train: str | dict[str, float],
+    blend: str | dict[str, float],
     sequence_length: int,
     num_samples: int,
     seed: int,
@@ -40,7 +40,7 @@ def build_dataset(
 
     A sample is a dict of int64 tokens, labels and position_ids [sequence_length] and a float32 loss_mask.
     """
-    weights = {train: 1.0} if isinstance(train, str) else train
+    weights = {blend: 1.0} if isinstance(blend, str) else blend
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
@@ -84,6 +84,22 @@ def sample_batches(
     return iter(loader)
 
 
+class Padded(torch.utils.data.Dataset):
+    """The first `count` samples of a dataset, then the first one again, without a loss, up to `size` samples."""
+
+    def __init__(self, dataset: Any, count: int, size: int) -> None:
+        self.dataset, self.count, self.size = dataset, count, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index < self.count:
+            return self.dataset[index]
+        sample = self.dataset[0]
+        return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
+
+
 def remove_cut_indices(cache: Path) -> None:
     """Remove the sample indices that a process killed while it wrote them left short: Megatron takes what is there."""
     for file in cache.glob("*.npy"):
@@ -93,34 +109,32 @@ def remove_cut_indices(cache: Path) -> None:
             file.unlink()
 
 
-def check_data(train: str | dict[str, float], vocab_size: int) -> None:
-    """Check the token files of `data.train` without Megatron, before anything is written.
+def check_data(key: str, blend: str | dict[str, float], vocab_size: int) -> None:
+    """Check the token files of the setting `key` without Megatron, before anything is written.
 
     Raises UserError for a file that is missing or damaged, and for tokens of a larger vocabulary. What a file was made
     with stands in the .json beside it; where there is none, every token is looked at.
     """
-    for prefix in (Path(name) for name in ([train] if isinstance(train, str) else train)):
+    for prefix in (Path(name) for name in ([blend] if isinstance(blend, str) else blend)):
         data, index, provenance = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
         for file in (data, index):
             if not file.is_file():
-                raise UserError(f"data.train: {file}: no such file; make it with tools/preprocess_data.py")
-        dtype, count = _read_index(index)
+                raise UserError(f"{key}: {file}: no such file; make it with tools/preprocess_data.py")
+        dtype, count = _read_index(key, index)
         if data.stat().st_size != count * dtype.itemsize:
-            raise UserError(f"data.train: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")
+            raise UserError(f"{key}: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")
         if provenance.is_file():
             try:
                 tokens_of = int(json.loads(provenance.read_text()).get("vocab_size", 0))
             except (ValueError, TypeError, AttributeError) as error:
-                raise UserError(f"data.train: {provenance}: cannot be read ({error})") from None
+                raise UserError(f"{key}: {provenance}: cannot be read ({error})") from None
             if tokens_of > vocab_size:
-                raise UserError(
-                    f"data.train: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}"
-                )
+                raise UserError(f"{key}: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}")
         elif (highest := _highest(data, dtype)) >= vocab_size:
-            raise UserError(f"data.train: {data}: holds token {highest}, the model's vocabulary is {vocab_size}")
+            raise UserError(f"{key}: {data}: holds token {highest}, the model's vocabulary is {vocab_size}")
 
 
-def _read_index(file: Path) -> tuple[numpy.dtype, int]:
+def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int]:
     """(type of the tokens, number of tokens) from Megatron's .idx file, version 1.
 
     9 bytes of magic, version (8), code of the type (1), numbers of sequences s (8) and of documents m (8), s lengths
@@ -133,11 +147,11 @@ def _read_index(file: Path) -> tuple[numpy.dtype, int]:
         size = 34 + 12 * sequences + 8 * documents
         known = {member.value for member in DType}
         if magic != b"MMIDIDX\0\0" or version != 1 or code not in known or file.stat().st_size != size:
-            raise UserError(f"data.train: {file}: damaged, or not an index that tools/preprocess_data.py made")
+            raise UserError(f"{key}: {file}: damaged, or not an index that tools/preprocess_data.py made")
         lengths = numpy.frombuffer(stream.read(4 * sequences), dtype=numpy.int32)
     dtype = numpy.dtype(DType.dtype_from_code(code))
     if sequences == 0:
-        raise UserError(f"data.train: {file}: holds no document")
+        raise UserError(f"{key}: {file}: holds no document")
     return dtype, int(lengths.sum(dtype=numpy.int64))
 
 

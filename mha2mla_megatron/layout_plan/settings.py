@@ -75,6 +75,8 @@ class PlanSettings(FinetuneSettings):
         for key, plain in UNPLANNED.items():
             if getattr(self.parallel, key) != plain:
                 raise UserError(f"parallel.{key}: {getattr(self.parallel, key)} is not planned for yet; valid: {plain}")
+        if self.distillation.teacher is not None:
+            raise UserError("distillation.teacher: a teacher's memory is not planned for yet; valid: null")
         if self.device == "cpu" and self.implementation == "transformer_engine":
             raise UserError("implementation: transformer_engine needs device=cuda; valid with device=cpu: local")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -32,14 +33,51 @@ class DataSettings:
     """Folder for the sample indices. None: `cache` under save."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.train, dict):
-            for prefix, weight in self.train.items():
-                if not isinstance(weight, int | float) or weight <= 0:
-                    raise UserError(f"data.train: the weight of {prefix} is {weight!r}; a positive number is needed")
-        elif self.train is not None and not isinstance(self.train, str):
-            raise UserError("data.train: give one prefix or a mapping prefix -> weight")
+        _check_blend("data.train", self.train)
         require_at_least("data.sequence_length", self.sequence_length, 1)
         require_at_least("data.workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class ValidationSettings:
+    """Loss over a fixed set of held-out samples, without gradients."""
+
+    data: Any = None
+    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight. None: no validation."""
+
+    interval: int = 500
+    """Steps between validations; there is one after the last step always."""
+
+    samples: int = 64
+    """Samples of data.sequence_length tokens, the same ones each time."""
+
+    def __post_init__(self) -> None:
+        _check_blend("validation.data", self.data)
+        require_at_least("validation.interval", self.interval, 1)
+        require_at_least("validation.samples", self.samples, 1)
+
+
+@dataclass(frozen=True)
+class DistillationSettings:
+    """A frozen model whose predictions the training follows beside the text."""
+
+    teacher: str | None = None
+    """Megatron checkpoint of a model with the same vocabulary, such as the original one. None: no distillation."""
+
+    weight: float = 0.5
+    """w in the loss (1 - w) LM + w T^2 KL(teacher || student), from 0 to 1."""
+
+    temperature: float = 1.0
+    """T, which divides both models' logits in the KL."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise UserError(f"distillation.weight: {self.weight} is not between 0 and 1")
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"distillation.temperature: {self.temperature} is not a positive number")
+        for key in ("weight", "temperature"):
+            if self.teacher is None and getattr(self, key) != getattr(DistillationSettings, key):
+                raise UserError(f"distillation.{key}: {getattr(self, key)} is given, distillation.teacher is not")
 
 
 @dataclass(frozen=True)
@@ -128,6 +166,10 @@ class FinetuneSettings:
 
     data: DataSettings = field(default_factory=DataSettings)
 
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
+
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -150,6 +192,10 @@ class FinetuneSettings:
             raise UserError(
                 f"optimizer.warmup_steps {warmup} + optimizer.decay_steps {decay} do not fit into steps {self.steps}"
             )
+        if self.distillation.teacher is not None and (pp := self.parallel.pipeline_model_parallel_size) > 1:
+            raise UserError(
+                f"distillation.teacher: not possible with parallel.pipeline_model_parallel_size {pp}; valid: 1"
+            )
 
     @property
     def warmup_steps(self) -> int:
@@ -160,6 +206,16 @@ class FinetuneSettings:
     def decay_steps(self) -> int:
         given = self.optimizer.decay_steps
         return max(1, self.steps // 6) if given is None else given
+
+
+def _check_blend(key: str, value: Any) -> None:
+    """Refuse what is neither one prefix of token files nor several with weights."""
+    if isinstance(value, dict):
+        for prefix, weight in value.items():
+            if not isinstance(weight, int | float) or weight <= 0:
+                raise UserError(f"{key}: the weight of {prefix} is {weight!r}; a positive number is needed")
+    elif value is not None and not isinstance(value, str):
+        raise UserError(f"{key}: give one prefix or a mapping prefix -> weight")
 
 
 def check_samples(settings: FinetuneSettings, architecture: Architecture, world_size: int) -> None:

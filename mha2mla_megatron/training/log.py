@@ -35,16 +35,33 @@ class StepLog:
         seconds, self.previous = now - self.previous, now
         rate = result.tokens / seconds
         left = (now - self.started) / (step - self.first) * (self.total - step)
+        parts = "".join(f" | {name.replace('_', ' ')} {value:.4f}" for name, value in result.parts.items())
         print(
-            f"step {step}/{self.total} | loss {result.loss:.4f} | grad norm {result.grad_norm:.3f} | lr {lr:.3e} | "
-            f"{rate:,.0f} tokens/s | {format_seconds(left)} left{'' if result.updated else ' | skipped'}",
+            f"step {step}/{self.total} | loss {result.loss:.4f}{parts} | grad norm {result.grad_norm:.3f} | "
+            f"lr {lr:.3e} | {rate:,.0f} tokens/s | {format_seconds(left)} left{'' if result.updated else ' | skipped'}",
             flush=True,
         )
-        found = {"loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens_per_second": rate}
+        found = {
+            "loss": result.loss,
+            **result.parts,
+            "grad_norm": result.grad_norm,
+            "lr": lr,
+            "tokens_per_second": rate,
+        }
+        more = {"tokens": result.tokens, "seconds": seconds} | ({} if result.updated else {"skipped": True})
+        self._write(step, found, more)
+
+    def validation(self, step: int, loss: float) -> None:
+        """The loss over the held-out samples after this step; its time counts for no step."""
+        now = time.monotonic()
+        seconds, self.previous = now - self.previous, now
+        print(f"step {step}/{self.total} | validation loss {loss:.4f} | {format_seconds(seconds)}", flush=True)
+        self._write(step, {"validation_loss": loss}, {"seconds": seconds})
+
+    def _write(self, step: int, found: dict[str, float], more: dict[str, Any]) -> None:
+        """A line of both to log.jsonl, what was `found` to TensorBoard."""
         values: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
-        line = {"step": step, **values, "tokens": result.tokens, "seconds": seconds}
-        if not result.updated:
-            line["skipped"] = True
+        line = {"step": step, **values, **more}
         with self._may_fail():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()

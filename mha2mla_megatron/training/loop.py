@@ -19,12 +19,14 @@ from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, l
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
 from mha2mla_megatron.training.config import FinetuneSettings, check_samples
+from mha2mla_megatron.training.distillation import Distillation, check_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 from mha2mla_megatron.training.together import on_first_rank
+from mha2mla_megatron.training.validation import Validation
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -39,11 +41,15 @@ def finetune(settings: FinetuneSettings) -> None:
     check_layout(architecture, settings.parallel, launched_world_size())
     check_samples(settings, architecture, launched_world_size())
     eod = _end_of_document(settings, side)
-    check_data(settings.data.train, architecture.vocab_size)
+    check_data("data.train", settings.data.train, architecture.vocab_size)
+    if settings.validation.data is not None:
+        check_data("validation.data", settings.validation.data, architecture.vocab_size)
+    teacher = None if settings.distillation.teacher is None else check_teacher(settings, architecture)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
     chunks = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer(chunks, settings, dtype)
+    distillation = None if teacher is None else load_teacher(*teacher, settings, dtype, device)
     model = [chunk.module for chunk in chunks]
     prepare_root(root)
     resumed = resume_run(root, architecture, model, optimizer, schedule)
@@ -63,9 +69,10 @@ def finetune(settings: FinetuneSettings) -> None:
 
     on_first_rank(write_beside, f"save: {root}: cannot be written")
     batches = _batches(settings, eod, architecture, root, step)
+    validation = _validation(settings, eod, architecture, root, device)
     # A run saved by an earlier version has no counts of skipped steps.
     guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
-    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device)
+    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device, distillation, validation)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -86,26 +93,45 @@ def _batches(
     settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     total = settings.steps * settings.global_batch_size
-    cache = Path(settings.data.cache) if settings.data.cache else root / "cache"
-    on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
-    dataset = build_dataset(
-        settings.data.train,
-        settings.data.sequence_length,
-        total,
-        settings.seed,
-        settings.data.eod_mask_loss,
-        eod,
-        architecture.vocab_size,
-        cache,
-    )
     return sample_batches(
-        dataset,
+        _dataset(settings.data.train, total, settings, eod, architecture, root),
         step * settings.global_batch_size,
         total,
         settings.micro_batch_size,
         parallel_state.get_data_parallel_rank(),
         parallel_state.get_data_parallel_world_size(),
         settings.data.workers,
+    )
+
+
+def _validation(
+    settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, device: torch.device
+) -> Validation | None:
+    wanted = settings.validation
+    if wanted.data is None:
+        return None
+    return Validation(_dataset(wanted.data, wanted.samples, settings, eod, architecture, root), settings, device)
+
+
+def _dataset(
+    blend: str | dict[str, float],
+    samples: int,
+    settings: FinetuneSettings,
+    eod: int,
+    architecture: Architecture,
+    root: Path,
+) -> torch.utils.data.Dataset:
+    cache = Path(settings.data.cache) if settings.data.cache else root / "cache"
+    on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
+    return build_dataset(
+        blend,
+        settings.data.sequence_length,
+        samples,
+        settings.seed,
+        settings.data.eod_mask_loss,
+        eod,
+        architecture.vocab_size,
+        cache,
     )
 
 
@@ -119,6 +145,8 @@ def _train(
     guard: NonFiniteSteps,
     step: int,
     device: torch.device,
+    distillation: Distillation | None,
+    validation: Validation | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
@@ -129,12 +157,16 @@ def _train(
     try:
         while step < settings.steps:
             lr = optimizer.param_groups[0]["lr"]
-            result = train_step(chunks, optimizer, batches, settings, device)
+            result = train_step(chunks, optimizer, batches, settings, device, distillation)
             guard.check(step + 1, result)
             schedule.step(1)
             step += 1
             if log is not None:
                 log.step(step, result, float(lr))
+            if validation is not None and validation.due(step):
+                held_out = validation.measure(chunks)
+                if log is not None:
+                    log.validation(step, held_out)
             stopping = stop.requested()
             if step == settings.steps or step % settings.save_interval == 0 or stopping:
                 run = {"step": step, "skipped": guard.skipped, "skipped_in_a_row": guard.in_a_row}

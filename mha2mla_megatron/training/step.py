@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
 from typing import Any
@@ -20,6 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.distillation import Distillation
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 """What a step reads of each micro batch, [b, s] all of them."""
@@ -30,7 +31,7 @@ class StepResult:
     """What one step gave: mean loss over `tokens` predicted tokens of all ranks, gradient norm before clipping.
 
     updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite.
-    bad_micro_batches: those of this rank whose loss is.
+    bad_micro_batches: those of this rank whose loss is. parts: means over the same tokens of what makes up the loss.
     """
 
     loss: float
@@ -38,6 +39,7 @@ class StepResult:
     grad_norm: float
     updated: bool
     bad_micro_batches: tuple[int, ...]
+    parts: dict[str, float] = field(default_factory=dict)
 
 
 def build_training_model(
@@ -100,59 +102,92 @@ def train_step(
     batches: Iterator[dict[str, torch.Tensor]],
     settings: FinetuneSettings,
     device: torch.device,
+    distillation: Distillation | None = None,
 ) -> StepResult:
     """Forward, backward and, where loss and gradients are finite, update over one global batch."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    losses = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=device),
-        data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
-        model=list(chunks),
-        num_microbatches=settings.global_batch_size
-        // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size()),
-        seq_length=settings.data.sequence_length,
-        micro_batch_size=settings.micro_batch_size,
-        forward_only=False,
-    )
-    loss, tokens = _mean_loss(losses, device)
+    count = settings.global_batch_size // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
+    parts, tokens = mean_values(losses, device)
+    loss = parts.pop("loss")
     bad: tuple[int, ...] = ()
     updated, grad_norm = False, math.nan
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one.
     if math.isfinite(loss):
         updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     else:
-        bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"][0])))
-    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad)
+        bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"])))
+    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts)
 
 
-def forward_step(batches: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module, device: torch.device) -> Any:
+def run_micro_batches(
+    chunks: Sequence[DistributedDataParallel],
+    batches: Iterator[dict[str, torch.Tensor]],
+    count: int,
+    settings: FinetuneSettings,
+    device: torch.device,
+    distillation: Distillation | None = None,
+    forward_only: bool = False,
+) -> list[dict[str, torch.Tensor]]:
+    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `mean_values`."""
+    return get_forward_backward_func()(
+        forward_step_func=partial(forward_step, device=device, distillation=distillation),
+        data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
+        model=list(chunks),
+        num_microbatches=count,
+        seq_length=settings.data.sequence_length,
+        micro_batch_size=settings.micro_batch_size,
+        forward_only=forward_only,
+    )
+
+
+def forward_step(
+    batches: Iterator[dict[str, torch.Tensor]],
+    model: torch.nn.Module,
+    device: torch.device,
+    distillation: Distillation | None = None,
+) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it."""
     found = next(batches)  # and what else the dataset says of a sample
     batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
     # The rotary tables are split the same way, by Megatron's rotary embedding.
     sharing: Any = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=sharing)
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"])
+    if distillation is None:
+        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return output, partial(masked_loss, batch["loss_mask"])
+    teacher = distillation.predict(batch["tokens"], batch["position_ids"])
+
+    def distilled_loss(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        parts = distillation.losses(model, batch["labels"], student, teacher)
+        total, count, sums = masked_loss(batch["loss_mask"], parts.pop("loss"))
+        return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
+
+    return model(batch["tokens"], batch["position_ids"], None), distilled_loss
 
 
-def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+def masked_loss(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum of the token losses [b, s] under the mask and their number, which Megatron divides by over all ranks."""
     total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum().to(torch.int)
-    return total, count, {"loss": torch.stack((total.detach(), count.float()))}
+    return total, count, {"tokens": count, "loss": total.detach()}
 
 
-def _mean_loss(losses: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[float, int]:
-    """Mean over all predicted tokens of the step, and their number, known to every rank."""
-    total = torch.zeros(2, dtype=torch.float64, device=device)
-    for micro_batch in losses:  # empty but on the last pipeline stage
-        total += micro_batch["loss"].double()
+def mean_values(sums: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, float], int]:
+    """Means over all predicted tokens of what the micro batches summed, and their number, known to every rank."""
+    # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
+    names = list(sums[0]) if sums else ["tokens", "loss"]
+    total = torch.zeros(len(names), dtype=torch.float64, device=device)
+    for micro_batch in sums:
+        total += torch.stack([micro_batch[name].double() for name in names])
     torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    value, count = total.tolist()
-    return value / count, int(count)
+    count, *values = total.tolist()
+    return {name: value / count for name, value in zip(names[1:], values, strict=True)}, int(count)
 
 
 def _recompute(kind: str) -> dict[str, Any]:

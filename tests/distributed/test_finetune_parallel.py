@@ -45,6 +45,9 @@ LAYOUTS = {
     "cp2-gather": ["parallel.context_parallel_size=2", "parallel.overlap_param_gather=true"],
 }  # fmt: skip
 RESUMED = ("tp2", "pp2-vpp2")
+HELD_OUT = ["validation.data={workspace}/text", "validation.samples=5", "validation.interval=2"]
+TEACHER = ["distillation.teacher={workspace}/original-megatron", "distillation.temperature=2"]
+NO_TEACHER = ("pp2", "pp2-vpp2")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -72,6 +75,12 @@ def results(workspace: Path) -> Path:
             add(f"{model}-resumed-{layout}", model, *LAYOUTS[layout])
         for layout, words in LAYOUTS.items():
             add(f"{model}-{layout}", model, *words)
+    for name, words in (("plain", HELD_OUT), ("taught", [*HELD_OUT, *TEACHER])):
+        words = [word.format(workspace=workspace) for word in words]
+        finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *words)
+        for layout in LAYOUTS:
+            if (layout in NO_TEACHER) == (name == "plain"):
+                add(f"{name}-{layout}", "mla", *LAYOUTS[layout], *words)
     add("stopped", "mla", "save_interval=4", fault="signal")
     add("full", "mla", "save_interval=1", *LAYOUTS["tp2"], fault="full disk")
     add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
@@ -113,6 +122,26 @@ def test_same_as_one_process(results: Path, tmp_path: Path, model: str, layout: 
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert (tensor - after[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_teacher_and_validation_are_those_of_one_process(results: Path, layout: str) -> None:
+    """The first moments of step 2 are means of two steps' gradients, both taken before a weight was changed."""
+    name = "plain" if layout in NO_TEACHER else "taught"
+    single, split = results / f"{name}-single", results / f"{name}-{layout}"
+    assert [run["code"] for run in outcome(results, split.name)] == [0, 0]
+    for a, b in zip(read_log(single), read_log(split), strict=True):
+        if "validation_loss" in a:
+            assert b["validation_loss"] == pytest.approx(a["validation_loss"], rel=1e-6)
+        else:
+            assert [b[key] for key in a if "loss" in key or key == "kl"] == pytest.approx(
+                [a[key] for key in a if "loss" in key or key == "kl"], rel=1e-5
+            )
+    before, after = checkpoint_tensors(single, 2), checkpoint_tensors(split, 2)
+    gradients = [key for key in before if key.startswith("optimizer.state.exp_avg.")]
+    assert gradients
+    for key in gradients:
+        assert (before[key] - after[key]).abs().max() <= 1e-5 * before[key].abs().max(), key
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

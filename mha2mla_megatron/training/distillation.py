@@ -1,0 +1,90 @@
+"""The frozen teacher of a run, and the loss that its predictions make with the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.utils import unwrap_model
+
+from mha2mla_megatron.architecture import Architecture, read_architecture
+from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.parallel import check_layout, launched_world_size
+from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.training.checkpoint import load_weights
+from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings, check_samples
+from mha2mla_megatron.training.vocab_parallel_kl import vocab_parallel_kl
+
+
+class Distillation:
+    """A teacher in the run's own layout and type, without gradients, optimizer or a place in the checkpoints."""
+
+    def __init__(
+        self, architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.settings: DistillationSettings = settings.distillation
+        implementation = None if settings.implementation == "auto" else settings.implementation
+        config = transformer_config(architecture, settings.parallel, dtype)
+        model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
+        self.model = Float16Module(config, model) if dtype == torch.bfloat16 else model
+        self.model.requires_grad_(False).eval()
+
+    def predict(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits [b, s, V/tp] of tokens [b, s]."""
+        with torch.no_grad():
+            return self.model(tokens, position_ids, None)
+
+    def losses(
+        self, model: torch.nn.Module, labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Each token's `loss` and its parts `lm_loss` and `kl`, [b, s] all; labels [b, s], logits [b, s, V/tp] both.
+
+        loss = (1 - weight) lm_loss + weight kl, with kl = temperature^2 KL(teacher || student).
+        """
+        # Megatron's cross entropy takes [s, b, V/tp] and writes into it.
+        logits = student.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        lm_loss = unwrap_model(model).compute_language_model_loss(labels, logits).float()  # type: ignore[union-attr]
+        group: Any = parallel_state.get_tensor_model_parallel_group()
+        kl = vocab_parallel_kl(student, teacher, self.settings.temperature, group)
+        weight = self.settings.weight
+        return {"loss": (1 - weight) * lm_loss + weight * kl, "lm_loss": lm_loss, "kl": kl}
+
+
+def check_teacher(settings: FinetuneSettings, student: Architecture) -> tuple[Architecture, Path]:
+    """(architecture, step folder) of the teacher; reads no weights.
+
+    Raises UserError for a teacher that is missing, has another vocabulary, or cannot take the run's layout or samples.
+    """
+    try:
+        side, weights = locate_checkpoint(Path(str(settings.distillation.teacher)))
+        teacher = read_architecture(side)
+        check_layout(teacher, settings.parallel, launched_world_size())
+        check_samples(settings, teacher, launched_world_size())
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from None
+    if teacher.vocab_size != student.vocab_size:
+        raise UserError(
+            f"distillation.teacher: {settings.distillation.teacher}: has a vocabulary of {teacher.vocab_size}, "
+            f"the model has {student.vocab_size}"
+        )
+    return teacher, weights
+
+
+def load_teacher(
+    architecture: Architecture,
+    weights: Path,
+    settings: FinetuneSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Distillation:
+    """The teacher with its weights. Raises UserError for a checkpoint that is damaged or of another model."""
+    distillation = Distillation(architecture, settings, dtype, device)
+    try:
+        load_weights([distillation.model], weights, architecture)
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from None
+    return distillation

@@ -1,0 +1,204 @@
+"""Distillation and validation as a user runs them, against torch and transformers; the KL split over a vocabulary."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+from transformers import AutoModelForCausalLM
+
+from mha2mla_megatron.data.dataset import build_dataset
+from tests.conftest import refused, run_tool
+from tests.distributed.kl_worker import TEMPERATURE, split_kl
+from tests.finetune_cases import (
+    BATCH,
+    EOD,
+    LENGTH,
+    VOCABULARY,
+    checkpoint_tensors,
+    finetune,
+    log_text,
+    make_workspace,
+    put_back,
+    read_log,
+    run_words,
+    write_tokens,
+)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
+
+SCHEDULE = ("steps=4", "save_interval=2", "optimizer.warmup_steps=2", "optimizer.decay_steps=1")
+WEIGHT, HELD_OUT = 0.7, 5
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = make_workspace(tmp_path_factory.mktemp("distillation"))
+    write_tokens(root / "heldout", documents=25)
+    return root
+
+
+def teacher(workspace: Path, model: str = "original", weight: float = WEIGHT, temperature: float = 1.0) -> list[str]:
+    return [
+        f"distillation.teacher={workspace / model}-megatron", f"distillation.weight={weight}",
+        f"distillation.temperature={temperature}",
+    ]  # fmt: skip
+
+
+def validation(workspace: Path) -> list[str]:
+    return [f"validation.data={workspace / 'heldout'}", f"validation.samples={HELD_OUT}", "validation.interval=3"]
+
+
+@pytest.fixture(scope="module")
+def plain(workspace: Path) -> Path:
+    return finetune(workspace, "mla", workspace / "plain", *SCHEDULE)
+
+
+@pytest.fixture(scope="module")
+def distilled(workspace: Path) -> Path:
+    words = [*teacher(workspace, temperature=TEMPERATURE), *validation(workspace)]
+    return finetune(workspace, "mla", workspace / "distilled", *SCHEDULE, *words)
+
+
+def steps_of(root: Path) -> list[dict[str, Any]]:
+    return [line for line in read_log(root) if "loss" in line]
+
+
+def samples(prefix: Path, cache: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dataset: Any = build_dataset(str(prefix), LENGTH, count, 1234, False, EOD, VOCABULARY, cache)
+    rows = [dataset[index] for index in range(count)]
+    return tuple(torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("tokens", "labels"))  # type: ignore[return-value]
+
+
+def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens).logits.double()
+
+
+def test_the_kl_of_split_logits_is_torchs(tmp_path: Path) -> None:
+    """float64, logits of which some are far out: forward and gradient on 1, 2 and 4 processes."""
+    generator = torch.Generator().manual_seed(0)
+    student, other = (30 * torch.randn((3, 5, 24), generator=generator, dtype=torch.float64) for _ in range(2))
+    upstream = torch.randn((3, 5), generator=generator, dtype=torch.float64)
+    torch.save((student, other, upstream), tmp_path / "inputs.pt")
+    torch.multiprocessing.spawn(split_kl, (tmp_path,), nprocs=4)
+    whole = student.clone().requires_grad_()
+    log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (whole, other))
+    expected = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    (expected * upstream).sum().backward()
+    for size in (1, 2, 4):
+        found = [torch.load(tmp_path / f"{size}.{rank}.pt") for rank in range(4)]
+        for first in range(0, 4, size):
+            torch.testing.assert_close(found[first][0], expected.detach(), rtol=1e-12, atol=1e-12)
+            gradient = torch.cat([found[first + part][1] for part in range(size)], -1)
+            torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_the_loss_and_its_parts_are_those_of_transformers(workspace: Path, distilled: Path, tmp_path: Path) -> None:
+    """Of the first step, whose learning rate is 0 as the second's: both of the models that were loaded."""
+    tokens, labels = samples(workspace / "text", tmp_path / "cache", 2 * BATCH)
+    student, other = (logits_of(workspace / model, tokens) for model in ("mla", "original"))
+    lm = torch.nn.functional.cross_entropy(student.transpose(1, 2), labels, reduction="none")
+    log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (student, other))
+    kl = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+    first = steps_of(distilled)[0]
+    assert kl[:BATCH].mean() > 0.1  # there is something to compare
+    assert first["lm_loss"] == pytest.approx(lm[:BATCH].mean().item(), rel=1e-5)
+    assert first["kl"] == pytest.approx(kl[:BATCH].mean().item(), rel=1e-5)
+    assert first["loss"] == pytest.approx((1 - WEIGHT) * first["lm_loss"] + WEIGHT * first["kl"], rel=1e-6)
+
+
+def test_validation_is_the_loss_of_transformers(workspace: Path, distilled: Path, tmp_path: Path) -> None:
+    """After the third step and the last one; of the latter's weights as they are exported."""
+    found = [line for line in read_log(distilled) if "validation_loss" in line]
+    assert [line["step"] for line in found] == [3, 4] and found[0]["validation_loss"] != found[1]["validation_loss"]
+    run_tool("convert_megatron_to_hf", distilled, tmp_path / "exported")
+    tokens, labels = samples(workspace / "heldout", tmp_path / "cache", HELD_OUT)
+    logits = logits_of(tmp_path / "exported", tokens)
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels).item()
+    assert found[1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_weight_0_and_validation_change_no_bit(workspace: Path, plain: Path, tmp_path: Path) -> None:
+    words = [*teacher(workspace, weight=0), *validation(workspace)]
+    root = finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words)
+    lines = (root / "log.jsonl").read_text().splitlines(keepends=True)
+    (root / "log.jsonl").write_text("".join(line for line in lines if "validation_loss" not in line))
+    assert log_text(root) == log_text(plain) and all(line["kl"] > 0.1 for line in read_log(root))
+    before, after = checkpoint_tensors(plain, 4), checkpoint_tensors(root, 4)
+    assert before.keys() == after.keys()  # the teacher is not saved
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("original", "float32"), ("mla", "bfloat16")])
+def test_a_model_learns_nothing_from_itself(workspace: Path, tmp_path: Path, model: str, dtype: str) -> None:
+    words = [*teacher(workspace, model, weight=1, temperature=TEMPERATURE), f"dtype={dtype}"]
+    root = finetune(workspace, model, tmp_path / "run", *SCHEDULE, "steps=3", "optimizer.weight_decay=0", *words)
+    for line in steps_of(root):
+        assert (line["loss"], line["kl"], line["grad_norm"]) == (0, 0, 0) and line["lm_loss"] > 1
+
+
+def test_resumed_equals_unbroken_bit_for_bit(workspace: Path, distilled: Path, tmp_path: Path) -> None:
+    root = put_back(distilled, tmp_path / "run", 2)
+    words = [*teacher(workspace, temperature=TEMPERATURE), *validation(workspace)]
+    finetune(workspace, "mla", root, *SCHEDULE, *words)
+    kept = ("step", "loss", "lm_loss", "kl", "validation_loss", "grad_norm", "lr")
+    first, second = ([{key: line.get(key) for key in kept} for line in read_log(run)] for run in (distilled, root))
+    assert first == second and len(first) == 6
+    before, after = checkpoint_tensors(distilled, 4), checkpoint_tensors(root, 4)
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
+
+
+BAD_WORDS = {
+    "missing": (["distillation.teacher=/nowhere"], ["distillation.teacher", "/nowhere", "not a Megatron checkpoint"]),
+    "no teacher": (["distillation.weight=0.9"], ["distillation.weight", "0.9", "distillation.teacher"]),
+    "weight": (["distillation.teacher=x", "distillation.weight=1.5"], ["distillation.weight", "1.5", "0 and 1"]),
+    "temperature": (["distillation.teacher=x", "distillation.temperature=0"], ["distillation.temperature", "0.0"]),
+    "pipeline": (
+        ["distillation.teacher=x", "parallel.pipeline_model_parallel_size=2"],
+        ["distillation.teacher", "pipeline_model_parallel_size 2"],
+    ),
+    "vocabulary": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "257", "256"]),
+    "context": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "sequence_length", "16"]),
+    "damaged": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "{tmp}/teacher/iter_0000000"]),
+    "no samples": (["validation.data=/nowhere/text"], ["validation.data", "/nowhere/text.bin"]),
+    "samples": (["validation.samples=0"], ["validation.samples", "0"]),
+    "blend": (["validation.data=[1]"], ["validation.data", "prefix"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, case: str) -> None:
+    words, named = BAD_WORDS[case]
+    changes = {"vocabulary": {"vocab_size": 257}, "context": {"max_position_embeddings": 16}, "damaged": {}}
+    if case in changes:
+        wrong = shutil.copytree(workspace / "original-megatron", tmp_path / "teacher")
+        config = json.loads((wrong / "hf" / "config.json").read_text())
+        (wrong / "hf" / "config.json").write_text(json.dumps({**config, **changes[case]}))
+        if case == "damaged":
+            data = next(wrong.glob("iter_*/*.distcp"))
+            data.write_bytes(data.read_bytes()[:1000])
+    words = run_words(workspace, "mla", tmp_path / "run", "steps=6", *(word.format(tmp=tmp_path) for word in words))
+    line = refused("finetune", *words)
+    assert all(part.format(tmp=tmp_path) in line for part in named), line
+    assert not (tmp_path / "run").exists(), "something was written"
+
+
+def test_plot(workspace: Path, plain: Path, distilled: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "runs.png"
+    run_tool("plot_run", plain, distilled, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "overwrite=true" in refused("plot_run", plain, picture)
+    assert "log.jsonl" in refused("plot_run", workspace, tmp_path / "b.png")
+    assert ".png" in refused("plot_run", plain, distilled)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "log.jsonl").write_text('{"step": 1}\nsoon\n')
+    assert "line 2" in refused("plot_run", tmp_path / "bad", tmp_path / "b.png")
+    (tmp_path / "bad" / "log.jsonl").write_text('{"step": 1')
+    assert "no step" in refused("plot_run", tmp_path / "bad", tmp_path / "b.png")
