@@ -13,6 +13,10 @@ class UserError(Exception):
     """Bad input: the message names the file, key or tensor, what was found and what would be valid."""
 
 
+class LostProcess(UserError):
+    """Another process of the run has died or hangs: each of the others says so, for none can tell for all."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, cut to the one line that a `UserError` has room for."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -33,13 +37,13 @@ def require_at_least(key: str, value: int, minimum: int) -> None:
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command: a `UserError` becomes one line on stderr and exit code 2, anything else keeps its traceback.
 
-    Under torchrun every rank meets the same `UserError`; only rank 0 prints it.
+    Under torchrun every rank meets the same `UserError`, which only rank 0 prints, but for `LostProcess`.
     """
     _quiet_libraries()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LostProcess):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:

@@ -1,6 +1,6 @@
 """Kill a training at random moments, resume it each time, and compare what it ends with with a run that nobody killed.
 
-    python -m tests.kill_training [kills=10] [seed=N] [folder=DIR]
+    python -m tests.kill_training [kills=10] [seed=N] [save_async=true] [folder=DIR]
 
 Each kill is a SIGKILL to tools/finetune.py. Most fall within a quarter of a second of one of its first steps, where
 with a save every second step about half of them interrupt one; some fall while it starts and loads. After each, every
@@ -45,11 +45,14 @@ class KillSettings:
     seed: int | None = None
     """Of the moments. None: another one each time; it is printed."""
 
+    save_async: bool = False
+    """Whether the killed run writes its checkpoints while it trains on; the unbroken run never does."""
+
     folder: str | None = None
     """Where the runs go, kept at the end. None: a temporary folder."""
 
 
-def kill_training(folder: Path, kills: int, seed: int) -> dict[str, int]:
+def kill_training(folder: Path, kills: int, seed: int, save_async: bool) -> dict[str, int]:
     """Run it all under `folder`; returns how many kills interrupted a save or deletion, and how many broke a step.
 
     Raises AssertionError where a saved step is broken or the ends differ.
@@ -60,7 +63,11 @@ def kill_training(folder: Path, kills: int, seed: int) -> dict[str, int]:
     workspace = make_workspace(folder / "workspace")
     whole = finetune(workspace, "mla", folder / "unbroken", *schedule)
     broken = folder / "killed"
-    command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *run_words(workspace, "mla", broken, *schedule)]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "finetune.py"),
+        *run_words(workspace, "mla", broken, *schedule, f"save_async={save_async}"),
+    ]
     interrupted = 0
     for kill in range(kills):
         starting = chance.random() < STARTUP_SHARE
@@ -116,7 +123,7 @@ def main(argv: list[str]) -> None:
     folder = Path(tempfile.mkdtemp() if settings.folder is None else settings.folder)
     started = time.monotonic()
     try:
-        result = kill_training(folder, settings.kills, seed)
+        result = kill_training(folder, settings.kills, seed, settings.save_async)
     except (AssertionError, UserError) as error:
         print(f"FAILED with seed={seed}, see {folder}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -9,6 +9,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +31,7 @@ from mha2mla_megatron.training import checkpoint as checkpoint_module
 from mha2mla_megatron.training import log as log_module
 from mha2mla_megatron.training import loop
 from mha2mla_megatron.training import step as step_module
-from tests.conftest import refused, run_tool
+from tests.conftest import ROOT, refused, run_tool
 from tests.finetune_cases import (
     BATCH,
     checkpoint_tensors,
@@ -88,13 +91,14 @@ FULL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.parametrize("save_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("where", ["data", *FULL])
 def test_a_full_disk_ends_the_run_and_keeps_the_last_step(
-    workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, save_async: bool
 ) -> None:
     root = put_back(unbroken, tmp_path / "run", 2)
     before = files(root)
-    words = run_words(workspace, "mla", root, *SCHEDULE)
+    words = run_words(workspace, "mla", root, *SCHEDULE, f"save_async={save_async}")
     with monkeypatch.context() as patch:
         if where == "data":
             with small_files(1_000_000):
@@ -109,6 +113,43 @@ def test_a_full_disk_ends_the_run_and_keeps_the_last_step(
     run_tool("inspect_checkpoint", root)
     finetune(workspace, "mla", root, *SCHEDULE)
     assert log_text(root) == log_text(unbroken)
+
+
+def test_async_saving_writes_the_same(workspace: Path, unbroken: Path, tmp_path: Path) -> None:
+    """Each step as it was when its writing began, though training went on; byte for byte, as the run is on a CPU."""
+    root = finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, "save_async=true")
+    assert saved_steps(root) == [2, 4, 6] and not list(root.glob(".*"))
+    expected, found = files(unbroken), files(root)
+    assert expected.keys() == found.keys()
+    data = [name for name in expected if name.endswith(".distcp")]
+    assert data and all(found[name] == expected[name] for name in data)
+
+
+def test_training_goes_on_while_a_step_is_written(
+    workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writing of step 2 waits for step 3; what is written is step 2."""
+    write, train_step, third, steps = checkpoint_module._write, loop.train_step, threading.Event(), 0
+
+    def late(*args: Any) -> None:
+        assert third.wait(60)
+        write(*args)
+
+    def counted(*args: Any) -> Any:
+        nonlocal steps
+        result = train_step(*args)
+        steps += 1
+        if steps == 3:
+            assert saved_steps(tmp_path / "run") == []
+            third.set()
+        return result
+
+    monkeypatch.setattr(checkpoint_module, "_write", late)
+    monkeypatch.setattr(loop, "train_step", counted)
+    run_tool("finetune", *run_words(workspace, "mla", tmp_path / "run", *SCHEDULE, "save_async=true"))
+    for step in (2, 6):
+        expected, found = checkpoint_tensors(unbroken, step), checkpoint_tensors(tmp_path / "run", step)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_log_that_cannot_be_written_is_no_reason_to_stop(
@@ -307,7 +348,11 @@ def test_a_signal_ends_the_run_after_its_step_and_says_how_to_go_on(
     assert log_text(root) == log_text(unbroken)
 
 
-BAD_WORDS = {"on_nan=ignore": ["on_nan", "ignore", "skip"], "max_skips_in_a_row=0": ["max_skips_in_a_row", "0"]}
+BAD_WORDS = {
+    "on_nan=ignore": ["on_nan", "ignore", "skip"],
+    "max_skips_in_a_row=0": ["max_skips_in_a_row", "0"],
+    "parallel.timeout_minutes=0": ["parallel.timeout_minutes", "0"],
+}
 
 
 @pytest.mark.parametrize("word", BAD_WORDS)
@@ -326,6 +371,31 @@ def test_manifest_has_the_layout_and_every_file(unbroken: Path) -> None:
 
 
 @pytest.mark.slow
+def test_torchrun_goes_on_after_a_process_died_and_after_one_hung(workspace: Path, tmp_path: Path) -> None:
+    """Three starts: the first ends with process 1, the second with the timeout of process 0, which waits for it."""
+    words = ("micro_batch_size=1", *SCHEDULE, "save_interval=1", "steps=4", "parallel.timeout_minutes=1")
+    ended = {}
+    for name, program in (("unbroken", "tools/finetune.py"), ("broken", "tests/distributed/restart_worker.py")):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*launcher, "--max-restarts", "3", program, *run_words(workspace, "mla", tmp_path / name, *words)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended[name] = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
+        assert ended[name].returncode == 0, ended[name].stderr
+    errors, output = ended["broken"].stderr, ended["broken"].stdout
+    assert "error: rank 0: another process has died" in errors and "Timed out waiting" in errors, errors
+    assert "Traceback" not in errors, errors
+    assert [f"from step {step} to 4" in output for step in (0, 1, 2)] == [True] * 3, output
+    assert log_text(tmp_path / "broken") == log_text(tmp_path / "unbroken")
+    expected, found = (checkpoint_tensors(tmp_path / name, 4) for name in ("unbroken", "broken"))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path: Path) -> None:
     """One to six minutes, as busy as two cores are: nearly all of it is the start of seven processes."""
-    kill_training(tmp_path, kills=5, seed=20)
+    kill_training(tmp_path, kills=5, seed=20, save_async=False)
+
+
+def test_killed_while_saving_in_the_background(tmp_path: Path) -> None:
+    kill_training(tmp_path, kills=1, seed=2, save_async=True)

@@ -8,9 +8,7 @@ prints the table.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
 from tests.distributed import layout_worker
+from tests.distributed.worlds import run_world
 from tests.megatron_cases import SHORT_NAMES, converted_config, original_config, random_tensor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
@@ -34,7 +33,7 @@ MODELS = {
 }
 """G = 4 groups of 2 heads; all with biases of q, k and v."""
 
-BATCH, LENGTH, LIMIT, TIMEOUT = 4, 16, 1e-5, 240
+BATCH, LENGTH, LIMIT = 4, 16, 1e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
     1: [dict(micro=BATCH), dict(), dict(micro=2, recompute="full")],
     2: [
@@ -104,26 +103,13 @@ def run_everything(folder: Path) -> None:
         shapes = megatron_shapes(architecture).items()
         whole = {name: random_tensor(name, shape, architecture.head_dim) for name, shape in shapes}
         torch.save(whole, folder / f"{model}.pt")
-    context = multiprocessing.get_context("forkserver")
-    lazy = ["transformers.models.llama.modeling_llama", "megatron.core.models.mimo"]  # imported when first used
-    context.set_forkserver_preload([layout_worker.__name__, *lazy])
     for world in WORLDS:
         runs = [
             (str(number), MODELS[model], folder / f"{model}.pt", settings_of(layout))
             for number, (one, layout, model) in enumerate(RUNS)
             if one == world
         ]
-        processes = [context.Process(target=layout_worker.work, args=(r, world, folder, runs)) for r in range(world)]
-        for process in processes:
-            process.start()
-        end = time.monotonic() + TIMEOUT
-        for process in processes:
-            process.join(max(0, end - time.monotonic()))
-        for process in processes:
-            process.kill()
-            process.join()
-        errors = [file.read_text() for file in sorted(folder.glob(f"error-{world}.*"))]
-        assert not errors and not any(process.exitcode for process in processes), "\n".join(errors) or "timed out"
+        run_world(world, folder, layout_worker.run, runs)
 
 
 def errors_of(folder: Path, run: tuple[int, dict[str, Any], str]) -> dict[str, float]:

@@ -15,9 +15,12 @@ USAGE = "finetune.py CONFIG.yaml [key=value ...]"
 def main(argv: list[str]) -> None:
     (config,), overrides, _ = split_words(argv, USAGE, 1, 1, schema=FinetuneSettings)
     settings = load_settings(FinetuneSettings, overrides, Path(config))
-    from mha2mla_megatron.training.loop import finetune  # after the settings: megatron takes seconds to import
+    # After the settings: megatron takes seconds to import.
+    from mha2mla_megatron.training.loop import finetune
+    from mha2mla_megatron.training.together import names_lost_processes
 
-    finetune(settings)
+    with names_lost_processes(settings.parallel.timeout_minutes):
+        finetune(settings)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,7 +53,12 @@ class ParallelConfig:
     """Collect the updated weights from the data-parallel processes while the next forward pass goes on. Changes no
     result."""
 
+    timeout_minutes: float = 30.0
+    """How long a process waits for another one, which may have died or hang, before it gives up."""
+
     def __post_init__(self) -> None:
+        if not 0 < self.timeout_minutes < math.inf:
+            raise UserError(f"parallel.timeout_minutes: {self.timeout_minutes} is not a positive number")
         for key in (
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
@@ -204,7 +210,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.dev
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    device = _join_world()
+    timeout = timedelta(minutes=parallel.timeout_minutes)
+    device = _join_world(timeout)
     # Megatron forgets groups without closing them, and each of gloo's keeps its threads.
     if not _has_groups(parallel):
         parallel_state.destroy_model_parallel()
@@ -212,6 +219,7 @@ def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.dev
             tensor_model_parallel_size=parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
             context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=parallel.timeout_minutes,  # type: ignore[arg-type]  # it makes a timedelta
         )
     vpp = parallel.virtual_pipeline_model_parallel_size
     parallel_state.set_virtual_pipeline_model_parallel_world_size(vpp if vpp > 1 else None)  # forms no groups
@@ -247,13 +255,13 @@ def _has_groups(parallel: ParallelConfig) -> bool:
     )
 
 
-def _join_world() -> torch.device:
+def _join_world(timeout: timedelta | None = None) -> torch.device:
     device = prepare_device()
     if torch.distributed.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend)
+        torch.distributed.init_process_group(backend, timeout=timeout)
     else:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

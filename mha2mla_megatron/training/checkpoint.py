@@ -7,8 +7,10 @@ import logging
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -16,11 +18,12 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing import ShardedTensor, serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
@@ -71,6 +74,99 @@ def prepare_root(root: Path) -> None:
     on_first_rank(prepare, f"save: {root}: cannot be written")
 
 
+@dataclass(frozen=True)
+class PendingStep:
+    """A step whose tensors are being written, by `thread` where training goes on meanwhile, else by `finish` itself.
+
+    It gets its name, and counts, in `finish`, only once every process has written all of its part.
+    """
+
+    root: Path
+    iteration: int
+    layout: dict[str, int]
+    keep_last: int | None
+    request: Any
+    failed: list[str]
+    thread: threading.Thread | None
+
+    def written(self) -> bool:
+        """Whether `finish` would not wait; all ranks get the same answer."""
+        busy = self.thread is not None and self.thread.is_alive()
+        flag = torch.tensor(int(busy), dtype=torch.int32, device=torch.cuda.current_device())
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return not flag.item()
+
+    def finish(self) -> None:
+        """Wait for all processes, complete the step and delete older ones.
+
+        Raises UserError where it cannot be written; the steps that are there stay.
+        """
+        if self.thread is None:
+            _write(self.request, self.failed)
+        else:
+            self.thread.join()
+        folder = partial_folder(self.root, self.iteration)
+
+        def complete() -> None:
+            seal_step(folder, self.iteration, self.layout)
+            publish_step(self.root, self.iteration)
+
+        with _cleaned_up(self.root, folder):
+            _write_index(self.request, self.failed, _context(self.root, self.iteration))
+            on_first_rank(complete, _context(self.root, self.iteration))
+        if self.keep_last is not None and torch.distributed.get_rank() == 0:
+            try:
+                delete_older(self.root, self.iteration, self.keep_last)
+            except OSError as error:  # the new step is safe; there is only less room for the next one
+                context = f"{self.root}: an old step cannot be deleted"
+                print(f"warning: {describe_os_error(error, context)}", file=sys.stderr)
+
+
+def begin_save(
+    root: Path,
+    iteration: int,
+    model: Sequence[torch.nn.Module],
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler,
+    run: dict[str, Any],
+    layout: dict[str, int],
+    keep_last: int | None,
+    in_background: bool,
+) -> PendingStep:
+    """Start writing one step, whose `finish` must be called before the next one is started.
+
+    model: its chunks. run: plain values to find again on resuming (step, steps left out). layout: the parallel sizes.
+    in_background: copy the tensors to the host's memory and write them while training changes them.
+
+    Raises UserError where it cannot be written; the steps that are there stay.
+    """
+    folder = partial_folder(root, iteration)
+
+    def begin() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+    with _cleaned_up(root, folder):
+        on_first_rank(begin, _context(root, iteration))
+    _start_writers_helper()
+    model_state = _model_state(model)
+    state = {
+        **model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, metadata=METADATA),
+        "schedule": schedule.state_dict(),
+        "run": run,
+    }
+    request: Any = dist_checkpointing.save(
+        state, str(folder), content_metadata=METADATA, async_sharded_save=True, async_strategy="mcore"
+    )
+    failed: list[str] = []
+    thread = None
+    if in_background:
+        thread = threading.Thread(target=_write, args=(_copied(request), failed))
+        thread.start()
+    return PendingStep(root, iteration, layout, keep_last, request, failed, thread)
+
+
 def save_run(
     root: Path,
     iteration: int,
@@ -81,46 +177,8 @@ def save_run(
     layout: dict[str, int],
     keep_last: int | None,
 ) -> None:
-    """Write one step; it has its name, and counts, only once everything is there. Older ones go after that.
-
-    model: its chunks. run: plain values to find again on resuming (step, steps left out). layout: the parallel sizes.
-
-    Raises UserError where it cannot be written; the steps that are there stay.
-    """
-    folder = partial_folder(root, iteration)
-    context = f"save: {root}: step {iteration} cannot be saved"
-
-    def begin() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-
-    def finish() -> None:
-        seal_step(folder, iteration, layout)
-        publish_step(root, iteration)
-
-    try:
-        on_first_rank(begin, context)
-        _start_writers_helper()
-        model_state = _model_state(model)
-        state = {
-            **model_state,
-            "optimizer": optimizer.sharded_state_dict(model_state, metadata=METADATA),
-            "schedule": schedule.state_dict(),
-            "run": run,
-        }
-        _save(state, folder, context)
-        on_first_rank(finish, context)
-    except UserError as error:
-        if torch.distributed.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        kept = read_latest(root)
-        last = "no step was saved before" if kept is None else f"the last complete step, {kept}, is as it was"
-        raise UserError(f"{error}; {last}") from None
-    if keep_last is not None and torch.distributed.get_rank() == 0:
-        try:
-            delete_older(root, iteration, keep_last)
-        except OSError as error:  # the new step is safe; there is only less room for the next one
-            print(f"warning: {describe_os_error(error, f'{root}: an old step cannot be deleted')}", file=sys.stderr)
+    """`begin_save`, and wait until the step is complete."""
+    begin_save(root, iteration, model, optimizer, schedule, run, layout, keep_last, in_background=False).finish()
 
 
 def resume_run(
@@ -174,24 +232,81 @@ def _check_step(root: Path, folder: Path, architecture: Architecture) -> None:
         reader.check_piece(index)
 
 
-def _save(state: dict[str, Any], folder: Path, context: str) -> None:
-    """Megatron's save; where a process cannot write its tensors, all of them raise that process's reason."""
-    failed: list[str] = []
+def _context(root: Path, iteration: int) -> str:
+    return f"save: {root}: step {iteration} cannot be saved"
+
+
+@contextmanager
+def _cleaned_up(root: Path, folder: Path) -> Iterator[None]:
+    """Where a step cannot be saved, which all ranks know then, remove what there is of it and say what is left."""
     try:
-        with _write_failures(failed):
-            dist_checkpointing.save(state, str(folder), content_metadata=METADATA)
-            return
+        yield
+    except UserError as error:
+        if torch.distributed.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        kept = read_latest(root)
+        last = "no step was saved before" if kept is None else f"the last complete step, {kept}, is as it was"
+        raise UserError(f"{error}; {last}") from None
+
+
+def _copied(request: Any) -> Any:
+    """The request with its tensors copied to the host's memory in their place, so that it holds nothing of a GPU's."""
+    if request.async_fn is None:  # this process has nothing to write
+        return request
+    for _, _, (_, tensors) in request.async_fn_args[1]:
+        tensors[:] = [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]
+    return request._replace(preload_fn=None)
+
+
+def _write(request: Any, failed: list[str]) -> None:
+    """Write this process's tensors; why that failed goes to `failed`."""
+    if request.async_fn is None:
+        return
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        arguments[1] = request.preload_fn()
+    with _write_failures(failed):
+        try:
+            request.async_fn(*arguments, **request.async_fn_kwargs)
+        except AssertionError as error:  # of Megatron's, where its first file of several fails
+            failed.append(first_line(error))
+
+
+def _write_index(request: Any, failed: list[str], context: str) -> None:
+    """Megatron's end of a save, after `_write`; where any process failed, all of them raise that one's reason."""
+    reason = None
+    try:
+        with _noted(FileSystemWriterAsync, "finish", failed), _noted(serialization, "save_config", failed):
+            for finalize in request.finalize_fns:
+                finalize()
     except CheckpointException as error:
         reason = next((f"rank {rank}: {first_line(why[0])}" for rank, why in error.failures.items()), "see rank 0")
-    except OSError as error:  # of rank 0, which writes the index alone
-        raise UserError(describe_os_error(error, context)) from None
 
     def tell() -> None:
         if failed:
             raise UserError(f"{context} (rank {torch.distributed.get_rank()}: {failed[0]})")
 
     on_every_rank(tell, context)
-    raise UserError(f"{context} ({reason})")
+    if reason is not None:
+        raise UserError(f"{context} ({reason})")
+
+
+@contextmanager
+def _noted(owner: Any, name: str, failed: list[str]) -> Iterator[None]:
+    """Let a function that rank 0 alone calls note an OSError: raised, it would leave the other ranks waiting."""
+    function = getattr(owner, name)
+
+    def attempt(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except OSError as error:
+            failed.append(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+
+    setattr(owner, name, attempt)
+    try:
+        yield
+    finally:
+        setattr(owner, name, function)
 
 
 @contextmanager

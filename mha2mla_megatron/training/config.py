@@ -152,6 +152,9 @@ class FinetuneSettings:
     save_interval: int = 500
     """Steps between checkpoints; the last step is saved always."""
 
+    save_async: bool = False
+    """Write checkpoints while training goes on, from a copy in the host's memory of what each process holds."""
+
     keep_last: int | None = None
     """How many of the newest checkpoints to keep; older ones go once a newer one is complete. None: all."""
 

@@ -17,7 +17,7 @@ from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
-from mha2mla_megatron.training.checkpoint import load_weights, prepare_root, resume_run, save_run
+from mha2mla_megatron.training.checkpoint import PendingStep, begin_save, load_weights, prepare_root, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings, check_samples
 from mha2mla_megatron.training.distillation import Distillation, check_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
@@ -151,6 +151,7 @@ def _train(
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
+    pending: PendingStep | None = None
     for chunk in chunks:
         chunk.train()
     schedule.step(0)
@@ -158,7 +159,12 @@ def _train(
         while step < settings.steps:
             lr = optimizer.param_groups[0]["lr"]
             result = train_step(chunks, optimizer, batches, settings, device, distillation)
-            guard.check(step + 1, result)
+            try:
+                guard.check(step + 1, result)
+            except UserError:  # every rank has it: a step that is still being written is a good one
+                if pending is not None:
+                    pending.finish()
+                raise
             schedule.step(1)
             step += 1
             if log is not None:
@@ -168,11 +174,20 @@ def _train(
                 if log is not None:
                     log.validation(step, held_out)
             stopping = stop.requested()
-            if step == settings.steps or step % settings.save_interval == 0 or stopping:
+            saving = step == settings.steps or step % settings.save_interval == 0 or stopping
+            if pending is not None and (saving or pending.written()):
+                pending.finish()
+                pending = None
+            if saving:
                 run = {"step": step, "skipped": guard.skipped, "skipped_in_a_row": guard.in_a_row}
                 gather_weights(chunks)
                 model = [chunk.module for chunk in chunks]
-                save_run(root, step, model, optimizer, schedule, run, layout, settings.keep_last)
+                pending = begin_save(
+                    root, step, model, optimizer, schedule, run, layout, settings.keep_last, settings.save_async
+                )
+                if not settings.save_async or stopping or step == settings.steps:
+                    pending.finish()
+                    pending = None
             if stopping:
                 if log is not None:
                     print(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.errors import LostProcess, UserError, first_line
 
 
 def on_every_rank(action: Callable[[], None], context: str) -> None:
@@ -31,6 +32,21 @@ def on_every_rank(action: Callable[[], None], context: str) -> None:
 def on_first_rank(action: Callable[[], None], context: str) -> None:
     """Run `action` on rank 0 while the others wait; they all raise what it raises."""
     on_every_rank(action if torch.distributed.get_rank() == 0 else lambda: None, context)
+
+
+@contextmanager
+def names_lost_processes(timeout_minutes: float) -> Iterator[None]:
+    """Turn what torch.distributed raises where another process has died, or kept this one waiting, into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
+            raise
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "not known yet"
+        raise LostProcess(
+            f"rank {rank}: another process has died, or was waited for longer than parallel.timeout_minutes "
+            f"{timeout_minutes:g} ({first_line(error)}); the same command goes on from the newest complete step"
+        ) from None
 
 
 def describe_os_error(error: OSError, context: str) -> str:

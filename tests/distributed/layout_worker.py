@@ -6,7 +6,6 @@ final weights that it holds, with their places in the whole tensors.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
-from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel, shut_down_parallel
+from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel
 from mha2mla_megatron.model.provider import sharded_weights
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -29,35 +28,36 @@ Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 """Name and shape of the whole tensor, place in it, content."""
 
 
-def work(rank: int, world: int, folder: Path, runs: list[tuple[str, dict[str, Any], Path, FinetuneSettings]]) -> None:
-    """What process `rank` of `world` does; runs: (name, config.json, file of whole tensors, settings)."""
-    try:
-        torch.set_num_threads(1)
-        store = torch.distributed.FileStore(str(folder / f"store-{world}"), world)
-        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-        for name, config, weights, settings in runs:
-            result = train(parse_architecture(config, name), weights, settings)
-            torch.save(result, folder / f"{name}.{rank}.pt")
-        shut_down_parallel()
-    except BaseException:
-        (folder / f"error-{world}.{rank}").write_text(traceback.format_exc())
-        raise
+def run(name: str, config: dict[str, Any], weights: Path, settings: FinetuneSettings) -> None:
+    """Train config.json's model from a file of whole tensors; the results go beside it."""
+    result = train(parse_architecture(config, name), weights, settings)
+    torch.save(result, weights.parent / f"{name}.{torch.distributed.get_rank()}.pt")
 
 
-def train(architecture: Architecture, weights: Path, settings: FinetuneSettings) -> dict[str, Any]:
-    """What one run leaves behind, on this rank."""
+def build(architecture: Architecture, settings: FinetuneSettings) -> tuple[Any, Any, Any, torch.device]:
+    """Chunks of the model, optimizer, schedule, device: what a training in float32 has before its first weight."""
     world = torch.distributed.get_world_size()
     check_layout(architecture, settings.parallel, world)
     sizes = settings.data.sequence_length, settings.micro_batch_size, settings.global_batch_size
     check_batches(settings.parallel, world, *sizes)
     device = initialize_parallel(settings.parallel)
     chunks = build_training_model(architecture, settings, torch.float32, device)
-    optimizer, schedule = build_optimizer(chunks, settings, torch.float32)
+    return chunks, *build_optimizer(chunks, settings, torch.float32), device
+
+
+def fill(chunks: Any, optimizer: Any, weights: Path) -> None:
+    """Take this rank's part of a file of whole tensors."""
     whole = torch.load(weights)
     with torch.no_grad():
         for piece in sharded_tensors(chunks):
             piece.data.copy_(whole[piece.key][piece.global_slice()])
     optimizer.reload_model_params()
+
+
+def train(architecture: Architecture, weights: Path, settings: FinetuneSettings) -> dict[str, Any]:
+    """What one run leaves behind, on this rank."""
+    chunks, optimizer, schedule, device = build(architecture, settings)
+    fill(chunks, optimizer, weights)
     schedule.step(0)
     gradients: list[Piece] = []
     update = optimizer.step
@@ -74,14 +74,19 @@ def train(architecture: Architecture, weights: Path, settings: FinetuneSettings)
     return {"losses": torch.tensor(losses, dtype=torch.float64), "gradients": gradients, "weights": pieces_of(chunks)}
 
 
-def micro_batches(vocabulary: int, settings: FinetuneSettings) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of random samples, whose masks leave each another number of tokens."""
+def micro_batches(
+    vocabulary: int, settings: FinetuneSettings, first: int = 0, steps: int = STEPS
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of random samples, whose masks leave each another number of tokens.
+
+    Those of `steps` steps are drawn; the first `first` of them are left out.
+    """
     generator = torch.Generator().manual_seed(3)
     size, length = settings.micro_batch_size, settings.data.sequence_length
-    samples = torch.randint(vocabulary, (STEPS * settings.global_batch_size, length + 1), generator=generator)
+    samples = torch.randint(vocabulary, (steps * settings.global_batch_size, length + 1), generator=generator)
     masks = (torch.rand((len(samples), length), generator=generator) < 0.8).float()
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    for start in range(rank * size, len(samples), ranks * size):
+    for start in range(first * settings.global_batch_size + rank * size, len(samples), ranks * size):
         tokens, mask = samples[start : start + size], masks[start : start + size]
         yield {
             "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": mask,

@@ -1,0 +1,88 @@
+"""One of several processes that save a training at one parallel layout and go on from it at others.
+
+Everything that is compared is written down as (name, whole shape, place, content) of the pieces that a process holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
+
+from mha2mla_megatron.architecture import parse_architecture
+from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.training.checkpoint import METADATA, prepare_root, resume_run, save_run
+from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.step import gather_weights, train_step
+from tests.distributed.layout_worker import Piece, build, fill, micro_batches
+
+SAVED, MORE = 2, 3
+"""Steps before the checkpoint and after it."""
+
+
+def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSettings) -> None:
+    """Train, save to folder/`name` in between, and go on; leaves folder/NAME.RANK.pt."""
+    architecture = parse_architecture(config, name)
+    chunks, optimizer, schedule, device = build(architecture, settings)
+    fill(chunks, optimizer, folder / "weights.pt")
+    schedule.step(0)
+    before = _losses(0, SAVED, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    gather_weights(chunks)
+    state = _state(chunks, optimizer)
+    prepare_root(folder / name)
+    layout = settings.parallel.sizes(torch.distributed.get_world_size())
+    save_run(folder / name, SAVED, _model(chunks), optimizer, schedule, {"step": SAVED}, layout, None)
+    after = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    _write({"losses": before + after, "state": state}, folder / name)
+
+
+def load(name: str, source: str, config: dict[str, Any], folder: Path, settings: FinetuneSettings) -> None:
+    """Go on from folder/`source`, saved at whatever layout, at that of `settings`; leaves folder/NAME.RANK.pt."""
+    architecture = parse_architecture(config, name)
+    chunks, optimizer, schedule, device = build(architecture, settings)
+    run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule)
+    assert run == {"step": SAVED}
+    schedule.step(0)
+    state = _state(chunks, optimizer)
+    losses = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    _write({"losses": losses, "state": state}, folder / name)
+
+
+def _model(chunks: Any) -> list[torch.nn.Module]:
+    return [chunk.module for chunk in chunks]
+
+
+def _losses(
+    first: int, steps: int, vocabulary: int, chunks: Any, optimizer: Any, schedule: Any, settings: Any, device: Any
+) -> list[float]:
+    """Those of `steps` steps after the first `first`."""
+    batches, losses = micro_batches(vocabulary, settings, first, SAVED + MORE), []
+    for _ in range(steps):
+        losses.append(train_step(chunks, optimizer, batches, settings, device).loss)
+        schedule.step(1)
+    return losses
+
+
+def _state(chunks: Any, optimizer: Any) -> list[Piece]:
+    """The pieces of weights, master weights and moments that this process holds, as checkpoints place them."""
+    model = {index: sharded_weights(chunk.module) for index, chunk in enumerate(chunks)}
+    state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=METADATA)}
+    apply_factories(state)
+    return list(_pieces(state))
+
+
+def _pieces(state: Any) -> Iterator[Piece]:
+    for piece in nested_values(state):
+        if isinstance(piece, ShardedTensor):
+            assert piece.data is not None
+            yield piece.key, tuple(piece.global_shape), piece.global_slice(), piece.data.detach().clone()
+
+
+def _write(result: dict[str, Any], root: Path) -> None:
+    torch.save(result, root.with_name(f"{root.name}.{torch.distributed.get_rank()}.pt"))
