@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mha2mla_megatron.config import MHA2MLAConfig, config_from_dict
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, MAX_DIMENSION, LatentLayout
+from mha2mla_megatron.families import FAMILIES, MLA_MODEL_TYPE, flag, layers_with_window, layers_without_rope
+from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, LatentLayout, biased_projections
 
-MLA_MODEL_TYPE = "mha2mla_llama"
 MAX_LAYERS = 1 << 14
 """Far more than any model has, and few enough to list their tensors."""
+
+__all__ = [
+    "MLA_MODEL_TYPE",
+    "Architecture",
+    "parse_architecture",
+    "read_architecture",
+    "read_config",
+    "refuse_special_weights",
+]
 
 
 @dataclass(frozen=True)
@@ -37,12 +46,40 @@ class Architecture:
     qkv_bias: bool
     attention_output_bias: bool
     mlp_bias: bool
+    qk_norm: bool
+    """RMSNorm over the dims of each query and key head, before rotation."""
+    no_rope_layers: tuple[int, ...]
+    """Layers, from 0, of which the original rotates nothing."""
+    sliding_window: int | None
+    """Tokens that the layers of `window_layers` see, the query's own among them; None where there are none."""
+    window_layers: tuple[int, ...]
     mla: MHA2MLAConfig | None
 
     @property
     def heads(self) -> tuple[int, int, int, int]:
         """hidden size, query heads, key/value heads, head dim."""
         return self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens a layer sees; None: all."""
+        return self.sliding_window if layer in self.window_layers else None
+
+    def resolve(self, mla: MHA2MLAConfig) -> MHA2MLAConfig:
+        """A conversion of this model with nothing left open. Raises UserError for what this model cannot have."""
+        if self.qk_norm:
+            if mla.partial_rope.query_map:
+                raise UserError(
+                    "partial_rope.query_map: not possible for a model with norms on queries and keys, which would undo "
+                    "it: leave it unset"
+                )
+            mla = dataclasses.replace(mla, partial_rope=dataclasses.replace(mla.partial_rope, query_map=False))
+        resolved = mla.resolve(self.num_layers, *self.heads, no_rope_layers=self.no_rope_layers)
+        if self.qk_norm and resolved.low_rank.method not in ("value", "none"):
+            raise UserError(
+                f"low_rank.method={resolved.low_rank.method}: not possible for a model with a norm on its keys: they "
+                "are cached normalised, and no low-rank function of the input gives that; valid: value, none"
+            )
+        return resolved
 
     def layout(self, layer: int) -> LatentLayout:
         """The shapes of one converted layer."""
@@ -62,12 +99,16 @@ class Architecture:
             biased = frozenset(("q_proj", "k_proj", "v_proj"))
         else:
             shapes = self.layout(layer).projections()
-            biased = BIASED_PROJECTIONS
+            biased = biased_projections(self.qk_norm)
         tensors: dict[str, tuple[int, ...]] = {}
         for name, shape in shapes.items():
             tensors[f"{name}.weight"] = shape
             if self.attention_output_bias if name == "o_proj" else self.qkv_bias and name in biased:
                 tensors[f"{name}.bias"] = shape[:1]
+        if self.qk_norm:
+            # A conversion orders the dims of each key/value head, and of the query heads of its group, by itself.
+            norm = (d,) if self.mla is None else (groups, d)
+            tensors.update({"q_norm.weight": norm, "k_norm.weight": norm})
         if self.mla is not None and self.layout(layer).qk_rope_head_dim > 0:
             tensors["rope_pairs"] = (groups, self.layout(layer).qk_rope_head_dim // 2)
         return tensors
@@ -154,6 +195,8 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         raise UserError(f"{source}: a model of the MHA2MLA authors' code; tools/import_mha2mla.py makes it one of ours")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported; valid: 'silu'")
+    family = FAMILIES[model_type]
+    config = {**family.defaults, **config}
     number = _Numbers(config, source)
     h, heads = number("hidden_size"), number("num_attention_heads")
     groups = number("num_key_value_heads", heads)
@@ -165,13 +208,9 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
     if head_dim % 2:
         raise UserError(f"{source}: head_dim {head_dim} is odd; rotary dims come in pairs")
     num_layers = number("num_hidden_layers", maximum=MAX_LAYERS)
-    mla = None
-    if model_type == MLA_MODEL_TYPE:
-        mla = config_from_dict(config.get("mha2mla") or {}, f"{source}: mha2mla").resolve(
-            num_layers, h, heads, groups, head_dim
-        )
-    qkv_bias, attention_output_bias = FAMILIES[model_type](config, source)
-    return Architecture(
+    no_rope = layers_without_rope(config, family, num_layers, source)
+    windows = layers_with_window(config, family, num_layers, no_rope, source)
+    architecture = Architecture(
         model_type=model_type,
         num_layers=num_layers,
         hidden_size=h,
@@ -184,41 +223,19 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         rms_norm_eps=_positive(config.get("rms_norm_eps", 1e-6), f"{source}: rms_norm_eps"),
         rope_parameters=_rope_parameters(config, source),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        attention_output_bias=attention_output_bias,
-        mlp_bias=bool(config.get("mlp_bias", False)),
-        mla=mla,
+        qkv_bias=flag(config, family.qkv_bias),
+        attention_output_bias=flag(config, family.output_bias),
+        mlp_bias=flag(config, family.mlp_bias),
+        qk_norm=flag(config, family.qk_norm),
+        no_rope_layers=no_rope,
+        sliding_window=number("sliding_window") if windows else None,
+        window_layers=windows,
+        mla=None,
     )
-
-
-def _llama(config: dict[str, Any], source: str) -> tuple[bool, bool]:
-    bias = bool(config.get("attention_bias", False))
-    return bias, bias
-
-
-def _qwen2(config: dict[str, Any], source: str) -> tuple[bool, bool]:
-    if config.get("use_sliding_window"):
-        raise UserError(f"{source}: use_sliding_window=true: sliding windows are not supported yet")
-    return True, False
-
-
-def _mistral(config: dict[str, Any], source: str) -> tuple[bool, bool]:
-    if config.get("sliding_window") is not None:
-        raise UserError(f"{source}: sliding_window={config['sliding_window']}: sliding windows are not supported yet")
-    return False, False
-
-
-def _converted(config: dict[str, Any], source: str) -> tuple[bool, bool]:
-    return bool(config.get("attention_bias", False)), bool(config.get("attention_output_bias", False))
-
-
-FAMILIES: dict[str, Callable[[dict[str, Any], str], tuple[bool, bool]]] = {
-    "llama": _llama,
-    "qwen2": _qwen2,
-    "mistral": _mistral,
-    MLA_MODEL_TYPE: _converted,
-}
-"""model_type -> (q/k/v biases, o bias) of its attention; refuses what that family has and we do not."""
+    if model_type != MLA_MODEL_TYPE:
+        return architecture
+    mla = config_from_dict(config.get("mha2mla") or {}, f"{source}: mha2mla")
+    return dataclasses.replace(architecture, mla=architecture.resolve(mla))
 
 
 class _Numbers:

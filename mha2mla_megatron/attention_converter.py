@@ -101,9 +101,15 @@ class AttentionConverter:
             converted["q_proj.bias"] = queries(weights["q_proj.bias"])
             if r > 0:
                 converted["k_rope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, :r].flatten()
+            if r < d and "k_norm.weight" in weights:
+                converted["k_nope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, r:].flatten()
             converted["v_up_proj.bias" if layout.factors_value else "v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
             converted["o_proj.bias"] = weights["o_proj.bias"]
+        if "q_norm.weight" in weights:
+            # A head's root mean square does not depend on the order of its dims; the norms' weights follow them.
+            for norm in ("q_norm.weight", "k_norm.weight"):
+                converted[norm] = weights[norm][order]
 
         factors = self._factor(k_nope, v, layout, self._metric(source, layout, order))
         converted.update(factors)
@@ -147,13 +153,15 @@ class AttentionConverter:
             return _Layer(weights, None, None, scores, None, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
         query_map = None
-        if rope.query_map:
+        rotates = layer not in self.original.no_rope_layers
+        if rope.query_map and rotates:
             # Fitted to the effects on the loss; pairs are ranked by their effects on the attention weights (both are
             # the better choice on the real model: docs/conversion.md).
             query_map = fit_query_map(statistics.loss_moments)
         moments = statistics.score_moments / tokens
         best = fit_query_map(moments) if rope.query_map else identity_map(moments)
-        losses = per_group(pair_losses(moments, best), self.original.num_key_value_heads)
+        # Where the original rotates nothing, no rotation is lost.
+        losses = per_group(pair_losses(moments, best), self.original.num_key_value_heads) * rotates
         if rope.strategy == "activation":
             scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)

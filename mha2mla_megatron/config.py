@@ -135,13 +135,23 @@ class MHA2MLAConfig:
     low_rank: LowRankConfig = field(default_factory=LowRankConfig)
 
     def resolve(
-        self, num_layers: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int
+        self,
+        num_layers: int,
+        hidden_size: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        no_rope_layers: tuple[int, ...] = (),
     ) -> MHA2MLAConfig:
         """The same conversion with nothing left open for a model of these shapes: r filled in, d_kv as kv_lora_rank.
 
+        no_rope_layers: layers, from 0, that rotate nothing in the original; their r is 0, whatever the strategy.
         Raises UserError for lists of another length than L and for an r or c that the model cannot have.
         """
         rope, low_rank = self.partial_rope.resolve(head_dim), self.low_rank.resolve(num_key_value_heads)
+        if no_rope_layers and isinstance(rope.qk_rope_head_dim, int):
+            dims = [0 if layer in no_rope_layers else rope.qk_rope_head_dim for layer in range(num_layers)]
+            rope = dataclasses.replace(rope, qk_rope_head_dim=dims)
         resolved = MHA2MLAConfig(rope, low_rank)
         for key, value in (
             ("partial_rope.qk_rope_head_dim", rope.qk_rope_head_dim),
@@ -154,6 +164,7 @@ class MHA2MLAConfig:
                 resolved,
                 resolved.layout(layer, hidden_size, num_attention_heads, num_key_value_heads, head_dim),
                 layer,
+                layer not in no_rope_layers,
             )
         return resolved
 
@@ -175,12 +186,14 @@ def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:
         raise UserError(f"{source}: not an MHA2MLA config ({error})") from None
 
 
-def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int) -> None:
+def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int, rotates: bool) -> None:
     rope, r, d = config.partial_rope, layout.qk_rope_head_dim, layout.head_dim
     where = f" (layer {layer})" if isinstance(rope.qk_rope_head_dim, list) else ""
     if r > d:
         raise UserError(f"partial_rope.qk_rope_head_dim: {r} is more than the head dim {d}{where}")
-    if rope.strategy == "full" and r != d:
+    if not rotates and r > 0:
+        raise UserError(f"partial_rope.qk_rope_head_dim: {r}, but the model rotates nothing in layer {layer}; give 0")
+    if rope.strategy == "full" and rotates and r != d:
         raise UserError(f"partial_rope.strategy=full keeps all {d} dims, but qk_rope_head_dim is {r}{where}")
     if rope.strategy == "uniform" and r > 0 and rope.uniform_start + (r // 2 - 1) * d // r >= d // 2:
         raise UserError(

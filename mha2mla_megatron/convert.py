@@ -22,9 +22,22 @@ from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.conversion_picture import draw_allocation
 from mha2mla_megatron.errors import UserError, require_one_of
+from mha2mla_megatron.families import LAYER_TYPES
 from mha2mla_megatron.healing import Healer, HealSettings
 from mha2mla_megatron.planning import AllocationSettings, Plan, Planner, with_plan
 from mha2mla_megatron.progress import Progress
+
+OF_ORIGINALS = (
+    "auto_map",
+    "layer_types",
+    "max_window_layers",
+    "no_rope_layer_interval",
+    "no_rope_layers",
+    "sliding_window",
+    "torch_dtype",
+    "use_sliding_window",
+)
+"""Keys of an original's config.json that a converted model has not, or in one form for all families."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -127,7 +140,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     mla = MHA2MLAConfig(settings.partial_rope, settings.low_rank)
     if settings.budgeted:
         mla = _open_ranks(mla)
-    mla = mla.resolve(original.num_layers, *original.heads)
+    mla = original.resolve(mla)
     device = pick_device(settings.device)
     reader = HFReader(source, original)
     converter = AttentionConverter(reader, original, mla, device)
@@ -144,7 +157,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
                     planner = Planner(converter, settings.allocation, model, sequences)
                     partial.finish("plan", dataclasses.asdict(planner.plan(settings.budget(original))))
                 plan = Plan(**partial.done["plan"])
-                mla = with_plan(plan, mla).resolve(original.num_layers, *original.heads)
+                mla = original.resolve(with_plan(plan, mla))
                 report["allocation"] = plan.report
             if settings.heal.steps > 0:
                 healer = Healer(model, original, sequences, settings.heal)
@@ -176,7 +189,7 @@ def _open_ranks(mla: MHA2MLAConfig) -> MHA2MLAConfig:
 def converted_config(config: dict[str, Any], converted: Architecture, dtype: str) -> dict[str, Any]:
     """config.json of the converted model: the original's, in Llama's terms, plus the conversion."""
     assert converted.mla is not None
-    config = {key: value for key, value in config.items() if key not in ("auto_map", "sliding_window", "torch_dtype")}
+    config = {key: value for key, value in config.items() if key not in OF_ORIGINALS}
     config.update(
         architectures=["MHA2MLALlamaForCausalLM"],
         model_type=MLA_MODEL_TYPE,
@@ -192,8 +205,16 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
         attention_bias=converted.qkv_bias,
         attention_output_bias=converted.attention_output_bias,
         mlp_bias=converted.mlp_bias,
+        tie_word_embeddings=converted.tie_word_embeddings,
+        qk_norm=converted.qk_norm,
         mha2mla=_published(converted.mla),
     )
+    layers = range(converted.num_layers)
+    if converted.no_rope_layers:
+        config["no_rope_layers"] = [int(layer not in converted.no_rope_layers) for layer in layers]
+    if converted.window_layers:
+        config["sliding_window"] = converted.sliding_window
+        config["layer_types"] = [LAYER_TYPES[layer in converted.window_layers] for layer in layers]
     if dtype != "auto":
         config["dtype"] = dtype
     return config
@@ -283,6 +304,6 @@ def _summarise(report: dict[str, Any], original: Architecture) -> None:
     report["cache_elements_per_token"] = {"before": before, "after": after, "saved": round(1 - after / before, 6)}
     report["dropped"] = (
         ["k_proj.bias on unrotated dims: adds one number to all scores of a query, which softmax ignores"]
-        if original.qkv_bias
+        if original.qkv_bias and not original.qk_norm
         else []
     )

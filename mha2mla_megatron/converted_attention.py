@@ -21,6 +21,8 @@ def make_attention(
         head_dim=original.head_dim,
         attention_bias=original.qkv_bias,
         attention_output_bias=original.attention_output_bias,
+        qk_norm=original.qk_norm,
+        rms_norm_eps=original.rms_norm_eps,
         mha2mla={
             "partial_rope": {"qk_rope_head_dim": layout.qk_rope_head_dim},
             "low_rank": {"method": layout.method, "kv_lora_rank": layout.kv_lora_rank},

@@ -85,7 +85,7 @@ class Healer:
             targets -= self.reached
             inputs = self._map(lambda x: model.normed(layer, x), self.reached)
         attention = make_attention(self.original, layout, balanced(tensors, layout), model.device)
-        self._train(attention, inputs, targets)
+        self._train(attention, inputs, targets, model.mask(layer, inputs))
         return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
 
     def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
@@ -98,7 +98,9 @@ class Healer:
             with model.swapped(layer, attention):
                 self.reached = self._map(lambda x: model.run_layer(layer, x), self.reached)
 
-    def _train(self, attention: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+    def _train(
+        self, attention: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None
+    ) -> None:
         settings = self.settings
         groups = []
         for parameter in attention.parameters():
@@ -115,7 +117,7 @@ class Healer:
                 group["lr"] = peak * factor
             index = torch.randint(len(inputs), (self.batch,), generator=order).to(inputs.device)
             with torch.enable_grad():
-                output = run_attention(attention, inputs[index], tables)
+                output = run_attention(attention, inputs[index], tables, mask)
                 loss = (output - targets[index]).square().mean()
             optimizer.zero_grad()
             loss.backward()

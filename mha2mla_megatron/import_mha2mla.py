@@ -87,10 +87,14 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
     if config.get("model_type") == MLA_MODEL_TYPE:
         raise UserError(f"{where}: model_type={MLA_MODEL_TYPE}: is in our format already")
     original = parse_architecture({k: v for k, v in config.items() if k not in PROJECT_KEYS}, where)
+    if original.model_type not in ("llama", "qwen2") or original.window_layers:
+        raise UserError(
+            f"{where}: model_type={original.model_type}: only their llama and qwen2 without windows are read"
+        )
     project = parse_project_config(config, where, original.num_key_value_heads, original.head_dim)
     if project.names is not None and project.names.query_by_head and original.qkv_bias:
         raise UserError(f"{where}: attention_bias=true: latents with a bias have no place in our layout")
-    mla = project.mla.resolve(original.num_layers, *original.heads)
+    mla = original.resolve(project.mla)
     converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
     pairs = _pairs(source, converted, settings.qk_tensor)
     theirs = original if project.names is None else _ProjectArchitecture(**vars(converted), names=project.names)

@@ -101,9 +101,7 @@ class Planner:
 
         for r in self.rope_dims:  # what the strategy cannot have is said before minutes of measuring
             rope = dataclasses.replace(converter.mla.partial_rope, qk_rope_head_dim=r)
-            dataclasses.replace(converter.mla, partial_rope=rope).resolve(
-                self.original.num_layers, *self.original.heads
-            )
+            self.original.resolve(dataclasses.replace(converter.mla, partial_rope=rope))
 
     def plan(self, budget: int) -> Plan:
         """Spend at most `budget` cached elements per token, over all layers.
@@ -111,14 +109,17 @@ class Planner:
         Raises UserError for a budget below what the cheapest layers cost.
         """
         layers = self.original.num_layers
-        costs = [self._layout(r, c).cache_elements for r in self.rope_dims for c in self._ranks(r)[:1]]
-        if not costs:
-            raise UserError("allocation: min_rank, max_rank and rank_multiple leave no rank to choose")
-        cheapest = min(costs)
-        if budget < layers * cheapest:
+        cheapest = 0
+        for layer in range(layers):
+            dims = self._dims(layer)
+            costs = [self._layout(r, c).cache_elements for r in dims for c in self._ranks(r)[:1]]
+            if not costs:
+                raise UserError("allocation: min_rank, max_rank and rank_multiple leave no rank to choose")
+            cheapest += min(costs)
+        if budget < cheapest:
             raise UserError(
                 f"the cache budget is {budget / layers:.6g} elements per token and layer; the least that these bounds "
-                f"allow is {cheapest}"
+                f"allow is {cheapest / layers:.6g}"
             )
         reference = self._reference(budget // layers)
         measured = self._measure(reference)
@@ -128,7 +129,7 @@ class Planner:
             choices.append(self._choices(layer, reference, *measured[layer]))
             progress.advance()
         progress.close()
-        picked = allocate(choices, budget) if self.settings.per_layer else _alike(choices, budget)
+        picked = allocate(choices, budget) if self.settings.per_layer else self._alike(choices, budget)
         return Plan(
             [choice.qk_rope_head_dim for choice in picked],
             [choice.kv_lora_rank for choice in picked],
@@ -142,6 +143,10 @@ class Planner:
                 ],
             },
         )
+
+    def _dims(self, layer: int) -> list[int]:
+        """The r that a layer can have: 0 where the original rotates nothing."""
+        return [0] if layer in self.original.no_rope_layers else self.rope_dims
 
     def _layout(self, r: int, c: int | None) -> LatentLayout:
         """c None: nothing factored."""
@@ -162,12 +167,13 @@ class Planner:
             fitting = [c for c in self._ranks(r) if self._layout(r, c).cache_elements <= elements]
             if fitting:
                 return r, fitting[-1]
-        raise AssertionError("the cheapest layer fits the budget")
+        # Layers that rotate nothing are the only ones that cost so little.
+        return self.rope_dims[0], self._ranks(self.rope_dims[0])[0]
 
     @torch.no_grad()
     def _measure(self, reference: tuple[int, int]) -> list[tuple[float, float]]:
         """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each layer."""
-        model, (r, c) = self.model, reference
+        model = self.model
         count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
         tokens = self.sequences[-count:].to(model.device, torch.long)
         progress = Progress("measure", self.original.num_layers, "layers")
@@ -178,6 +184,7 @@ class Planner:
         expected = model.log_probabilities(states[-1][:, 3::4])
         results = []
         for layer in range(self.original.num_layers):
+            r, c = min(reference[0], self._dims(layer)[-1]), reference[1]
             found = []
             for layout in (self._layout(r, None), self._layout(r, c)):
                 tensors = self.converter.convert(layer, layout).tensors
@@ -195,13 +202,14 @@ class Planner:
 
     def _choices(self, layer: int, reference: tuple[int, int], pairs: float, both: float) -> list[Choice]:
         """Every (r, c) of one layer. pairs, both: the layer's measured divergences at the reference."""
-        converter, (r0, c0) = self.converter, reference
-        ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in self._knots(r0)}
+        converter, dims = self.converter, self._dims(layer)
+        r0, c0 = min(reference[0], dims[-1]), reference[1]
+        ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in self._knots(dims, r0)}
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
         alpha = max(pairs, 0.01 * both, 1e-6) / max(converter.pair_loss(layer, self._layout(r0, None)), 1e-30)
         beta = max(both - pairs, 0.1 * both, 1e-6) / max(ranks[r0][c0].item(), 1e-30)
         choices = []
-        for r in self.rope_dims:
+        for r in dims:
             pair_loss = alpha * converter.pair_loss(layer, self._layout(r, None))
             losses = beta * _between(ranks, r)
             for c in self._ranks(r):
@@ -209,11 +217,24 @@ class Planner:
                 choices.append(Choice(r, c, self._layout(r, c).cache_elements, pair_loss + loss))
         return choices
 
-    def _knots(self, reference: int) -> list[int]:
+    def _knots(self, dims: list[int], reference: int) -> list[int]:
         """The r at which rank losses are computed; they change slowly with r, and between knots linearly."""
         step = max(self.settings.rope_multiple, self.original.head_dim // 8)
-        knots = {r for r in self.rope_dims if r % step == 0}
-        return sorted(knots | {self.rope_dims[0], self.rope_dims[-1], reference})
+        knots = {r for r in dims if r % step == 0}
+        return sorted(knots | {dims[0], dims[-1], reference})
+
+    def _alike(self, layers: list[list[Choice]], budget: int) -> list[Choice]:
+        """The (r, c) with the smallest summed loss that all layers can share, those that rotate nothing with r = 0."""
+        tables = []
+        for layer, choices in enumerate(layers):
+            own = {choice[:2]: choice for choice in choices}
+            if layer in self.original.no_rope_layers:
+                own = {(r, c): choice for (_, c), choice in own.items() for r in self.rope_dims}
+            tables.append(own)
+        shared = set.intersection(*(set(table) for table in tables))
+        affordable = [key for key in shared if sum(table[key].cost for table in tables) <= budget]
+        best = min(affordable, key=lambda key: (sum(table[key].loss for table in tables), key))
+        return [table[best] for table in tables]
 
 
 def _between(curves: dict[int, torch.Tensor], r: int) -> torch.Tensor:
@@ -224,15 +245,6 @@ def _between(curves: dict[int, torch.Tensor], r: int) -> torch.Tensor:
     length = max(len(curves[low]), len(curves[high]))
     below, above = (torch.nn.functional.pad(curves[k], (0, length - len(curves[k]))) for k in (low, high))
     return below + (above - below) * (r - low) / (high - low)
-
-
-def _alike(layers: list[list[Choice]], budget: int) -> list[Choice]:
-    """The (r, c) with the smallest summed loss that all layers can share."""
-    tables = [{choice[:2]: choice for choice in choices} for choices in layers]
-    shared = set.intersection(*(set(table) for table in tables))
-    affordable = [key for key in shared if sum(table[key].cost for table in tables) <= budget]
-    best = min(affordable, key=lambda key: (sum(table[key].loss for table in tables), key))
-    return [table[best] for table in tables]
 
 
 def with_plan(plan: Plan, mla: MHA2MLAConfig) -> MHA2MLAConfig:

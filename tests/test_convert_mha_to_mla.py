@@ -327,11 +327,8 @@ BAD_MODELS = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
     "unknown architecture": (lambda f: _rewrite_config(f, model_type="gpt2"), ["gpt2", "llama"]),
     "interleaved": (lambda f: _rewrite_config(f, rope_interleaved=True), ["rope_interleaved"]),
-    "sliding window": (lambda f: _rewrite_config(f, model_type="mistral", sliding_window=32), ["sliding_window=32"]),
-    "sliding layers": (
-        lambda f: _rewrite_config(f, model_type="qwen2", use_sliding_window=True),
-        ["use_sliding_window"],
-    ),
+    "mixture of experts": (lambda f: _rewrite_config(f, model_type="mixtral"), ["mixtral", "mistral"]),
+    "Gemma": (lambda f: _rewrite_config(f, model_type="gemma2"), ["gemma2", "llama"]),
     "partly rotated": (lambda f: _rewrite_config(f, partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "other activation": (lambda f: _rewrite_config(f, hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
     "quantised": (lambda f: _rewrite_config(f, quantization_config={"bits": 4}), ["quantization_config"]),

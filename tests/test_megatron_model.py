@@ -205,6 +205,7 @@ def test_kernels_that_the_converted_attention_cannot_use_are_refused(switch: str
     ("rope", "message"),
     [
         ({"rope_type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported; valid: default, linear"),
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_type 'longrope' is not supported; valid: default, linear"),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, "attention factor of 1.13863"),
     ],
 )

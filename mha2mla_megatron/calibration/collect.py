@@ -16,20 +16,23 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.calibration.statistics import LayerStatistics
 
 QUERY_BLOCK = 256
 """Queries whose attention rows are in memory at a time."""
 
 
-def collect_batch(model: Any, tokens: torch.Tensor, seeds: list[int], layers: list[LayerStatistics]) -> None:
+def collect_batch(
+    model: Any, architecture: Architecture, tokens: torch.Tensor, seeds: list[int], layers: list[LayerStatistics]
+) -> None:
     """Add one batch to the sums.
 
-    model: a transformers causal LM in evaluation mode whose weights need no gradient.
+    model: a transformers causal LM of this architecture, in evaluation mode, whose weights need no gradient.
     tokens: int64 [b, S] on its device.
     seeds: one for the labels of each sequence, so that they do not depend on how sequences are batched or spread.
     """
-    with torch.enable_grad(), _watch_attention(model, layers):
+    with torch.enable_grad(), _watch_attention(model, architecture, layers):
         embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
         hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         hidden.backward(_loss_gradient(model, hidden.detach(), seeds))
@@ -56,10 +59,10 @@ def _loss_gradient(model: Any, hidden: torch.Tensor, seeds: list[int]) -> torch.
 
 
 @contextmanager
-def _watch_attention(model: Any, layers: list[LayerStatistics]) -> Iterator[None]:
+def _watch_attention(model: Any, architecture: Architecture, layers: list[LayerStatistics]) -> Iterator[None]:
     """Hooks that call `_add_layer` with the layer's input and the gradient of its heads' outputs."""
     handles = []
-    for sums, layer in zip(layers, model.model.layers, strict=True):
+    for number, (sums, layer) in enumerate(zip(layers, model.model.layers, strict=True)):
         attention = layer.self_attn
         seen: dict[str, Any] = {}
 
@@ -71,6 +74,7 @@ def _watch_attention(model: Any, layers: list[LayerStatistics]) -> Iterator[None
             module: nn.Module,
             args: Any,
             seen: dict[str, Any] = seen,
+            index: int = number,
             sums: LayerStatistics = sums,
             attention: Any = attention,
         ) -> None:
@@ -78,7 +82,16 @@ def _watch_attention(model: Any, layers: list[LayerStatistics]) -> Iterator[None
 
             def backward(gradient: torch.Tensor) -> None:
                 with torch.no_grad():
-                    _add_layer(sums, attention, seen.pop("x"), seen.pop("tables"), output.detach(), gradient)
+                    _add_layer(
+                        sums,
+                        architecture,
+                        index,
+                        attention,
+                        seen.pop("x"),
+                        seen.pop("tables"),
+                        output.detach(),
+                        gradient,
+                    )
 
             output.register_hook(backward)
 
@@ -93,6 +106,8 @@ def _watch_attention(model: Any, layers: list[LayerStatistics]) -> Iterator[None
 
 def _add_layer(
     sums: LayerStatistics,
+    architecture: Architecture,
+    layer: int,
     attention: Any,
     x: torch.Tensor,
     tables: tuple[torch.Tensor, torch.Tensor],
@@ -108,7 +123,11 @@ def _add_layer(
     queries, keys, values = (
         heads(projection(x)) for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    rotated_queries, rotated_keys = apply_rotary_pos_emb(queries, keys, *tables)
+    if architecture.qk_norm:
+        queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+    rotated_queries, rotated_keys = queries, keys
+    if layer not in architecture.no_rope_layers:
+        rotated_queries, rotated_keys = apply_rotary_pos_emb(queries, keys, *tables)
     queries, keys, values, rotated_queries, rotated_keys, outputs, gradients = (
         tensor.float()
         for tensor in (queries, keys, values, rotated_queries, rotated_keys, heads(output), heads(gradient))
@@ -128,6 +147,7 @@ def _add_layer(
             gradients[:, mine],
             outputs[:, mine],
             attention.scaling,
+            architecture.window(layer),
         )
         key_gradients.append(gradient_k.transpose(1, 2).flatten(2))  # [b, S, N d]
         value_gradients.append(gradient_v)
@@ -150,11 +170,12 @@ def _group_sums(
     gradients: torch.Tensor,
     outputs: torch.Tensor,
     scaling: float,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The sums of one key/value head and its N query heads.
 
     queries, rotated_queries, gradients, outputs: [b, N, S, d]; values: [b, S, d]; keys: [b, S, 2d], rotated and then
-    unrotated.
+    unrotated; window: how many tokens a query sees, None: all.
 
     Returns the gradients with respect to the unrotated key per query head [b, N, S, d] and to the value [b, S, d], and
     the score and loss moments, each [N, P, 3, 3].
@@ -169,6 +190,8 @@ def _group_sums(
         rows = slice(start, min(start + QUERY_BLOCK, length))
         seen = rows.stop
         hidden = torch.ones(seen - start, seen, dtype=torch.bool, device=queries.device).triu(start + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(start - window)
         logits = rotated_queries[:, :, rows] @ keys[:, None, :seen, :d].transpose(2, 3) * scaling  # [b, N, m, t]
         p = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
         downstream = gradients[:, :, rows]

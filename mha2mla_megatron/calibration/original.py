@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mha2mla_megatron.architecture import read_architecture
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm
 
 
@@ -23,6 +24,7 @@ class OriginalModel:
         self.model: Any = load_causal_lm(str(folder), folder, torch.float32, device).requires_grad_(False)
         self.layers: nn.ModuleList = self.model.model.layers
         self.device = device
+        self.architecture = read_architecture(folder)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [b, S] -> [b, S, h]."""
@@ -33,10 +35,18 @@ class OriginalModel:
         positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
         return self.model.model.rotary_emb(hidden, positions)
 
+    def mask(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """What a layer with a sliding window sees, bool [1, 1, S, S]; None: all tokens up to a query's own."""
+        window, length = self.architecture.window(layer), hidden.shape[1]
+        if window is None or length <= window:
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=hidden.device)
+        return seen.tril().triu(1 - window)[None, None]
+
     def run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[b, S, h] -> [b, S, h], attention causal."""
         module: Any = self.layers[layer]
-        return module(hidden, attention_mask=None, position_embeddings=self.tables(hidden))
+        return module(hidden, attention_mask=self.mask(layer, hidden), position_embeddings=self.tables(hidden))
 
     def normed(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """What the layer's attention gets: [b, S, h]."""
@@ -46,7 +56,7 @@ class OriginalModel:
     def attention(self, layer: int, inputs: torch.Tensor) -> torch.Tensor:
         """The attention's output, [b, S, h], for `normed` inputs."""
         module: Any = self.layers[layer]
-        return run_attention(module.self_attn, inputs, self.tables(inputs))
+        return run_attention(module.self_attn, inputs, self.tables(inputs), self.mask(layer, inputs))
 
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of the next token, from what the last layer puts out: [b, S, V], float32."""
@@ -65,7 +75,10 @@ class OriginalModel:
 
 
 def run_attention(
-    attention: nn.Module, inputs: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]
+    attention: nn.Module,
+    inputs: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention's output for inputs [b, S, h]."""
-    return attention(hidden_states=inputs, position_embeddings=tables, attention_mask=None)[0]
+    """Causal attention's output for inputs [b, S, h]. mask: of `OriginalModel.mask`."""
+    return attention(hidden_states=inputs, position_embeddings=tables, attention_mask=mask)[0]

@@ -169,7 +169,7 @@ def _collect(
     for start in range(0, len(mine), settings.batch_size):
         batch = mine[start : start + settings.batch_size]
         seeds = [settings.seed * 1_000_003 + index for index in batch]
-        collect_batch(model, sequences[batch].to(device), seeds, layers)
+        collect_batch(model, architecture, sequences[batch].to(device), seeds, layers)
         if progress is not None:
             progress.advance(len(batch) * settings.sequence_length)
     if world > 1:

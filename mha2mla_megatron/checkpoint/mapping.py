@@ -55,6 +55,8 @@ MODEL_ROWS = (
 )
 LAYER_ROWS = (
     ("self_attention.linear_proj.*", ("self_attn.o_proj.*",), SAME),
+    ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), SAME),
+    ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), SAME),
     ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), SAME),
     ("mlp.linear_fc1.*", ("mlp.gate_proj.*", "mlp.up_proj.*"), STACKED),
     ("mlp.linear_fc2.*", ("mlp.down_proj.*",), SAME),

@@ -18,6 +18,9 @@ class MHA2MLALlamaConfig(LlamaConfig):
         `low_rank.kv_lora_rank` (numbers, or lists with one per layer).
     attention_bias: biases on the query, key and value projections.
     attention_output_bias: bias on the output projection.
+    qk_norm: RMSNorm over each query and key head before rotation. Keys are cached normalised, so never from a latent.
+    layer_types: `full_attention` or `sliding_attention`, which sees `sliding_window` tokens, for each layer.
+    no_rope_layers: 0 for each layer of which the original rotated nothing; read by converters, as r is 0 there anyway.
     mla_decode: how new tokens attend over a cache. `expanded`: rebuild keys and values of the whole cache; `absorbed`:
         attend over the latents themselves; `auto`: whichever takes fewer multiplications.
     mla_kernel: what runs the absorbed form. `auto`: the Triton kernel where it can, else torch; `torch`: torch.
@@ -28,6 +31,11 @@ class MHA2MLALlamaConfig(LlamaConfig):
 
     mha2mla: dict | None = None
     attention_output_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    use_sliding_window: bool = False
+    layer_types: list[str] | None = None
+    no_rope_layers: list[int] | None = None
     mla_decode: str = "auto"
     mla_kernel: str = "auto"
 
@@ -35,6 +43,10 @@ class MHA2MLALlamaConfig(LlamaConfig):
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             if not 0 < getattr(self, name) <= MAX_DIMENSION:
                 raise ValueError(f"{name}: {getattr(self, name)} is not a number from 1 to {MAX_DIMENSION}")
+        if self.layer_types is None:
+            self.layer_types = ["full_attention"] * self.num_hidden_layers
+        if self.no_rope_layers is None:
+            self.no_rope_layers = [1] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         for name, valid in (("mla_decode", MLA_DECODES), ("mla_kernel", MLA_KERNELS)):
             if getattr(self, name) not in valid:
@@ -46,6 +58,10 @@ class MHA2MLALlamaConfig(LlamaConfig):
                 raise ValueError(f"config.mha2mla: a list of another length than the model's {self.num_hidden_layers}")
             for layer in range(self.num_hidden_layers if per_layer else 1):
                 self.layout(layer).check()
+                if self.qk_norm and self.layout(layer).factors_key:
+                    raise ValueError(
+                        f"low_rank.method: {low_rank['method']}, but qk_norm: normalised keys have no latent"
+                    )
 
     def layout(self, layer: int) -> LatentLayout:
         """The shapes of one layer's attention. Raises ValueError for a config without its conversion settings."""

@@ -46,16 +46,16 @@ def own_group(x: torch.Tensor, groups: int) -> torch.Tensor:
     return x.diagonal(dim1=1, dim2=4).movedim(-1, 1).reshape(batch, heads, length, width // groups)
 
 
-def visible_rows(mask: Any, new_tokens: int, static: bool) -> tuple[torch.Tensor | None, bool]:
+def visible_rows(mask: Any, new_tokens: int, static: bool, hidden: bool = False) -> tuple[torch.Tensor | None, bool]:
     """(mask, usable): the mask of transformers' attention functions in the form of `absorbed_attention`.
 
     4-D masks (sdpa, eager) are used as they are, the 2-D padding mask [b, t] of flash attention for one new token. No
     mask means that a single token sees every row, which is so unless the cache is static. Others (causal with no mask,
-    flex attention's) are not usable.
+    flex attention's) are not usable, and none but the 4-D ones where a sliding window leaves rows `hidden`.
     """
     if mask is None:
-        return None, new_tokens == 1 and not static
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and new_tokens == 1:
+        return None, new_tokens == 1 and not static and not hidden
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and new_tokens == 1 and not hidden:
         return mask[:, None, None, :].bool(), True
     return mask, isinstance(mask, torch.Tensor) and mask.dim() == 4
 

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 LOW_RANK_METHODS = ("joint", "split", "key", "value", "none")
-BIASED_PROJECTIONS = frozenset(("q_proj", "k_rope_proj", "v_proj", "v_up_proj"))
-"""Projections that carry the model's q/k/v biases. One on k_nope would add a single number to all scores of a query,
-which softmax ignores, so there is none; latents never have one."""
 
 MAX_DIMENSION = 1 << 24
 """No real model has a dimension near this; a config that says so is damaged."""
@@ -143,6 +140,15 @@ class LatentLayout:
             "o_proj": (self.hidden_size, self.num_attention_heads * self.head_dim),
         }
         return {name: shape for name, shape in shapes.items() if shape[0] > 0}
+
+
+def biased_projections(qk_norm: bool) -> frozenset[str]:
+    """Projections that carry the model's q/k/v biases; latents never have one.
+
+    One on k_nope would add a single number to all scores of a query, which softmax ignores, so there is none, unless a
+    norm on keys comes between.
+    """
+    return frozenset(("q_proj", "k_rope_proj", "v_proj", "v_up_proj", *(("k_nope_proj",) if qk_norm else ())))
 
 
 def layer_value(value: int | list[int] | tuple[int, ...] | None, layer: int) -> int | None:

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaForCausalLM,
-    LlamaModel,
+from transformers.models.smollm3.modeling_smollm3 import (
+    SmolLM3DecoderLayer,
+    SmolLM3ForCausalLM,
+    SmolLM3Model,
     eager_attention_forward,
     rotate_half,
 )
@@ -27,7 +27,22 @@ from .backend_cache_mha2mla import quantized_cache
 from .configuration_mha2mla import MHA2MLALlamaConfig
 from .decode_mha2mla import absorbed_attention, absorbed_is_cheaper, own_group, spread_over_groups, visible_rows
 from .latent_cache_mha2mla import LatentQuantizedCache
-from .layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
+from .layout_mha2mla import LatentLayout, biased_projections
+
+
+class MHA2MLARMSNorm(nn.Module):
+    """RMSNorm over the dims of each head, with weights [G, d]: those of its key/value head for each query head, too."""
+
+    def __init__(self, groups: int, head_dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(groups, head_dim))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[b, H or G, s, d] -> the same."""
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight.repeat_interleave(x.shape[1] // len(self.weight), dim=0)
+        return weight[:, None] * normed.to(x.dtype)
 
 
 class MHA2MLAAttention(nn.Module):
@@ -49,7 +64,9 @@ class MHA2MLAAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
-        biased: set[str] = set(BIASED_PROJECTIONS if config.attention_bias else ())
+        windowed = config.layer_types is not None and config.layer_types[layer_idx] == "sliding_attention"
+        self.sliding_window = config.sliding_window if windowed else None
+        biased: set[str] = set(biased_projections(config.qk_norm) if config.attention_bias else ())
         if config.attention_output_bias:
             biased.add("o_proj")
         shapes = self.layout.projections()
@@ -66,6 +83,10 @@ class MHA2MLAAttention(nn.Module):
         self.v_up_proj = projection("v_up_proj")
         self.v_proj = projection("v_proj")
         self.o_proj = projection("o_proj")
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            norm = self.layout.num_key_value_heads, self.head_dim, config.rms_norm_eps
+            self.q_norm, self.k_norm = MHA2MLARMSNorm(*norm), MHA2MLARMSNorm(*norm)
         if self.layout.qk_rope_head_dim > 0:
             pairs = torch.arange(self.layout.qk_rope_head_dim // 2).repeat(self.layout.num_key_value_heads, 1)
             self.register_buffer("rope_pairs", pairs)
@@ -84,21 +105,25 @@ class MHA2MLAAttention(nn.Module):
         """
         batch, length, _ = hidden_states.shape
         query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
         q_rope, q_nope = query.split((self.layout.qk_rope_head_dim, self.layout.qk_nope_head_dim), dim=-1)
-        k_rope = hidden_states[..., :0]
+        k_rope, k_nope = self._key_parts(hidden_states)
         if self.k_rope_proj is not None:
             cos, sin = self._rope_tables(*position_embeddings)
-            k_rope = self._split_heads(self.k_rope_proj(hidden_states))
+            k_rope = self._split_heads(k_rope)
             k_rope = (k_rope * cos + rotate_half(k_rope) * sin).transpose(1, 2).flatten(2)
             cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
             q_rope = q_rope * cos + rotate_half(q_rope) * sin
-        parts = [p(hidden_states) for p in (self.kv_down_proj, self.k_nope_proj, self.v_proj) if p is not None]
-        unrotated = torch.cat(parts, dim=-1)
+        latents, value = (p(hidden_states) if p is not None else None for p in (self.kv_down_proj, self.v_proj))
+        unrotated = torch.cat([part for part in (latents, k_nope, value) if part is not None], dim=-1)
         if past_key_values is not None:
             # The unrotated part takes the place of keys: a cache reads its length there, and r = 0 leaves k_rope empty.
             cached = past_key_values.update(unrotated.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             unrotated, k_rope = (part.squeeze(1) for part in cached)
-            mask, usable = visible_rows(attention_mask, length, past_key_values.is_compileable)
+            # A cache of full layers, such as a quantised one, holds rows that a window hides.
+            hidden = self.sliding_window is not None and unrotated.shape[1] > self.sliding_window
+            mask, usable = visible_rows(attention_mask, length, past_key_values.is_compileable, hidden)
             if usable and self._absorbs(hidden_states, length):
                 output, weights = self._attend_absorbed(q_rope, q_nope, k_rope, unrotated, mask)
                 return self.o_proj(output.reshape(batch, length, -1)), weights
@@ -117,9 +142,24 @@ class MHA2MLAAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )
         return self.o_proj(output.reshape(batch, length, -1)), weights
+
+    def _key_parts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys before rotation, normalised where the model does that: the part to rotate [b, s, G r], which is empty
+        for r = 0, and full-rank K_nope [b, s, G (d - r)], None where there is none."""
+        k_rope = hidden_states[..., :0] if self.k_rope_proj is None else self.k_rope_proj(hidden_states)
+        k_nope = None if self.k_nope_proj is None else self.k_nope_proj(hidden_states)
+        if self.k_norm is None:
+            return k_rope, k_nope
+        parts = [self._split_heads(part) for part in (k_rope, k_nope) if part is not None]
+        sizes = [part.shape[-1] for part in parts]
+        normed = [
+            part.transpose(1, 2).flatten(2) for part in self.k_norm(torch.cat(parts, dim=-1)).split(sizes, dim=-1)
+        ]
+        return normed[0], normed[1] if k_nope is not None else None
 
     def _absorbs(self, hidden_states: torch.Tensor, length: int) -> bool:
         """Whether new tokens attend in the absorbed form: as config.mla_decode says, and where it is possible.
@@ -207,20 +247,21 @@ class MHA2MLAAttention(nn.Module):
         return x.reshape(x.shape[0], self.layout.num_key_value_heads, self.num_key_value_groups, *x.shape[2:])
 
 
-class MHA2MLALlamaModel(LlamaModel):
+# SmolLM3's classes are Llama's with a mask for each type of layer.
+class MHA2MLALlamaModel(SmolLM3Model):
     config_class = MHA2MLALlamaConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MHA2MLAAttention}
+    _can_record_outputs = {"hidden_states": SmolLM3DecoderLayer, "attentions": MHA2MLAAttention}
 
     def __init__(self, config: MHA2MLALlamaConfig):
-        super().__init__(config)
+        super().__init__(config)  # type: ignore[arg-type]  # has all that is read
         for layer_idx, layer in enumerate(self.layers):
             layer.self_attn = MHA2MLAAttention(config, layer_idx)
         self.post_init()
 
 
-class MHA2MLALlamaForCausalLM(LlamaForCausalLM):
+class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
     config_class = MHA2MLALlamaConfig
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": MHA2MLAAttention}
+    _can_record_outputs = {"hidden_states": SmolLM3DecoderLayer, "attentions": MHA2MLAAttention}
     _tp_plan = {}
 
     def __init__(self, config: MHA2MLALlamaConfig):

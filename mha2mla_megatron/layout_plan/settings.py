@@ -137,5 +137,5 @@ def planned_architecture(settings: PlanSettings) -> Architecture:
         return architecture
     if architecture.mla is not None:
         raise UserError(f"{path}: is converted already; leave out conversion, partial_rope and low_rank")
-    mla = mla.resolve(architecture.num_layers, *architecture.heads)
+    mla = architecture.resolve(mla)
     return dataclasses.replace(architecture, model_type=MLA_MODEL_TYPE, mla=mla)

@@ -14,6 +14,9 @@ COLUMN_PARALLEL = (
 )  # fmt: skip
 """Layers whose weight and bias are split by rows; those of the vocabulary too."""
 
+HEAD_NORMS = ("q_layernorm", "k_layernorm")
+"""Split too where they have weights for each key/value head, in the converted attention."""
+
 ROW_PARALLEL = ("linear_proj", "linear_fc2")
 """Layers whose weight is split by columns; each rank holds the whole bias."""
 
@@ -24,9 +27,11 @@ def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: in
     return range(stage * number, (stage + 1) * number)
 
 
-def split_dim(name: str) -> int | None:
-    """The dimension that tensor parallelism splits the Megatron tensor of this name by; None: every rank has it all."""
+def split_dim(name: str, shape: tuple[int, ...]) -> int | None:
+    """The dimension that tensor parallelism splits this Megatron tensor by; None: every rank has it all."""
     *_, layer, kind = name.split(".")
+    if layer in HEAD_NORMS and len(shape) == 2:
+        return 0
     if layer in COLUMN_PARALLEL and kind in ("weight", "bias"):
         return 0
     return 1 if layer in ROW_PARALLEL and kind == "weight" else None
@@ -62,5 +67,5 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
 
 
 def _split(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
-    dim = split_dim(name)
+    dim = split_dim(name, shape)
     return tuple(size // tp if i == dim else size for i, size in enumerate(shape))

@@ -35,7 +35,7 @@ def step_traffic(
         ring = _tensor_parallel(work, list(layers), first, last) * micro_batches
         if parallel.uses_sequence_parallel:
             sent["tensor: all-gather and reduce-scatter"] = _share(ring, tp)
-            whole = {name: shape for name, shape in parameters.items() if split_dim(name) is None}
+            whole = {name: shape for name, shape in parameters.items() if split_dim(name, shape) is None}
             sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * count(whole), tp)
         else:
             sent["tensor: all-reduce"] = _share(2 * ring, tp)

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 
-from mha2mla_megatron.hf.layout_mha2mla import BIASED_PROJECTIONS, LatentLayout
+from mha2mla_megatron.hf.layout_mha2mla import LatentLayout, biased_projections
 
 
 @dataclass
@@ -41,7 +43,8 @@ class MHA2MLASelfAttention(Attention):
         value = linear_v_up c_v                              G heads of d
         c_k, c_v = linear_kv_down x
 
-    with c_k = c_v (joint) or [c_k | c_v] = linear_kv_down x (split). What is not factored is a full-rank projection of
+    with c_k = c_v (joint) or [c_k | c_v] = linear_kv_down x (split). Where the model has q_layernorm and
+    k_layernorm, query and key go through them before rotation. What is not factored is a full-rank projection of
     x: linear_k_nope, linear_v. Of all these a layer has those that its `LatentLayout` names; the others are None.
 
     linear_kv_down is the same on every tensor-parallel process, all others are split by head. Without sequence
@@ -62,10 +65,12 @@ class MHA2MLASelfAttention(Attention):
         layer_number: int,
         layout: LatentLayout,
         qkv_bias: bool,
+        qk_norm: bool,
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         **kwargs: Any,
     ) -> None:
-        """layout: the shapes of this layer. qkv_bias: whether q, k_rope and v have a bias.
+        """layout: the shapes of this layer. qkv_bias: whether q, k_rope and v have a bias (and, with norms,
+        k_nope). qk_norm: whether queries and keys are normalised before rotation.
 
         kwargs: what TransformerLayer passes to any attention (process groups, layer offset, name).
         """
@@ -78,9 +83,10 @@ class MHA2MLASelfAttention(Attention):
             **kwargs,
         )
         self.layout = layout
-        # Attention.forward reads both; there is no norm on queries or keys.
-        self.q_layernorm = None
-        self.k_layernorm = None
+        # Attention.forward reads both, whether there are norms or not.
+        self.q_layernorm = self.k_layernorm = None
+        if qk_norm:
+            self.q_layernorm, self.k_layernorm = (HeadRMSNorm(config, layout, self.tp_group) for _ in range(2))
 
         shapes = layout.projections()
         shared: dict[str, Any] = dict(
@@ -91,7 +97,7 @@ class MHA2MLASelfAttention(Attention):
             if hf_name not in shapes:
                 return None
             rows, columns = shapes[hf_name]
-            bias = qkv_bias and hf_name in BIASED_PROJECTIONS
+            bias = qkv_bias and hf_name in biased_projections(qk_norm)
             return submodules.column_parallel_linear(
                 columns, rows, bias=bias, gather_output=False, tp_group=self.tp_group, **shared
             )
@@ -151,7 +157,10 @@ class MHA2MLASelfAttention(Attention):
         if self.linear_k_nope is not None:
             key_parts.append(_heads(self.linear_k_nope(hidden_states), d - r))
         value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
-        return _heads(self.linear_q(hidden_states), d), torch.cat(key_parts, dim=-1), _heads(value, d)
+        query, key = _heads(self.linear_q(hidden_states), d), torch.cat(key_parts, dim=-1)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, _heads(value, d)
 
     def _split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_k and c_v, each [s, B, c]; the same one where there is only one."""
@@ -160,6 +169,35 @@ class MHA2MLASelfAttention(Attention):
         c_k, c_v = latents.chunk(2, dim=-1)
         # Sequence parallelism gathers them with a collective that takes contiguous tensors only.
         return c_k.contiguous(), c_v.contiguous()
+
+
+class HeadRMSNorm(torch.nn.Module):
+    """RMSNorm over the dims of each query or key head, with weights for each key/value head.
+
+    weight: [G/tp, d], split like the heads, so that its gradient is complete on the process that holds it.
+    """
+
+    def __init__(self, config: TransformerConfig, layout: LatentLayout, tp_group: Any) -> None:
+        super().__init__()
+        self.eps, self.tp_group = config.layernorm_epsilon, tp_group
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        shape = layout.num_key_value_heads // tp_group.size(), layout.head_dim
+        self.weight = torch.nn.Parameter(torch.ones(shape, device=device, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[S, B, H/tp or G/tp, d] to the same."""
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        weight = self.weight.repeat_interleave(x.shape[2] // len(self.weight), dim=0)
+        return weight * normed.to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For `dist_checkpointing`: split over tensor-parallel processes by the first dimension."""
+        groups = dict(tp_group=self.tp_group, dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"])
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
 
 
 def _heads(projected: tuple[torch.Tensor, torch.Tensor | None], width: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def layer_specs(
     first = get_transformer_layer_offset(config, vp_stage)
     stage = range(first, first + get_num_layers_to_build(config, vp_stage))
     if architecture.mla is None:
-        layers = [original_layer(architecture, layer, core_attention, linear_proj)] * len(stage)
+        layers = [original_layer(architecture, layer, core_attention, linear_proj, norm)] * len(stage)
     else:
         parts = MHA2MLASelfAttentionSubmodules(
             column_parallel_linear=backend.column_parallel_linear(),
@@ -81,8 +81,9 @@ def original_layer(
     layer: TransformerLayerSubmodules,
     core_attention: Callable[..., Any],
     linear_proj: Callable[..., Any],
+    norm: Callable[..., Any],
 ) -> TransformerLayerSubmodules:
-    """Upstream's layer with this core attention and the biases of this model."""
+    """Upstream's layer with this core attention and the biases and norms of this model."""
     assert isinstance(layer.self_attention, ModuleSpec)
     parts: Any = layer.self_attention.submodules
     parts = dataclasses.replace(
@@ -91,6 +92,8 @@ def original_layer(
         core_attention=core_attention,
         linear_proj=linear_proj,
     )
+    if architecture.qk_norm:
+        parts = dataclasses.replace(parts, q_layernorm=norm, k_layernorm=norm)
     return dataclasses.replace(layer, self_attention=dataclasses.replace(layer.self_attention, submodules=parts))
 
 
@@ -109,6 +112,7 @@ def converted_layer(
             "attn_mask_type": AttnMaskType.causal,
             "layout": architecture.layout(index),
             "qkv_bias": architecture.qkv_bias,
+            "qk_norm": architecture.qk_norm,
         },
         submodules=parts,
     )

@@ -114,6 +114,11 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
                 f"valid for this model: {_divisors(math.gcd(*sizes.values()))}"
             )
     _check_stages(architecture.num_layers, parallel)
+    if architecture.window_layers and parallel.context_parallel_size > 1:
+        raise UserError(
+            f"parallel.context_parallel_size: {parallel.context_parallel_size} with sliding windows is not supported; "
+            "valid for this model: 1"
+        )
     if world_size % parallel.model_parallel_size:
         raise UserError(
             f"{world_size} processes were started, but one copy of the model takes {parallel.model_parallel_size} "

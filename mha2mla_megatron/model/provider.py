@@ -44,6 +44,7 @@ def transformer_config(
                 raise UserError(f"{name}: not possible with the converted attention; leave it off")
     interleaved = parallel.virtual_pipeline_model_parallel_size > 1
     on_gpu = torch.cuda.is_available()
+    layers, window = range(architecture.num_layers), architecture.sliding_window
     settings: dict[str, Any] = dict(
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
@@ -57,6 +58,16 @@ def transformer_config(
         activation_func=torch.nn.functional.silu,
         add_bias_linear=architecture.mlp_bias,
         add_qkv_bias=architecture.qkv_bias,
+        # The converted attention has norms and no rotation of its own accord.
+        qk_layernorm=architecture.qk_norm and architecture.mla is None,
+        no_rope_freq=[int(layer in architecture.no_rope_layers) for layer in layers]
+        if architecture.no_rope_layers and architecture.mla is None
+        else None,
+        # Tokens before a query's own; the other list says which layers have the window.
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None
+        if window is None
+        else [int(layer in architecture.window_layers) for layer in layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,

@@ -213,6 +213,8 @@ def _moves(
         if not query_map:
             yield f"q_proj.{kind}", f"q_proj.{kind}", lambda rows: ordered_heads(rows, order).flatten(0, 2)
     yield "v_up_proj.bias", "v_proj.bias", lambda rows: rows
+    for norm in ("q_norm.weight", "k_norm.weight"):
+        yield norm, norm, lambda rows: rows[order]
 
 
 def _healing_steps(side: ModelTensors) -> int | None:

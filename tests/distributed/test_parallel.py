@@ -30,6 +30,8 @@ CASES = {
     "split": converted_config("split"),
     "split-biases": converted_config("split", attention_bias=True, mlp_bias=True),
     "key": converted_config("key"),
+    "original-norms": {**original_config(), "model_type": "qwen3"},
+    "value-norms": converted_config("value", qk_norm=True),
     "value-biases": converted_config("value", attention_bias=True),
     "none-biases": converted_config("none", attention_bias=True),
 }

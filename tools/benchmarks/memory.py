@@ -75,7 +75,7 @@ def make_architecture(shape: Shape, converted: bool) -> Architecture:
     mla = MHA2MLAConfig(
         PartialRopeConfig(strategy="uniform", qk_rope_head_dim=original.head_dim // 8), LowRankConfig(d_kv=shape.d_kv)
     )
-    mla = mla.resolve(original.num_layers, *original.heads)
+    mla = original.resolve(mla)
     return dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
 
 
