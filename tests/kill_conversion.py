@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,6 +111,8 @@ def convert(tool: str, source: Path, target: Path) -> int:
             code = run_tool(tool, source, target, *WORDS[tool], check=False).returncode
         except KeyboardInterrupt:  # outside of the command, which says so itself
             code = 130
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     return process

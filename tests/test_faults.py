@@ -9,8 +9,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from mha2mla_megatron.training import checkpoint as checkpoint_module
 from mha2mla_megatron.training import log as log_module
 from mha2mla_megatron.training import loop
 from mha2mla_megatron.training import step as step_module
-from tests.conftest import ROOT, refused, run_tool
+from tests.conftest import refused, run_tool
 from tests.finetune_cases import (
     BATCH,
     checkpoint_tensors,
@@ -368,27 +366,6 @@ def test_manifest_has_the_layout_and_every_file(unbroken: Path) -> None:
     assert content["step"] == 6 and content["layout"]["processes"] == 1
     assert {*content["files"], MANIFEST} == {file.name for file in step.iterdir()}
     assert all(entry["size"] == (step / name).stat().st_size for name, entry in content["files"].items())
-
-
-@pytest.mark.slow
-def test_torchrun_goes_on_after_a_process_died_and_after_one_hung(workspace: Path, tmp_path: Path) -> None:
-    """Three starts: the first ends with process 1, the second with the timeout of process 0, which waits for it."""
-    words = ("micro_batch_size=1", *SCHEDULE, "save_interval=1", "steps=4", "parallel.timeout_minutes=1")
-    ended = {}
-    for name, program in (("unbroken", "tools/finetune.py"), ("broken", "tests/distributed/restart_worker.py")):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*launcher, "--max-restarts", "3", program, *run_words(workspace, "mla", tmp_path / name, *words)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        ended[name] = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-        assert ended[name].returncode == 0, ended[name].stderr
-    errors, output = ended["broken"].stderr, ended["broken"].stdout
-    assert "error: rank 0: another process has died" in errors and "Timed out waiting" in errors, errors
-    assert "Traceback" not in errors, errors
-    assert [f"from step {step} to 4" in output for step in (0, 1, 2)] == [True] * 3, output
-    assert log_text(tmp_path / "broken") == log_text(tmp_path / "unbroken")
-    expected, found = (checkpoint_tensors(tmp_path / name, 4) for name in ("unbroken", "broken"))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reshard_checkpoints import LAYOUTS, PAIRS, SOME, check_pair, check_source, results_of, run_pairs
+from tests.reshard_checkpoints import LAYOUTS, SOME, check_pair, check_source, results_of, run_pairs
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
@@ -25,8 +25,3 @@ def test_every_layout_is_saved_and_loaded(tmp_path: Path) -> None:
     for side in zip(*SOME, strict=True):
         assert sorted(side) == sorted(LAYOUTS)
     check(tmp_path, SOME)
-
-
-@pytest.mark.slow
-def test_all_pairs(tmp_path: Path) -> None:
-    check(tmp_path, PAIRS)

@@ -1,3 +1,4 @@
+#!/usr/bin/env bash
 # What torchrun.sh and slurm.sh set on every node before training; sourced, not run. A value that is set already stays.
 
 # Grow memory segments in place: models near the size of the GPU otherwise end in fragments (torch >= 2.9; before that
