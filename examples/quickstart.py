@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGETS = {"-68.75 %": "0.3125", "-87.5 %": "0.125"}
 """Saved cache -> the part of the original's that is left."""
 CALIBRATION = ("samples=8", "sequence_length=512")
+ALLOCATION = "allocation.tokens=512"
 PROBE_STEPS = 3
 PROMPT = "The sun rises in the"
 
@@ -45,7 +46,7 @@ def main() -> None:
     for saved, budget in BUDGETS.items():
         models[f"converted {saved}"] = target = out / f"mla_{budget}"
         stages.run("convert to MLA", "tools/convert_mha_to_mla.py", original, target, f"statistics={statistics}",
-                   f"cache_budget={budget}", "overwrite=true")  # fmt: skip
+                   f"cache_budget={budget}", ALLOCATION, "overwrite=true")  # fmt: skip
     for saved, budget in BUDGETS.items():
         models[f"fine-tuned {saved}"] = finetune(stages, out / f"mla_{budget}", out, minutes / len(BUDGETS))
     stages.run("evaluate", "tools/evaluate_perplexity.py", *models.values(), out / "text/heldout.jsonl",
