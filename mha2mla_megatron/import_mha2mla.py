@@ -15,11 +15,10 @@ import yaml
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture, read_config
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
-from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
+from mha2mla_megatron.checkpoint.resume import identity, parts_to_do, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
-from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.project_config import ProjectConfig, ProjectNames, parse_project_config
 
 PROJECT_KEYS = ("RoPE", "SVD", "AE", "mha2mla")
@@ -110,18 +109,13 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
     inputs = [source, *(Path(file) for file in (settings.qk_tensor, settings.rope_config) if file is not None)]
     with resumable_folder(target, settings.overwrite, identity("import", settings, inputs)) as partial:
         writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
-        progress = Progress("import", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
-        for name, planned in tensors.items():
-            if name in partial.done:
-                progress.skip(planned.nbytes)
-                continue
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        for name in parts_to_do(partial, "import", sizes):
             match = _ATTENTION.fullmatch(name)
             tensor = reader[name] if match is None else attention(int(match[1]))[match[2]]
-            writer.add(name, tensor.to(planned.dtype))
+            writer.add(name, tensor.to(tensors[name].dtype))
             partial.finish(name)
-            progress.advance(planned.nbytes)
         writer.close()
-        progress.close()
         kept = {key: value for key, value in config.items() if key not in PROJECT_KEYS}
         write_config(partial.path, converted_config(kept, converted, "auto"))
         copy_companions(source, partial.path)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
-from mha2mla_megatron.model.parallel import initialize_single_process
+from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -66,6 +66,6 @@ def save_global_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    initialize_single_process()
+    initialize_parallel(ParallelConfig())
     state = {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=0) for name, tensor in tensors.items()}
     dist_checkpointing.save(state, str(folder))

@@ -29,7 +29,7 @@ from mha2mla_megatron.checkpoint.megatron import (
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
 from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
-from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel, initialize_single_process
+from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
@@ -155,7 +155,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_megatrons_own_loader_reads_it_at_another_layout(folders: dict[str, Path], model: str) -> None:
     """What each of two tensor-parallel ranks of a pipeline stage with the middle layer asks for."""
     step = iteration_folder(folders[f"{model}-megatron"], 0)
-    initialize_single_process()
+    initialize_parallel(ParallelConfig())
     reader = TorchDistReader(step)
     wholes = {name: reader[name] for name in reader.shapes() if name.startswith(("decoder.layers.1.", "embedding."))}
     assert len(wholes) > 8

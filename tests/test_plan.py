@@ -203,6 +203,14 @@ def test_bad_input_is_refused(empty: Path, tmp_path: Path) -> None:
     assert "reserve: 90 GiB is not between 0" in refused("plan", empty, model, "reserve=90")
     assert "gpus: 0 is too small" in refused("plan", empty, model, "gpus=0")
     assert "needs device=cuda" in refused("plan", empty, model, "device=cpu", "implementation=transformer_engine")
+    for word in (
+        "parallel.context_parallel_size=2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_layout=Et*16|t*16L",
+    ):
+        assert f"{word.split('=')[0]}: {word.split('=')[1]} is not planned for yet" in refused(
+            "plan", empty, model, word
+        )
     mla = write_config(tmp_path / "mla", converted_config("joint"))
     assert "is converted already" in refused("plan", empty, mla, "low_rank.d_kv=4", "data.sequence_length=64")
     (tmp_path / "budget.yaml").write_text("cache_budget: 0.5\nstatistics: s.safetensors\n")

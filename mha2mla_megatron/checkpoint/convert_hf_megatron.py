@@ -21,10 +21,9 @@ from mha2mla_megatron.checkpoint.megatron import (
     locate_checkpoint,
     write_latest,
 )
-from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
+from mha2mla_megatron.checkpoint.resume import identity, parts_to_do, resumable_folder
 from mha2mla_megatron.checkpoint.torch_dist_writer import TorchDistWriter
 from mha2mla_megatron.model.parallel import ParallelConfig
-from mha2mla_megatron.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -56,25 +55,20 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
     """Write the model of a Hugging Face folder as step 0 of a new Megatron checkpoint."""
     architecture = read_architecture(source)
     reader = HFReader(source, architecture)
-    rows, shapes = parameter_map(architecture), megatron_shapes(architecture)
+    rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, megatron_shapes(architecture)
     tensors = {}
-    for row in rows:
+    for row in rows.values():
         dtype = reduce(torch.promote_types, (reader.dtypes[name] for name in row.hf))
         tensors[row.megatron] = torch.empty(shapes[row.megatron], dtype=dtype, device="meta")
     what = identity("HF -> Megatron", settings, [source])
     with resumable_folder(target, settings.overwrite, what) as partial:
         step = iteration_folder(partial.path, 0)
         writer = TorchDistWriter(partial, step, tensors)
-        progress = Progress("HF -> Megatron", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
-        for row in rows:
-            size = tensors[row.megatron].nbytes
-            if row.megatron in partial.done:
-                progress.skip(size)
-                continue
-            writer.add(row.megatron, row.layout.pack([reader[name] for name in row.hf], architecture))
-            progress.advance(size)
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        for name in parts_to_do(partial, "HF -> Megatron", sizes):
+            row = rows[name]
+            writer.add(name, row.layout.pack([reader[part] for part in row.hf], architecture))
         writer.close()
-        progress.close()
         seal_step(step, 0, ParallelConfig().sizes(1))
         write_hf_side(source, partial.path)
         write_latest(partial.path, 0)
@@ -98,26 +92,21 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
     check_manifest(step)
     reader = TorchDistReader(step)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
-    rows, shapes = parameter_map(architecture), architecture.tensor_shapes()
+    rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, architecture.tensor_shapes()
     tensors = {
         name: torch.empty(shapes[name], dtype=reader.entries[row.megatron].properties.dtype, device="meta")
-        for row in rows
+        for row in rows.values()
         for name in row.hf
     }
     what = identity("Megatron -> HF", settings, [side, step])
     with resumable_folder(target, settings.overwrite, what) as partial:
         writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
-        progress = Progress("Megatron -> HF", sum(tensor.nbytes for tensor in tensors.values()), "MB", 1e6)
-        for row in rows:
-            size = sum(tensors[name].nbytes for name in row.hf)
-            if row.megatron in partial.done:
-                progress.skip(size)
-                continue
-            for name, part in zip(row.hf, row.layout.unpack(reader[row.megatron], architecture), strict=True):
-                writer.add(name, part)
-            partial.finish(row.megatron)
-            progress.advance(size)
+        sizes = {name: sum(tensors[part].nbytes for part in row.hf) for name, row in rows.items()}
+        for name in parts_to_do(partial, "Megatron -> HF", sizes):
+            row = rows[name]
+            for part, tensor in zip(row.hf, row.layout.unpack(reader[name], architecture), strict=True):
+                writer.add(part, tensor)
+            partial.finish(name)
         writer.close()
-        progress.close()
         write_config(partial.path, read_config(side))
         copy_companions(side, partial.path)

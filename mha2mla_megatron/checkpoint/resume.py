@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
@@ -238,6 +238,21 @@ def resumable_folder(target: Path, overwrite: bool, what: dict[str, Any]) -> Ite
         raise KeyboardInterrupt(f"{target}: interrupted; {again}") from None
     finally:
         partial.close()
+
+
+def parts_to_do(partial: PartialFolder, what: str, sizes: Mapping[str, int]) -> Iterator[str]:
+    """The parts of the work that no earlier run has done, with the progress of all of them, whose sizes are bytes.
+
+    What is asked for next is done: the caller has written it and called `finish`.
+    """
+    progress = Progress(what, sum(sizes.values()), "MB", 1e6)
+    for part, size in sizes.items():
+        if part in partial.done:
+            progress.skip(size)
+        else:
+            yield part
+            progress.advance(size)
+    progress.close()
 
 
 def _line(values: dict[str, Any]) -> bytes:

@@ -5,7 +5,6 @@ The bytes written depend on the documents, the tokenizer and the settings, not o
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import time
@@ -24,7 +23,7 @@ from mha2mla_megatron.data.documents import SEPARATORS, DocumentReader
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
 from mha2mla_megatron.data.workers import encode_in_order
 from mha2mla_megatron.errors import UserError, require_one_of
-from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import require_keys
 
@@ -79,7 +78,7 @@ def preprocess(inputs: Sequence[Path], output: Path, settings: PreprocessSetting
         tokenizer_json = folder / "tokenizer.json"
         report = {
             "tokenizer": settings.tokenizer,
-            "tokenizer_json_sha256": _sha256(tokenizer_json) if tokenizer_json.is_file() else None,
+            "tokenizer_json_sha256": file_sha256(tokenizer_json) if tokenizer_json.is_file() else None,
             "vocab_size": vocab_size,
             "dtype": encoder.dtype,
             "documents": documents,
@@ -169,8 +168,3 @@ def _indexed_dataset() -> Any:
 
 def _cpu_count() -> int:
     return len(os.sched_getaffinity(0))
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

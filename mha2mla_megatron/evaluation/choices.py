@@ -15,7 +15,6 @@ Shape letters: n sequences, b of them in a batch, T tokens of the longest, V voc
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import re
 from collections.abc import Callable, Sequence
@@ -35,7 +34,7 @@ from mha2mla_megatron.evaluation.means import mean
 from mha2mla_megatron.evaluation.perplexity import DTYPES
 from mha2mla_megatron.evaluation.rows import read_rows, require_field, require_text
 from mha2mla_megatron.evaluation.table import format_table
-from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import to_dict
 
@@ -134,7 +133,7 @@ def evaluate_choices(models: Sequence[str], file: Path, settings: ChoicesSetting
         for output in scratch:
             report = {
                 "file": str(file),
-                "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+                "file_sha256": file_sha256(file),
                 "task": task,
                 "rows": len(questions),
                 "settings": to_dict(settings),

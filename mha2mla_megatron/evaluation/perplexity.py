@@ -40,6 +40,16 @@ from mha2mla_megatron.settings import to_dict
 DTYPES = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def check_windows(window: int, max_windows: int | None, batch_size: int, dtype: str, device: str) -> None:
+    """Refuse bad values of the settings of every tool that runs models over windows of a text."""
+    require_at_least("window", window, 2)
+    if max_windows is not None:
+        require_at_least("max_windows", max_windows, 1)
+    require_at_least("batch_size", batch_size, 1)
+    require_one_of("dtype", dtype, tuple(DTYPES))
+    pick_device(device)
+
+
 @dataclass(frozen=True)
 class PerplexitySettings:
     """Settings of tools/evaluate_perplexity.py."""
@@ -77,18 +87,10 @@ class PerplexitySettings:
     """A JSON file for the results, replaced if it exists."""
 
     def __post_init__(self) -> None:
-        for key, value, minimum in (
-            ("window", self.window, 2),
-            ("max_windows", self.max_windows, 1),
-            ("batch_size", self.batch_size, 1),
-            ("cache_chunk", self.cache_chunk, 1),
-        ):
-            if value is not None:
-                require_at_least(key, value, minimum)
-        require_one_of("dtype", self.dtype, tuple(DTYPES))
+        check_windows(self.window, self.max_windows, self.batch_size, self.dtype, self.device)
+        require_at_least("cache_chunk", self.cache_chunk, 1)
         if self.cache is not None:
             require_one_of("cache", self.cache, KINDS)
-        pick_device(self.device)
 
 
 @dataclass(frozen=True)

@@ -235,11 +235,6 @@ def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.dev
     return device
 
 
-def initialize_single_process() -> None:
-    """A world of one, enough for `dist_checkpointing`; nothing where torch.distributed already runs."""
-    _join_world()
-
-
 def shut_down_parallel() -> None:
     """Give the groups and the world back; nothing where there are none."""
     from megatron.core import parallel_state

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mha2mla_megatron.architecture import Architecture
@@ -132,6 +133,20 @@ def build_model(
         )
     model.rotary_pos_emb.inv_freq = frequencies
     return model
+
+
+def build_on_device(
+    architecture: Architecture,
+    config: TransformerConfig,
+    implementation: str,
+    device: torch.device,
+    vp_stage: int | None = None,
+) -> MegatronModule:
+    """`build_model` of a run's settings (implementation: local, transformer_engine or auto), in Megatron's wrapper for
+    16-bit weights where the config says bf16."""
+    chosen: Any = None if implementation == "auto" else implementation
+    model = build_model(architecture, config, chosen, vp_stage).to(device)
+    return Float16Module(config, model) if config.bf16 else model
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:

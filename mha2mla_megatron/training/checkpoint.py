@@ -167,20 +167,6 @@ def begin_save(
     return PendingStep(root, iteration, layout, keep_last, request, failed, thread)
 
 
-def save_run(
-    root: Path,
-    iteration: int,
-    model: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-    run: dict[str, Any],
-    layout: dict[str, int],
-    keep_last: int | None,
-) -> None:
-    """`begin_save`, and wait until the step is complete."""
-    begin_save(root, iteration, model, optimizer, schedule, run, layout, keep_last, in_background=False).finish()
-
-
 def resume_run(
     root: Path,
     architecture: Architecture,

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.utils import unwrap_model
 
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.parallel import check_layout, launched_world_size
-from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings, check_samples
 from mha2mla_megatron.training.vocab_parallel_kl import vocab_parallel_kl
@@ -27,10 +26,8 @@ class Distillation:
         self, architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.settings: DistillationSettings = settings.distillation
-        implementation = None if settings.implementation == "auto" else settings.implementation
         config = transformer_config(architecture, settings.parallel, dtype)
-        model: MegatronModule = build_model(architecture, config, implementation).to(device)  # type: ignore[arg-type]
-        self.model = Float16Module(config, model) if dtype == torch.bfloat16 else model
+        self.model = build_on_device(architecture, config, settings.implementation, device)
         self.model.requires_grad_(False).eval()
 
     def predict(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

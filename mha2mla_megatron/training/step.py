@@ -14,11 +14,10 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
 
@@ -49,7 +48,6 @@ def build_training_model(
 
     There is one chunk, or several with virtual pipeline stages.
     """
-    implementation = None if settings.implementation == "auto" else settings.implementation
     config = transformer_config(
         architecture,
         settings.parallel,
@@ -70,9 +68,7 @@ def build_training_model(
     chunks = []
     for index in range(count):
         stage = index if count > 1 else None
-        model: MegatronModule = build_model(architecture, config, implementation, stage).to(device)  # type: ignore[arg-type]
-        if dtype == torch.bfloat16:
-            model = Float16Module(config, model)
+        model = build_on_device(architecture, config, settings.implementation, device, stage)
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
 

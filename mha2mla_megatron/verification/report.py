@@ -18,9 +18,9 @@ from mha2mla_megatron.checkpoint.convert_hf_megatron import ToHFSettings, megatr
 from mha2mla_megatron.checkpoint.either import MegatronTensors, ModelTensors, model_tensors
 from mha2mla_megatron.checkpoint.inspect import describe_conversion
 from mha2mla_megatron.data.documents import read_text
-from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.agreement import Agreement, agreement
-from mha2mla_megatron.evaluation.perplexity import DTYPES, PerplexitySettings, check_config, cut_windows
+from mha2mla_megatron.evaluation.perplexity import DTYPES, PerplexitySettings, check_config, check_windows, cut_windows
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.verification.weights import Check, WeightChecks, same_form
 
@@ -62,15 +62,7 @@ class VerifySettings:
     """A JSON file for the report, replaced if it exists."""
 
     def __post_init__(self) -> None:
-        for key, value, minimum in (
-            ("window", self.window, 2),
-            ("max_windows", self.max_windows, 1),
-            ("batch_size", self.batch_size, 1),
-        ):
-            if value is not None:
-                require_at_least(key, value, minimum)
-        require_one_of("dtype", self.dtype, tuple(DTYPES))
-        pick_device(self.device)
+        check_windows(self.window, self.max_windows, self.batch_size, self.dtype, self.device)
         if self.text is None and (self.max_kl is not None or self.min_top1 is not None):
             raise UserError("max_kl and min_top1 are about logits: give text=FILE too")
 

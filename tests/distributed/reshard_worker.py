@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from mha2mla_megatron.architecture import parse_architecture
 from mha2mla_megatron.model.provider import sharded_weights
-from mha2mla_megatron.training.checkpoint import METADATA, prepare_root, resume_run, save_run
+from mha2mla_megatron.training.checkpoint import METADATA, begin_save, prepare_root, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.step import gather_weights, train_step
 from tests.distributed.layout_worker import Piece, build, fill, micro_batches
@@ -37,7 +37,8 @@ def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSett
     state = _state(chunks, optimizer)
     prepare_root(folder / name)
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    save_run(folder / name, SAVED, _model(chunks), optimizer, schedule, {"step": SAVED}, layout, None)
+    run = {"step": SAVED}
+    begin_save(folder / name, SAVED, _model(chunks), optimizer, schedule, run, layout, None, False).finish()
     after = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
     _write({"losses": before + after, "state": state}, folder / name)
 
