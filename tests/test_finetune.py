@@ -289,6 +289,12 @@ BAD_WORDS: dict[str, tuple[list[str], list[str]]] = {
     "type": (["steps=many"], ["steps", "many"]),
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
     "engine": (["implementation=transformer_engine"], ["transformer_engine", "GPU"]),
+    "graph": (["cuda_graph=true"], ["cuda_graph", "GPU", "cpu", "false"]),
+    "graph and gather": (["cuda_graph=true", "parallel.overlap_param_gather=true"], ["overlap_param_gather", "false"]),
+    "graph of a pipeline": (
+        ["cuda_graph=true", "parallel.pipeline_model_parallel_size=2"],
+        ["pipeline_model_parallel_size", "2", "valid: 1"],
+    ),
 }
 
 

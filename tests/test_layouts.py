@@ -35,15 +35,20 @@ MODELS = {
 
 BATCH, LENGTH, LIMIT = 4, 16, 1e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
-    1: [dict(micro=BATCH), dict(), dict(micro=2, recompute="full")],
+    1: [
+        dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),
+        dict(fused=True, recompute="full", only="split"),
+    ],
     2: [
         dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
+        dict(tp=2, fused=True, only="joint"), dict(tp=2, sp=True, fused=True, only="split"),
         dict(pp=2), dict(pp=2, stages="Et*5|t*3L"), dict(pp=2, vpp=2),
         dict(pp=2, vpp=4, recompute="full", only="original"),
         dict(cp=2), dict(cp=2, recompute="selective", only="joint"),
         dict(), dict(reduce=False, only="split"), dict(gather=True), dict(micro=2, gather=True, only="joint"),
     ],
     4: [
+        dict(tp=2, sp=True, gather=True, fused=True, only="joint"), dict(tp=2, cp=2, fused=True, only="split"),
         dict(tp=4, sp=True, only="original"), dict(tp=4, only="split"), dict(cp=4, only="joint"),
         dict(pp=4, vpp=2, only="split"), dict(pp=4, stages="E|t*5|t*3|L", only="joint"),
         dict(tp=2, pp=2, sp=True, only="joint"), dict(tp=2, cp=2, sp=True, only="original"),
@@ -59,7 +64,8 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
 }  # fmt: skip
 """Processes -> layouts; the processes that a layout leaves over are data parallel.
 
-micro: samples a micro batch, else 1. only: the one model that it is run with, else all.
+micro: samples a micro batch, else 1. fused: the converted attention's fused path, its kernel interpreted.
+only: the one model that it is run with, else all.
 """
 
 REFERENCE = 1, WORLDS[1][0]
@@ -88,6 +94,7 @@ def settings_of(layout: dict[str, Any]) -> FinetuneSettings:
         micro_batch_size=layout.get("micro", 1),
         global_batch_size=BATCH,
         recompute=layout.get("recompute", "none"),
+        implementation="local_fused" if layout.get("fused") else "local",
         data=DataSettings(sequence_length=LENGTH),
         # Adam divides a gradient by its own size; with an epsilon far above the noise of float32 sums, noise stays so.
         optimizer=OptimizerSettings(lr=1e-3, warmup_steps=0, decay_steps=1, adam_eps=1e-4),

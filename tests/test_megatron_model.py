@@ -9,10 +9,10 @@ import torch
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import (
     build_model,
-    default_implementation,
     inverse_frequencies,
     sharded_weights,
     transformer_config,
@@ -187,7 +187,7 @@ def test_checkpoint_names_do_not_depend_on_where_the_norms_are() -> None:
 
 def test_missing_transformer_engine_is_named() -> None:
     architecture = parse_architecture(original_config(), "test")
-    assert default_implementation() == "local"
+    assert choose_implementation("auto") == "local"
     with pytest.raises(UserError, match="transformer_engine needs a GPU and the package"):
         build_model(
             architecture, transformer_config(architecture, ParallelConfig(), torch.float32), "transformer_engine"

@@ -35,7 +35,10 @@ class ForwardPass:
     """none, selective, full, as in FinetuneSettings."""
 
     transformer_engine: bool
-    """Flash attention, rotation and loss in one kernel each (a converted layer rotates with several)."""
+    """Flash attention, rotation and loss in one kernel each."""
+
+    fused_projections: bool
+    """A converted layer's rotation in one kernel too, which takes angles and keeps no tables."""
 
     fused: bool
     """RMSNorm and SwiGLU in one kernel each, as on a GPU; on a CPU each of their steps keeps its own result."""
@@ -118,6 +121,8 @@ class ForwardPass:
         """Cosines and sines for queries and keys, the same for all samples: one for all heads, or one a head."""
         heads, groups = self._heads
         if self.architecture.mla is not None:
+            if self.fused_projections:
+                return 0
             width = (heads + groups) * self.architecture.layout(layer).qk_rope_head_dim
         else:
             width = 0 if self.transformer_engine else 2 * self.architecture.head_dim

@@ -77,8 +77,8 @@ class PlanSettings(FinetuneSettings):
                 raise UserError(f"parallel.{key}: {getattr(self.parallel, key)} is not planned for yet; valid: {plain}")
         if self.distillation.teacher is not None:
             raise UserError("distillation.teacher: a teacher's memory is not planned for yet; valid: null")
-        if self.device == "cpu" and self.implementation == "transformer_engine":
-            raise UserError("implementation: transformer_engine needs device=cuda; valid with device=cpu: local")
+        if self.device == "cpu" and self.implementation not in ("auto", "local"):
+            raise UserError(f"implementation: {self.implementation} needs device=cuda; valid with device=cpu: local")
 
     @property
     def planned_dtype(self) -> str:
@@ -87,7 +87,7 @@ class PlanSettings(FinetuneSettings):
 
     @property
     def planned_implementation(self) -> str:
-        """local or transformer_engine."""
+        """One of `IMPLEMENTATIONS`."""
         automatic = "transformer_engine" if self.device == "cuda" else "local"
         return automatic if self.implementation == "auto" else self.implementation
 

@@ -10,6 +10,7 @@ from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
 from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.shards import count, stage_layers, stage_parameters
 from mha2mla_megatron.layout_plan.traffic import step_traffic
+from mha2mla_megatron.model.implementation import fuses_projections, uses_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def plan_stages(architecture: Architecture, settings: PlanSettings) -> list[Stag
         2 if half else FLOAT32,
         settings.recompute,
         # Its fused attention is for 16-bit types.
-        transformer_engine=half and settings.planned_implementation == "transformer_engine",
+        transformer_engine=half and uses_transformer_engine(settings.planned_implementation),
+        fused_projections=fuses_projections(settings.planned_implementation, architecture.qk_norm),
         fused=settings.device == "cuda",
     )
     found = []

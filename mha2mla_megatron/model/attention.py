@@ -102,16 +102,18 @@ class MHA2MLASelfAttention(Attention):
                 columns, rows, bias=bias, gather_output=False, tp_group=self.tp_group, **shared
             )
 
-        self.linear_q = column("q_proj")
-        self.linear_k_rope = column("k_rope_proj")
+        # Megatron's buffers hold parameters in the reverse of this order, so that there those that read the input
+        # follow one another as `latent_qkv` wants them: q, k_rope, k_nope, v.
+        self.linear_k_up = column("k_up_proj")
+        self.linear_v_up = column("v_up_proj")
         self.linear_kv_down: Any = None
         if "kv_down_proj" in shapes:
             rows, columns = shapes["kv_down_proj"]
             self.linear_kv_down = submodules.replicated_linear(columns, rows, bias=False, **shared)
-        self.linear_k_up = column("k_up_proj")
-        self.linear_k_nope = column("k_nope_proj")
-        self.linear_v_up = column("v_up_proj")
         self.linear_v = column("v_proj")
+        self.linear_k_nope = column("k_nope_proj")
+        self.linear_k_rope = column("k_rope_proj")
+        self.linear_q = column("q_proj")
         if layout.qk_rope_head_dim > 0:
             pairs = torch.arange(layout.qk_rope_head_dim // 2, device=self.linear_q.weight.device)
             self.register_buffer("rope_pairs", pairs.repeat(layout.num_key_value_heads, 1))

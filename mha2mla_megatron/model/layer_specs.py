@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
@@ -31,8 +30,8 @@ from megatron.core.transformer.transformer_layer import (
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention, MHA2MLASelfAttentionSubmodules
 from mha2mla_megatron.model.context_attention import GatheredAttention
-
-Implementation = Literal["local", "transformer_engine"]
+from mha2mla_megatron.model.implementation import Implementation, fuses_projections, uses_transformer_engine
+from mha2mla_megatron.model.plain_layers import ReplicatedLinear, RMSNorm
 
 
 def layer_specs(
@@ -42,10 +41,11 @@ def layer_specs(
 
     A converted model has one spec a layer, since r and c may differ from layer to layer.
     """
-    if implementation == "local":
+    replicated_linear: Callable[..., Any]
+    if not uses_transformer_engine(implementation):
         norm: Callable[..., Any] = RMSNorm
         backend: Any = LocalSpecProvider()
-        replicated_linear: Callable[..., Any] = ReplicatedLinear
+        replicated_linear = ReplicatedLinear
         layer = dataclasses.replace(
             get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=norm, pre_mlp_layernorm=norm
         )
@@ -65,13 +65,24 @@ def layer_specs(
     if architecture.mla is None:
         layers = [original_layer(architecture, layer, core_attention, linear_proj, norm)] * len(stage)
     else:
+        column_parallel_linear = backend.column_parallel_linear()
+        attention: type[MHA2MLASelfAttention] = MHA2MLASelfAttention
+        if fuses_projections(implementation, architecture.qk_norm):
+            from mha2mla_megatron.model.fused_attention import (
+                ColumnWeights,
+                FusedMHA2MLASelfAttention,
+                ReplicatedWeights,
+            )
+
+            attention = FusedMHA2MLASelfAttention
+            column_parallel_linear, replicated_linear = ColumnWeights, ReplicatedWeights
         parts = MHA2MLASelfAttentionSubmodules(
-            column_parallel_linear=backend.column_parallel_linear(),
+            column_parallel_linear=column_parallel_linear,
             replicated_linear=replicated_linear,
             core_attention=core_attention,
             linear_proj=linear_proj,
         )
-        layers = [converted_layer(architecture, index, layer, parts, norm) for index in stage]
+        layers = [converted_layer(architecture, index, layer, attention, parts, norm) for index in stage]
     specs = [ModuleSpec(module=TransformerLayer, submodules=submodules) for submodules in layers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
@@ -101,13 +112,14 @@ def converted_layer(
     architecture: Architecture,
     index: int,
     layer: TransformerLayerSubmodules,
+    attention: type[MHA2MLASelfAttention],
     parts: MHA2MLASelfAttentionSubmodules,
     norm: Callable[..., Any],
 ) -> TransformerLayerSubmodules:
     """Upstream's layer with our attention; `index` counts the model's layers from 0."""
     names = {k: v for k, v in layer.sharded_state_dict_keys_map.items() if k != "input_layernorm."}
-    attention = ModuleSpec(
-        module=MHA2MLASelfAttention,
+    spec = ModuleSpec(
+        module=attention,
         params={
             "attn_mask_type": AttnMaskType.causal,
             "layout": architecture.layout(index),
@@ -116,7 +128,7 @@ def converted_layer(
         },
         submodules=parts,
     )
-    return dataclasses.replace(layer, self_attention=attention, input_layernorm=norm, sharded_state_dict_keys_map=names)
+    return dataclasses.replace(layer, self_attention=spec, input_layernorm=norm, sharded_state_dict_keys_map=names)
 
 
 def with_bias(build: Callable[..., Any], bias: bool) -> Callable[..., Any]:
@@ -126,47 +138,3 @@ def with_bias(build: Callable[..., Any], bias: bool) -> Callable[..., Any]:
         return build(*args, **{**kwargs, "bias": bias})
 
     return built
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """Upstream's own wrapper of torch's norm refuses sequence parallelism; this one marks its weight for it."""
-
-    def __init__(self, *, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, device=_device(config), dtype=config.params_dtype)
-        _mark_replicated(self.weight, config)
-
-
-class ReplicatedLinear(torch.nn.Module):
-    """A linear layer without bias that every tensor-parallel process holds whole: [..., in] to ([..., out], None)."""
-
-    def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        *,
-        config: TransformerConfig,
-        init_method: Callable[[torch.Tensor], Any],
-        bias: bool,
-        skip_bias_add: bool,
-        is_expert: bool,
-    ) -> None:
-        super().__init__()
-        assert not bias and not skip_bias_add and not is_expert
-        weight = torch.empty(output_size, input_size, device=_device(config), dtype=config.params_dtype)
-        self.weight = torch.nn.Parameter(weight)
-        if config.perform_initialization:
-            with torch.no_grad():
-                init_method(self.weight)
-        _mark_replicated(self.weight, config)
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.nn.functional.linear(x, self.weight), None
-
-
-def _mark_replicated(weight: torch.Tensor, config: TransformerConfig) -> None:
-    # Under sequence parallelism each process sees a part of the tokens; Megatron sums the gradients of marked weights.
-    weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def _device(config: TransformerConfig) -> torch.device | int | str:
-    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()

@@ -231,7 +231,8 @@ def initialize_parallel(parallel: ParallelConfig, seed: int = 1234) -> torch.dev
     # As in Megatron's own training: the stages of a pipeline must not draw the same weights.
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+    # States that a CUDA graph may hold, and that are switched without a copy.
+    model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=device.type == "cuda")
     return device
 
 

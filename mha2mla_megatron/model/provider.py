@@ -16,7 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
-from mha2mla_megatron.model.layer_specs import Implementation, layer_specs
+from mha2mla_megatron.model.implementation import choose_implementation
+from mha2mla_megatron.model.layer_specs import layer_specs
 from mha2mla_megatron.model.parallel import ParallelConfig
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -24,11 +25,6 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 NOT_FOR_CONVERTED = ("apply_rope_fusion", "fused_single_qkv_rope", "flash_decode", "tp_comm_overlap")
 """TransformerConfig switches for kernels that take one rotary table for all heads, or one fused qkv projection."""
-
-
-def default_implementation() -> Implementation:
-    """transformer_engine where it is installed and has a GPU, else local."""
-    return "transformer_engine" if has_transformer_engine() else "local"
 
 
 def transformer_config(
@@ -102,7 +98,7 @@ def transformer_config(
 def build_model(
     architecture: Architecture,
     config: TransformerConfig,
-    implementation: Implementation | None = None,
+    implementation: str = "auto",
     vp_stage: int | None = None,
 ) -> GPTModel:
     """This process's part of the model, with random weights and on its device.
@@ -113,16 +109,12 @@ def build_model(
 
     Raises UserError for a rope scaling that cannot be reproduced exactly, and for an implementation that is not here.
     """
-    implementation = implementation or default_implementation()
-    if implementation == "transformer_engine" and not has_transformer_engine():
-        raise UserError(
-            "implementation: transformer_engine needs a GPU and the package transformer-engine; valid here: local"
-        )
+    chosen = choose_implementation(implementation)
     frequencies = inverse_frequencies(architecture)
     with _no_deprecation_notice():
         model = GPTModel(
             config,
-            layer_specs(architecture, config, implementation, vp_stage),  # type: ignore[arg-type]
+            layer_specs(architecture, config, chosen, vp_stage),  # type: ignore[arg-type]
             vocab_size=architecture.vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -142,10 +134,8 @@ def build_on_device(
     device: torch.device,
     vp_stage: int | None = None,
 ) -> MegatronModule:
-    """`build_model` of a run's settings (implementation: local, transformer_engine or auto), in Megatron's wrapper for
-    16-bit weights where the config says bf16."""
-    chosen: Any = None if implementation == "auto" else implementation
-    model = build_model(architecture, config, chosen, vp_stage).to(device)
+    """`build_model` of a run's settings, in Megatron's wrapper for 16-bit weights where the config says bf16."""
+    model = build_model(architecture, config, implementation, vp_stage).to(device)
     return Float16Module(config, model) if config.bf16 else model
 
 

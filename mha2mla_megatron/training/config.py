@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
 from mha2mla_megatron.model.parallel import ParallelConfig, check_batches
 
 if TYPE_CHECKING:
@@ -144,7 +145,14 @@ class FinetuneSettings:
     """float32, or bfloat16 with float32 master weights and gradients; auto: bfloat16 on a GPU, float32 on a CPU."""
 
     implementation: str = "auto"
-    """local (plain torch), transformer_engine, or auto (the latter where a GPU and the package are there)."""
+    """What layers are built from: local (plain torch), transformer_engine, or auto (the latter where a GPU and the
+    package are there). With transformer_engine, projections, rotation and their gradients of a converted model's
+    attention are our fused path; transformer_engine_unfused takes one module after another, and local_fused is the
+    fused path without Transformer Engine."""
+
+    cuda_graph: bool = False
+    """Start all kernels of the forward and backward passes of a step at once, from the fourth step on; for models so
+    small that a GPU waits for its host."""
 
     recompute: str = "none"
     """Activations recomputed in the backward pass: none, selective (core attention), full (every layer)."""
@@ -186,10 +194,12 @@ class FinetuneSettings:
         for key, valid in (
             ("on_nan", ("stop", "skip")),
             ("dtype", ("auto", "float32", "bfloat16")),
-            ("implementation", ("auto", "local", "transformer_engine")),
+            ("implementation", ("auto", *IMPLEMENTATIONS)),
             ("recompute", ("none", "selective", "full")),
         ):
             require_one_of(key, getattr(self, key), valid)
+        if self.cuda_graph:
+            self._check_cuda_graph()
         warmup, decay = self.warmup_steps, self.decay_steps
         if warmup + decay > self.steps or warmup < 0 or decay < 1:
             raise UserError(
@@ -199,6 +209,17 @@ class FinetuneSettings:
             raise UserError(
                 f"distillation.teacher: not possible with parallel.pipeline_model_parallel_size {pp}; valid: 1"
             )
+
+    def _check_cuda_graph(self) -> None:
+        """What changes from step to step on the host cannot be in a graph; pipelines and teachers are not tried yet."""
+        for key, found, valid in (
+            ("parallel.pipeline_model_parallel_size", self.parallel.pipeline_model_parallel_size, 1),
+            ("parallel.overlap_param_gather", self.parallel.overlap_param_gather, False),
+            ("distillation.teacher", self.distillation.teacher, None),
+        ):
+            if found != valid:
+                shown = {None: "null", False: "false"}.get(valid, valid)
+                raise UserError(f"{key}: {found} is not possible with cuda_graph; valid: {shown}")
 
     @property
     def warmup_steps(self) -> int:

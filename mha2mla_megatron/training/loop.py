@@ -25,6 +25,7 @@ from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
+from mha2mla_megatron.training.step_graph import StepGraph, graph_of
 from mha2mla_megatron.training.together import on_first_rank
 from mha2mla_megatron.training.validation import Validation
 
@@ -47,6 +48,7 @@ def finetune(settings: FinetuneSettings) -> None:
     teacher = None if settings.distillation.teacher is None else check_teacher(settings, architecture)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
+    graph = graph_of(settings, device)
     chunks = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer(chunks, settings, dtype)
     distillation = None if teacher is None else load_teacher(*teacher, settings, dtype, device)
@@ -72,7 +74,7 @@ def finetune(settings: FinetuneSettings) -> None:
     validation = _validation(settings, eod, architecture, root, device)
     # A run saved by an earlier version has no counts of skipped steps.
     guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
-    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device, distillation, validation)
+    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device, distillation, validation, graph)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -147,6 +149,7 @@ def _train(
     device: torch.device,
     distillation: Distillation | None,
     validation: Validation | None,
+    graph: StepGraph | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
@@ -158,7 +161,7 @@ def _train(
     try:
         while step < settings.steps:
             lr = optimizer.param_groups[0]["lr"]
-            result = train_step(chunks, optimizer, batches, settings, device, distillation)
+            result = train_step(chunks, optimizer, batches, settings, device, distillation, graph)
             try:
                 guard.check(step + 1, result)
             except UserError:  # every rank has it: a step that is still being written is a good one

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import tee
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import parallel_state
@@ -20,6 +20,9 @@ from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
+
+if TYPE_CHECKING:
+    from mha2mla_megatron.training.step_graph import StepGraph
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 """What a step reads of each micro batch, [b, s] all of them."""
@@ -54,6 +57,8 @@ def build_training_model(
         dtype,
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
+        # Says to Transformer Engine's loss that it must not look at its numbers.
+        cuda_graph_impl="full_iteration" if settings.cuda_graph else "none",
         **_recompute(settings.recompute),
     )
     parallel, count = settings.parallel, settings.parallel.virtual_pipeline_model_parallel_size
@@ -71,6 +76,7 @@ def build_training_model(
         model = build_on_device(architecture, config, settings.implementation, device, stage)
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
+        _accumulate_in_place(chunks[-1])
 
     def hooks(name: str) -> Any:
         return [getattr(chunk, name) for chunk in chunks] if count > 1 else getattr(chunks[0], name)
@@ -83,6 +89,17 @@ def build_training_model(
     if parallel.overlap_param_gather and count > 1:
         config.param_sync_func = hooks("start_param_sync")
     return chunks
+
+
+def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
+    """Let Transformer Engine's layers add weight gradients to Megatron's float32 buffers as they compute them.
+
+    The setting for it, `gradient_accumulation_fusion`, is for all layers, of which Megatron-core's own need apex.
+    """
+    module: Any
+    for module in chunk.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -99,13 +116,17 @@ def train_step(
     settings: FinetuneSettings,
     device: torch.device,
     distillation: Distillation | None = None,
+    graph: StepGraph | None = None,
 ) -> StepResult:
     """Forward, backward and, where loss and gradients are finite, update over one global batch."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     count = settings.global_batch_size // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size())
-    losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
+    if graph is None:
+        losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
+    else:
+        losses = graph.run(chunks, batches, count, settings, device)
     parts, tokens = mean_values(losses, device)
     loss = parts.pop("loss")
     bad: tuple[int, ...] = ()

@@ -6,6 +6,7 @@ final weights that it holds, with their places in the whole tensors.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 
 def run(name: str, config: dict[str, Any], weights: Path, settings: FinetuneSettings) -> None:
     """Train config.json's model from a file of whole tensors; the results go beside it."""
+    if settings.implementation == "local_fused":
+        os.environ["TRITON_INTERPRET"] = "1"  # read as the kernel is imported
     result = train(parse_architecture(config, name), weights, settings)
     torch.save(result, weights.parent / f"{name}.{torch.distributed.get_rank()}.pt")
 

@@ -1,10 +1,12 @@
-"""Parity and speed of the training step on one GPU: original and converted, local and Transformer Engine.
+"""Parity and speed of the training step on one GPU: original and converted, every implementation, and transformers.
 
     python tools/benchmarks/train_step.py [shapes=[135M,1.7B]] [key=value ...]
 
-Models are random with a real model's shapes. First the logits: transformers, the local spec and the Transformer Engine
-spec in bf16, each against transformers in float32; what transformers itself loses in bf16 is the noise floor. Then
-tokens per second of a whole step (forward, backward, gradient clipping, AdamW with float32 master weights).
+Models are random with a real model's shapes. First the logits: transformers and each implementation in bf16, against
+transformers in float32; what transformers itself loses in bf16 is the noise floor. Then whole steps (forward, backward,
+gradient clipping, AdamW with float32 master weights), each model and implementation in turn, round after round. A peer
+is the step that research code takes of the same model: transformers, all in bf16, torch's fused AdamW, without master
+weights, as it is or compiled.
 """
 
 from __future__ import annotations
@@ -12,24 +14,27 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.convert_hf_megatron import ToMegatronSettings, hf_to_megatron
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.cli import split_words
-from mha2mla_megatron.config import LowRankConfig, PartialRopeConfig
 from mha2mla_megatron.convert import ConvertSettings, convert_model
-from mha2mla_megatron.errors import UserError, run_tool
+from mha2mla_megatron.errors import require_one_of, run_tool
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
+from mha2mla_megatron.model.implementation import IMPLEMENTATIONS, choose_implementation
 from mha2mla_megatron.model.parallel import initialize_parallel
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.settings import load_settings
@@ -37,86 +42,85 @@ from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
+from mha2mla_megatron.training.step_graph import WARMUP, graph_of
+
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes import CONVERSIONS, MODELS, SHAPES, Shape, conversion, make_architecture, original_config, step_flops
 
 USAGE = "train_step.py [key=value ...]"
 NOISE_FACTOR = 1.5
 """A bf16 implementation may lose this much more than transformers' own bf16 does: sums run in another order."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's shape and the batch that fills the GPU with it."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    groups: int
-    d_kv: int
-    sequence_length: int
-    micro_batch_size: int
-
-
-SHAPES = {
-    "tiny": Shape(128, 256, 2, 4, 2, 32, 64, 2),
-    "135M": Shape(576, 1536, 30, 9, 3, 32, 2048, 16),
-    "1.7B": Shape(2048, 8192, 24, 32, 32, 32, 2048, 8),
-}
-"""d_kv and r = d/8 save 68.75 % of the cache (d = 64)."""
+OURS = tuple(word + graph for word in ("auto", *IMPLEMENTATIONS) for graph in ("", "+graph"))
+PEERS = ("transformers", "transformers_compiled")
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
     shapes: list[str] = field(default_factory=lambda: ["135M", "1.7B"])
-    """Which shapes are timed: tiny, 135M, 1.7B."""
+    """Which shapes are timed: tiny, 135M, 360M, 1.7B, 7B/8."""
 
-    parity_shape: str = "135M"
-    """Whose logits are compared."""
+    models: list[str] = field(default_factory=lambda: ["original", "mla-68.75"])
+    """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75."""
+
+    implementations: list[str] = field(default_factory=lambda: ["auto"])
+    """Which are timed: those of `implementation` in tools/finetune.py, with +graph for cuda_graph=true, and the peers
+    transformers and transformers_compiled."""
+
+    parity_shape: str | None = "135M"
+    """Whose logits are compared; null: none."""
 
     steps: int = 9
     """Timed steps of each round."""
 
     rounds: int = 2
-    """Times that original and converted take turns."""
+    """Times that models and implementations take turns."""
 
-    implementations: list[str] = field(default_factory=lambda: ["transformer_engine"])
-    """Which are timed: transformer_engine, local."""
+    profile: int = 0
+    """Kernels to list of one more step, those that take longest. 0: no profile."""
 
     output: str | None = None
     """A JSON file for the numbers."""
 
+    def __post_init__(self) -> None:
+        for key, valid in (
+            ("shapes", tuple(SHAPES)),
+            ("models", MODELS),
+            ("implementations", (*OURS, *PEERS)),
+        ):
+            for word in getattr(self, key):
+                require_one_of(key, word, valid)
+        if self.parity_shape is not None:
+            require_one_of("parity_shape", self.parity_shape, tuple(SHAPES))
 
-def make_folder(folder: Path, shape: Shape, converted: bool, dtype: torch.dtype) -> Path:
-    """A random model of this shape as a Hugging Face folder, converted (uniform, joint) or not."""
+
+def make_folder(folder: Path, shape: Shape, model: str, dtype: torch.dtype) -> Path:
+    """A random model as a Hugging Face folder."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152, hidden_size=shape.hidden, intermediate_size=shape.intermediate, max_position_embeddings=2048,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-        tie_word_embeddings=True, initializer_range=0.04,
-    )  # fmt: skip
+    config = LlamaConfig(**original_config(shape), initializer_range=0.04)
     config.dtype = dtype
     original = folder / "original"
     if not original.exists():
         LlamaForCausalLM(config).to(dtype).save_pretrained(original)
-    if not converted:
+    if model == "original":
         return original
-    mla = folder / "mla"
-    head_dim = shape.hidden // shape.heads
-    settings = ConvertSettings(
-        PartialRopeConfig(qk_rope_head_dim=head_dim // 8), LowRankConfig(d_kv=shape.d_kv), overwrite=True
+    wanted = conversion(shape, model)
+    convert_model(
+        original,
+        folder / model,
+        ConvertSettings(partial_rope=wanted.partial_rope, low_rank=wanted.low_rank, overwrite=True),
     )
-    convert_model(original, mla, settings)
-    return mla
+    return folder / model
 
 
 def parity(shape: Shape, implementations: list[str], device: torch.device) -> list[dict]:
     """Relative errors of the logits against transformers in float32, for the original and the converted model."""
     rows = []
-    tokens = torch.randint(0, 49152, (2, 512), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(0, shape.vocabulary, (2, 512), generator=torch.Generator().manual_seed(1)).to(device)
     positions = torch.arange(512, device=device).expand(2, -1)
-    for converted in (False, True):
+    for kind in ("original", "mla-68.75"):
         with tempfile.TemporaryDirectory() as scratch:
-            folder = make_folder(Path(scratch), shape, converted, torch.bfloat16)
+            folder = make_folder(Path(scratch), shape, kind, torch.bfloat16)
             exact = _hf_logits(folder, torch.float32, tokens, device)
             errors = {"transformers bf16": _error(_hf_logits(folder, torch.bfloat16, tokens, device), exact)}
             hf_to_megatron(folder, Path(scratch) / "megatron", ToMegatronSettings())
@@ -124,7 +128,7 @@ def parity(shape: Shape, implementations: list[str], device: torch.device) -> li
             architecture = read_architecture(folder)
             for implementation in implementations:
                 for dtype in (torch.float32, torch.bfloat16):
-                    if dtype == torch.float32 and implementation != "local":
+                    if dtype == torch.float32 and not implementation.startswith("local"):
                         continue  # fused attention kernels are for 16-bit types
                     config = transformer_config(architecture, FinetuneSettings().parallel, dtype)
                     model = build_model(architecture, config, implementation).to(device).eval()
@@ -133,9 +137,7 @@ def parity(shape: Shape, implementations: list[str], device: torch.device) -> li
                         logits = model(tokens, positions, None)
                     errors[f"{implementation} {'bf16' if dtype == torch.bfloat16 else 'fp32'}"] = _error(logits, exact)
                     del model
-        rows += [
-            {"model": "converted" if converted else "original", "logits of": k, "error": v} for k, v in errors.items()
-        ]
+        rows += [{"model": kind, "logits of": name, "error": error} for name, error in errors.items()]
         floor = errors["transformers bf16"]
         for name, error in errors.items():
             limit = 1e-5 if name.endswith("fp32") else NOISE_FACTOR * floor
@@ -155,38 +157,68 @@ def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return ((logits.float() - exact).norm() / exact.norm()).item()
 
 
-def timed_steps(folder: Path, shape: Shape, implementation: str, steps: int, device: torch.device) -> dict:
-    """Milliseconds of each of `steps` training steps after three untimed ones, and the memory they took."""
-    settings = FinetuneSettings(
-        steps=100,
+def training_step(
+    architecture: Architecture, shape: Shape, implementation: str, device: torch.device, **settings: Any
+) -> Callable[[], Any]:
+    """A function that takes one training step of a random model. settings: others of FinetuneSettings."""
+    run = FinetuneSettings(
+        steps=10_000,
         micro_batch_size=shape.micro_batch_size,
         global_batch_size=shape.micro_batch_size,
         implementation=implementation,
         data=DataSettings(sequence_length=shape.sequence_length),
+        **settings,
     )
-    gc.collect()  # the model timed before this one: its wrappers refer to each other
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chunks = build_training_model(read_architecture(folder), settings, dtype, device)
-    optimizer, schedule = build_optimizer(chunks, settings, dtype)
+    graph = graph_of(run, device)
+    chunks = build_training_model(architecture, run, dtype, device)
+    optimizer, schedule = build_optimizer(chunks, run, dtype)
     schedule.step(0)
     batches = random_batches(shape, device)
-    times = []
-    for i in range(3 + steps):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        train_step(chunks, optimizer, batches, settings, device)
+
+    def step() -> None:
+        train_step(chunks, optimizer, batches, run, device, None, graph)
         schedule.step(1)
-        torch.cuda.synchronize()
-        if i >= 3:
-            times.append(1000 * (time.perf_counter() - start))
-    return {"ms": times, "GiB": torch.cuda.max_memory_allocated() / 2**30}
+
+    return step
+
+
+def peer_step(shape: Shape, model: str, compiled: bool, device: torch.device) -> Callable[[], Any]:
+    """The same of a model in transformers, all of it in bf16."""
+    import dataclasses
+
+    from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
+    from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
+
+    words = original_config(shape)
+    words.pop("model_type")
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        if model == "original":
+            network: Any = LlamaForCausalLM(LlamaConfig(**words))
+        else:
+            mla = dataclasses.asdict(make_architecture(shape, model).mla)  # type: ignore[arg-type]
+            network = MHA2MLALlamaForCausalLM(MHA2MLALlamaConfig(**words, mha2mla=mla))
+        torch.set_default_dtype(torch.float32)
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=device.type == "cuda")
+    forward = torch.compile(network) if compiled else network
+    batch = next(random_batches(shape, device))
+
+    def step() -> None:
+        # transformers shifts the labels itself.
+        loss = forward(input_ids=batch["tokens"], labels=batch["tokens"], use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def random_batches(shape: Shape, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """The same random tokens over and over, already on the device: reading data is not what is measured."""
-    tokens = torch.randint(0, 49152, (shape.micro_batch_size, shape.sequence_length + 1), device=device)
+    tokens = torch.randint(0, shape.vocabulary, (shape.micro_batch_size, shape.sequence_length + 1), device=device)
     positions = torch.arange(shape.sequence_length, device=device).expand(shape.micro_batch_size, -1)
     mask = torch.ones(shape.micro_batch_size, shape.sequence_length, device=device)
     return repeat(
@@ -195,54 +227,131 @@ def random_batches(shape: Shape, device: torch.device) -> Iterator[dict[str, tor
     )  # fmt: skip
 
 
+def timed_steps(make: Callable[[], Callable[[], Any]], steps: int, kernels: int) -> dict[str, Any]:
+    """Milliseconds of each of `steps` steps after some untimed ones, the memory they took, and a profile's kernels."""
+    gc.collect()  # the model timed before this one: its wrappers refer to each other
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = make()
+    times = []
+    for i in range(WARMUP + 1 + steps):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        if i > WARMUP:
+            times.append(1000 * (time.perf_counter() - start))
+    return {"ms": times, "GiB": torch.cuda.max_memory_allocated() / 2**30, "kernels": profiled(step, kernels)}
+
+
+def profiled(step: Callable[[], Any], kernels: int) -> list[tuple[str, float, int]]:
+    """Name, milliseconds and number of calls of those that take longest in a step, then all of them together."""
+    if kernels == 0:
+        return []
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    rows = [
+        (event.key, event.self_device_time_total / 1000, event.count)
+        for event in found.key_averages()
+        if event.device_type == DeviceType.CUDA and not event.key.startswith(("nccl", "Optimizer"))
+    ]
+    rows.sort(key=lambda row: -row[1])
+    return [*rows[:kernels], ("all kernels", sum(row[1] for row in rows), sum(row[2] for row in rows))]
+
+
+def matrix_product_ceiling(device: torch.device) -> float:
+    """FLOP/s of an 8192 x 8192 x 8192 product of random bf16 matrices, the best of three medians."""
+    size = 8192 if device.type == "cuda" else 256
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    medians = []
+    for _ in range(3):
+        times = []
+        for _ in range(20):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            a @ b
+            torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        medians.append(statistics.median(times))
+    return 2 * size**3 / min(medians)
+
+
 def main(argv: list[str]) -> None:
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=BenchmarkSettings)
     settings = load_settings(BenchmarkSettings, overrides, file)
-    for name in [*settings.shapes, settings.parity_shape]:
-        if name not in SHAPES:
-            raise UserError(f"shapes: unknown shape '{name}'; valid: {', '.join(SHAPES)}")
     torch.backends.cuda.matmul.allow_tf32 = False
     device = initialize_parallel(FinetuneSettings().parallel)
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    implementations = ["local", "transformer_engine"] if has_transformer_engine() else ["local"]
+    compared = list(IMPLEMENTATIONS) if has_transformer_engine() else ["local"]
     result: dict = {"device": card, "torch": torch.__version__, "parity": [], "speed": []}
-    result["parity"] = parity(SHAPES[settings.parity_shape], implementations, device)
-    print(f"\nLogits on {card}, {settings.parity_shape} shape, relative to transformers in float32:")
-    for row in result["parity"]:
-        print(f"  {row['model']:<10} {row['logits of']:<24} {row['error']:.2e}", flush=True)
-    print(f"\nTraining step on {card}:")
-    print(f"  {'shape':<6} {'spec':<19} {'model':<10} {'ms/step':>9} {'spread':>7} {'tokens/s':>10} {'GiB':>6}")
+    if settings.parity_shape is not None:
+        result["parity"] = parity(SHAPES[settings.parity_shape], compared, device)
+        print(f"\nLogits on {card}, {settings.parity_shape} shape, relative to transformers in float32:")
+        for row in result["parity"]:
+            print(f"  {row['model']:<10} {row['logits of']:<32} {row['error']:.2e}", flush=True)
+    result["ceiling"] = matrix_product_ceiling(device)
+    print(f"\nTraining step on {card}; a large bf16 matrix product runs at {result['ceiling'] / 1e12:.0f} TFLOP/s:")
+    print(
+        f"  {'shape':<5} {'implementation':<27} {'model':<11} {'ms/step':>8} {'spread':>7} {'tokens/s':>9} "
+        f"{'TFLOP/s':>8} {'MFU':>6} {'GiB':>6}"
+    )
     for name in settings.shapes:
-        for implementation in settings.implementations:
-            result["speed"] += speed(name, implementation, settings, device)
-    if settings.output:
-        Path(settings.output).write_text(json.dumps(result, indent=2) + "\n")
+        result["speed"] += speed(name, settings, result["ceiling"], device)
+        if settings.output:
+            Path(settings.output).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def speed(name: str, implementation: str, settings: BenchmarkSettings, device: torch.device) -> list[dict]:
-    """Original and converted in turn; a row each, with the ratio of their tokens/s on the second."""
-    shape, samples = SHAPES[name], {"original": [], "converted": []}
-    memory = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        folders = {m: make_folder(Path(scratch), shape, m == "converted", torch.bfloat16) for m in samples}
-        for _ in range(settings.rounds):
-            for model, times in samples.items():
-                timed = timed_steps(folders[model], shape, implementation, settings.steps, device)
-                times += timed["ms"]
-                memory[model] = timed["GiB"]
+def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.device) -> list[dict]:
+    """A row for each implementation and model, taken in turn; MFU: of what a large matrix product reaches."""
+    shape = SHAPES[name]
+    runs = [
+        (word.replace("auto", choose_implementation("auto")), model)
+        for word in settings.implementations
+        for model in settings.models
+    ]
+    samples: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+    last: dict[tuple[str, str], dict[str, Any]] = {}
+    for turn in range(settings.rounds):
+        for run in runs:
+            implementation, model = run
+            if implementation in PEERS:
+                make = partial(peer_step, shape, model, implementation == "transformers_compiled", device)
+            else:
+                word, *graph = implementation.split("+")
+                architecture = make_architecture(shape, model)
+                make = partial(training_step, architecture, shape, word, device, cuda_graph=bool(graph))
+            try:
+                last[run] = timed_steps(make, settings.steps, settings.profile * (turn == settings.rounds - 1))
+            except torch.cuda.OutOfMemoryError:
+                print(f"  {name:<5} {implementation:<27} {model:<11} does not fit", flush=True)
+                continue
+            samples[run] += last[run]["ms"]
     rows = []
-    for model, times in samples.items():
+    for (implementation, model), times in samples.items():
+        if not times:
+            continue
         ms = statistics.median(times)
-        rate = 1000 * shape.sequence_length * shape.micro_batch_size / ms
-        spread = (max(times) - min(times)) / ms
-        rows.append({"shape": name, "implementation": implementation, "model": model, "ms": ms, "spread": spread,
-                     "tokens_per_second": rate, "GiB": memory[model]})  # fmt: skip
+        rate, flops = 1000 * shape.tokens / ms, 1000 * step_flops(shape, model) / ms
+        row = {"shape": name, "implementation": implementation, "model": model, "ms": ms,
+               "spread": (max(times) - min(times)) / ms, "tokens_per_second": rate, "flops": flops,
+               "mfu": flops / ceiling, **{k: last[implementation, model][k] for k in ("GiB", "kernels")}}  # fmt: skip
+        rows.append(row)
         print(
-            f"  {name:<6} {implementation:<19} {model:<10} {ms:>9.1f} {spread:>7.1%} {rate:>10,.0f} "
-            f"{memory[model]:>6.1f}"
+            f"  {name:<5} {implementation:<27} {model:<11} {ms:>8.1f} {row['spread']:>7.1%} {rate:>9,.0f} "
+            f"{flops / 1e12:>8.0f} {row['mfu']:>6.3f} {row['GiB']:>6.1f}",
+            flush=True,
         )
-    ratio = rows[1]["tokens_per_second"] / rows[0]["tokens_per_second"]
-    print(f"  {name:<6} {implementation:<19} converted / original: {ratio:.3f}", flush=True)
+        for kernel, milliseconds, calls in row["kernels"]:
+            print(f"      {milliseconds:>8.2f} ms  {calls:>5}  {kernel[:90]}", flush=True)
+    rates = {(row["implementation"], row["model"]): row["tokens_per_second"] for row in rows}
+    for (implementation, model), rate in rates.items():
+        if model in CONVERSIONS and (implementation, "original") in rates:
+            ratio = rate / rates[implementation, "original"]
+            print(f"  {name:<5} {implementation:<27} {model} / original: {ratio:.3f}", flush=True)
     return rows
 
 

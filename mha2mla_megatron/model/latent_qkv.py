@@ -1,0 +1,315 @@
+"""From the normalised input to queries, keys and values in one step, forward and backward.
+
+The same function as the chain of modules in `attention.MHA2MLASelfAttention`, for the GPU: everything that reads the
+input and is split over heads is one matrix product, keys are written where attention reads them, gradients that meet
+are summed by the products that make them, and weight gradients go straight into Megatron's float32 buffers.
+
+Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
+B batch, h hidden size, H query heads, G key/value heads (both those of this process), d head dim, r rotary dims kept
+per head, C width of all latents, tp tensor-parallel size.
+
+Over tensor-parallel processes (tp > 1) the projection to the latents is replicated: each process computes those of its
+own tokens. With sequence parallelism it gathers them, and the input, while it computes; going back, their gradients are
+summed while weight gradients are computed. Without it, gradients of latents and input are summed the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
+
+FROM_INPUT = ("q", "k_rope", "k_nope", "v")
+"""Projections of the input that are split over the heads, in the order of the rows of their common product."""
+
+
+@dataclass(frozen=True)
+class QKVPlan:
+    """What `latent_qkv` is given besides tensors.
+
+    shape: the heads of this process. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
+    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether k_up and v_up read the same latent.
+    """
+
+    shape: HeadShape
+    names: tuple[str, ...]
+    joint: bool
+    tp_group: Any
+    sequence_parallel: bool
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Columns of each projection of the input."""
+        shape = self.shape
+        widths = {
+            "q": shape.query_heads * shape.head_dim,
+            "k_rope": shape.key_heads * shape.rope_dim,
+            "k_nope": shape.key_heads * shape.nope_dim,
+            "v": shape.key_heads * shape.head_dim,
+        }
+        return {name: width for name, width in widths.items() if f"{name}.weight" in self.names}
+
+    @cached_property
+    def starts(self) -> dict[str, int]:
+        """Where these columns start in the common product [T, sum of widths]."""
+        return dict(zip(self.widths, accumulate(self.widths.values(), initial=0), strict=False))
+
+    def columns(self, mixed: torch.Tensor, name: str) -> torch.Tensor:
+        """One projection's part [T, width] of the common product."""
+        return mixed.narrow(1, self.starts[name], self.widths[name])
+
+    def latents(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What k_up and what v_up reads, of latents [T, C]."""
+        if self.joint or not ("k_up.weight" in self.names and "v_up.weight" in self.names):
+            return both, both
+        first, second = both.chunk(2, dim=-1)
+        return first, second
+
+
+def latent_qkv(
+    plan: QKVPlan,
+    x: torch.Tensor,
+    angles: torch.Tensor,
+    pairs: torch.Tensor,
+    parameters: Sequence[torch.nn.Parameter],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query [S, B, H, d], key and value [S, B, G, d], rotated, from the normalised input x [s, B, h].
+
+    angles: float32 [S, d]. pairs: int64 [G, r/2]. parameters: as `plan.names` says; gradients of those that have a
+    `main_grad` are added to it, as Megatron's fused accumulation does.
+    """
+    return _LatentQKV.apply(plan, x, angles, pairs, *parameters)
+
+
+class _LatentQKV(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, plan: QKVPlan, x: torch.Tensor, angles: torch.Tensor, pairs: torch.Tensor, *parameters: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        w = dict(zip(plan.names, parameters, strict=True))
+        rows = x.reshape(-1, x.shape[-1])
+        whole = _Gathered(plan, rows)
+        latents = None if "kv_down.weight" not in w else rows @ w["kv_down.weight"].t()
+        whole_latents = None if latents is None else _Gathered(plan, latents)
+        mixed = _linear(whole.wait(), *_parts(plan, w))
+        del whole
+        k_nope = value = None
+        if whole_latents is not None:
+            c_k, c_v = plan.latents(whole_latents.wait())
+            if "k_up.weight" in w:
+                k_nope = c_k @ w["k_up.weight"].t()
+            if "v_up.weight" in w:
+                value = _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
+        if "k_nope" in plan.widths:
+            k_nope = plan.columns(mixed, "k_nope")
+        if value is None:
+            value = plan.columns(mixed, "v").contiguous()
+        query, key = rotate_and_join(mixed, k_nope, angles, pairs, plan.shape)
+        ctx.plan, ctx.parameters, ctx.input_shape = plan, w, x.shape
+        ctx.save_for_backward(rows, latents, angles, pairs)
+        batch = x.shape[1]
+        return tuple(  # type: ignore[return-value]
+            part.view(-1, batch, heads, plan.shape.head_dim)
+            for part, heads in (
+                (query, plan.shape.query_heads),
+                (key, plan.shape.key_heads),
+                (value, plan.shape.key_heads),
+            )
+        )
+
+    @staticmethod
+    def backward(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor) -> tuple:  # type: ignore[override]
+        plan: QKVPlan = ctx.plan
+        w: dict[str, torch.Tensor] = ctx.parameters
+        rows, latents, angles, pairs = ctx.saved_tensors
+        whole = _Gathered(plan, rows)
+        whole_latents = None if latents is None else _Gathered(plan, latents)
+        wanted = {name for name, needed in zip(plan.names, ctx.needs_input_grad[4:], strict=True) if needed}
+        gradients = _WeightGradients(w, wanted)
+
+        count, shape = d_query.shape[0] * d_query.shape[1], plan.shape
+        d_value = d_value.reshape(count, -1)
+        d_mixed = d_query.new_empty(count, sum(plan.widths.values()))
+        d_k_nope = None
+        if "k_nope" in plan.widths:
+            d_k_nope = plan.columns(d_mixed, "k_nope")
+        elif "k_up.weight" in w:
+            d_k_nope = d_query.new_empty(count, shape.key_heads * shape.nope_dim)
+        rotate_and_split(d_query.contiguous(), d_key.contiguous(), d_mixed, d_k_nope, angles, pairs, shape)
+        if "v" in plan.widths:
+            plan.columns(d_mixed, "v").copy_(d_value)
+
+        d_latents = None
+        if latents is not None:
+            sources = {"k_up.weight": d_k_nope, "v_up.weight": d_value}
+            d_latents = _Summed(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, latents.shape[1])))
+        column_weights, _ = _parts(plan, w)
+        d_rows = d_mixed @ _joined(column_weights)
+        if whole_latents is not None:
+            c_k, c_v = plan.latents(whole_latents.wait())
+            gradients.add(("k_up.weight",), d_k_nope, c_k)
+            gradients.add(("v_up.weight",), d_value, c_v)
+            gradients.add_bias("v_up.bias", d_value)
+            del c_k, c_v, whole_latents
+        reduced = _Summed(plan, d_rows)  # while the weight gradients are computed
+        gradients.add(tuple(f"{name}.weight" for name in plan.widths), d_mixed, whole.wait())
+        for name in plan.widths:
+            gradients.add_bias(f"{name}.bias", plan.columns(d_mixed, name))
+        d_x = reduced.wait()
+        if d_latents is not None:
+            d_own = d_latents.wait()
+            gradients.add(("kv_down.weight",), d_own, rows)
+            d_x.addmm_(d_own, w["kv_down.weight"])
+        return None, d_x.view(ctx.input_shape), None, None, *(gradients.of.get(name) for name in plan.names)
+
+
+class _Gathered:
+    """Rows of all tensor-parallel processes, on their way under sequence parallelism; else just these rows."""
+
+    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
+        self.rows, self.work = rows, None
+        group = plan.tp_group
+        if plan.sequence_parallel and group.size() > 1:
+            self.rows = rows.new_empty(len(rows) * group.size(), rows.shape[1])
+            self.work = torch.distributed.all_gather_into_tensor(self.rows, rows, group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+        return self.rows
+
+
+class _Summed:
+    """A sum over tensor-parallel processes, on its way: of their rows' parts under sequence parallelism each gets its
+    own, without it all get all."""
+
+    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
+        self.rows, self.work = rows, None
+        group = plan.tp_group
+        if group.size() == 1:
+            return
+        if plan.sequence_parallel:
+            self.rows = rows.new_empty(len(rows) // group.size(), rows.shape[1])
+            self.work = torch.distributed.reduce_scatter_tensor(self.rows, rows, group=group, async_op=True)
+            self.source = rows  # must live until it is read
+        else:
+            self.work = torch.distributed.all_reduce(rows, group=group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.source = None
+        return self.rows
+
+
+class _WeightGradients:
+    """Gradients of the parameters, by name, for autograd; or added to their `main_grad`, and something empty for it."""
+
+    def __init__(self, parameters: dict[str, torch.Tensor], wanted: set[str]) -> None:
+        self.parameters, self.wanted = parameters, wanted
+        self.of: dict[str, torch.Tensor] = {}
+
+    def add(self, names: tuple[str, ...], d_output: torch.Tensor | None, x: torch.Tensor) -> None:
+        """d_output^T x, [T, sum of rows] and [T, columns], for weights whose rows follow one another."""
+        names = tuple(name for name in names if name in self.parameters)
+        if not names or d_output is None:
+            return
+        sizes = [len(self.parameters[name]) for name in names]
+        if self.wanted.issuperset(names):
+            together = self._accumulated(names)
+            if together is not None:
+                _accumulate(together, d_output, x)
+                return
+        for name, part in zip(names, d_output.split(sizes, dim=1), strict=True):
+            if name not in self.wanted:
+                continue
+            together = self._accumulated((name,))
+            if together is None:
+                self.of[name] = part.t() @ x
+            else:
+                _accumulate(together, part, x)
+
+    def add_bias(self, name: str, d_output: torch.Tensor) -> None:
+        if name in self.wanted:
+            self.of[name] = d_output.sum(dim=0)
+
+    def _accumulated(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """The buffers of these parameters as one matrix, if they have some and those follow one another; marked as
+        filled."""
+        parameters: list[Any] = [self.parameters[name] for name in names]
+        if not all(hasattr(p, "main_grad") and hasattr(p, "grad_added_to_main_grad") for p in parameters):
+            return None
+        found = _adjacent([p.main_grad for p in parameters])
+        if found is not None:
+            for name, parameter in zip(names, parameters, strict=True):
+                parameter.grad_added_to_main_grad = True
+                self.of[name] = torch.empty_like(parameter)  # Megatron's hook waits for one, and drops it
+        return found
+
+
+def _accumulate(total: torch.Tensor, d_output: torch.Tensor, x: torch.Tensor) -> None:
+    """total += d_output^T x, summed in the type of `total`."""
+    if total.dtype == x.dtype:
+        total.addmm_(d_output.t(), x)
+    elif x.is_cuda:
+        torch.addmm(total, d_output.t(), x, out_dtype=total.dtype, out=total)
+    else:
+        total += d_output.t() @ x
+
+
+def _latent_gradient(
+    plan: QKVPlan, w: dict[str, torch.Tensor], sources: dict[str, torch.Tensor | None], d_latents: torch.Tensor
+) -> torch.Tensor:
+    """Fill d_latents [T, C]: from keys and from values, summed where both read the same latent."""
+    filled = False
+    for (name, source), place in zip(sources.items(), plan.latents(d_latents), strict=True):
+        if name not in w or source is None:
+            continue
+        if filled and plan.joint:
+            place.addmm_(source, w[name])
+        else:
+            torch.mm(source, w[name], out=place)
+        filled = True
+    return d_latents
+
+
+def _parts(plan: QKVPlan, w: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    """Weights and biases of the common product."""
+    return [w[f"{name}.weight"] for name in plan.widths], [w.get(f"{name}.bias") for name in plan.widths]
+
+
+def _linear(x: torch.Tensor, weights: list[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+    weight = _joined(weights)
+    if all(bias is None for bias in biases):
+        return x @ weight.t()
+    filled = [weights[i].new_zeros(len(weights[i])) if bias is None else bias for i, bias in enumerate(biases)]
+    return torch.addmm(torch.cat(filled), x, weight.t())
+
+
+def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Weights [rows, columns] beneath one another, without a copy where they are so in memory."""
+    found = _adjacent(weights)
+    return torch.cat(weights) if found is None else found
+
+
+def _adjacent(matrices: list[torch.Tensor]) -> torch.Tensor | None:
+    """Matrices that follow one another in one storage as one; None where they do not."""
+    first = matrices[0]
+    end = first.storage_offset()
+    for matrix in matrices:
+        if (
+            matrix.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+            or matrix.storage_offset() != end
+            or not matrix.is_contiguous()
+        ):
+            return None
+        end += matrix.numel()
+    rows = sum(len(matrix) for matrix in matrices)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

@@ -1,0 +1,95 @@
+"""The models that the benchmarks are run with: shapes of real ones, no weights; nothing that takes long to import."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture
+from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's shape and the batch that fills the GPU with it."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    groups: int
+    vocabulary: int
+    tied: bool
+    sequence_length: int
+    micro_batch_size: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def tokens(self) -> int:
+        """Of one micro batch."""
+        return self.sequence_length * self.micro_batch_size
+
+
+SHAPES = {
+    "tiny": Shape(128, 256, 2, 4, 2, 49152, True, 64, 2),
+    "135M": Shape(576, 1536, 30, 9, 3, 49152, True, 2048, 16),
+    "360M": Shape(960, 2560, 32, 15, 5, 49152, True, 2048, 16),
+    "1.7B": Shape(2048, 8192, 24, 32, 32, 49152, True, 2048, 8),
+    "7B/8": Shape(4096, 11008, 8, 32, 32, 32000, False, 4096, 2),
+}
+"""SmolLM's, and Llama-2-7B's with 8 of its 32 layers."""
+
+CONVERSIONS = {"mla-68.75": ("joint", 2), "mla-87.5": ("joint", 8), "split-68.75": ("split", 4)}
+"""What is converted how, by the cache that it saves in percent: uniform r = d/8, and latents of G d / this number.
+
+Every layer has a table of pairs for each head, whatever the strategy that chose them: 2-norm trains at the same speed.
+"""
+
+MODELS = ("original", *CONVERSIONS)
+
+
+def original_config(shape: Shape) -> dict[str, Any]:
+    """The config.json of a Llama of this shape."""
+    return dict(
+        model_type="llama", vocab_size=shape.vocabulary, hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups, max_position_embeddings=shape.sequence_length,
+        tie_word_embeddings=shape.tied, rms_norm_eps=1e-5, rope_theta=10000.0,
+    )  # fmt: skip
+
+
+def conversion(shape: Shape, model: str) -> MHA2MLAConfig:
+    """How `original_config` becomes this one of `CONVERSIONS`."""
+    method, part = CONVERSIONS[model]
+    return MHA2MLAConfig(
+        PartialRopeConfig(strategy="uniform", qk_rope_head_dim=shape.head_dim // 8),
+        LowRankConfig(method=method, kv_lora_rank=shape.groups * shape.head_dim // part),
+    )
+
+
+def make_architecture(shape: Shape, model: str) -> Architecture:
+    """One of `MODELS`."""
+    original = parse_architecture(original_config(shape), "shape")
+    if model == "original":
+        return original
+    return dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=original.resolve(conversion(shape, model)))
+
+
+def step_flops(shape: Shape, model: str) -> float:
+    """Floating-point operations of one training step that the model itself asks for: 6 for each weight of a matrix
+    and token (2 forward, 4 backward), and attention's two products over half of the S x S pairs, three times."""
+    names = make_architecture(shape, model).tensor_shapes().items()
+    weights = sum(rows * columns for name, (rows, *rest) in names if (columns := _columns(name, rest)))
+    if shape.tied:
+        weights += shape.vocabulary * shape.hidden  # the embedding, as the output layer
+    scores = shape.layers * shape.heads * shape.head_dim * shape.sequence_length
+    return shape.tokens * (6 * weights + 3 * 2 * scores)
+
+
+def _columns(name: str, rest: list[int]) -> int:
+    """Of what is a matrix that a token is multiplied with."""
+    return 0 if not rest or "embed" in name or name.endswith("rope_pairs") else rest[0]
