@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy
@@ -62,12 +62,18 @@ def build_optimizer(
     return optimizer, schedule
 
 
+def only_where(optimizer: MegatronOptimizer, allowed: Callable[[], bool]) -> None:
+    """Ask `allowed` before each update from now on, when gradients are ready. All ranks must get the same answer."""
+    optimizer.update_allowed = allowed  # type: ignore[attr-defined]
+
+
 def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
     """Let `step` change nothing, and say so, where the gradient norm over all ranks is NaN or infinite.
 
     Megatron does that with a loss scaler alone, which is for float16; without one such gradients go into the moments,
     from where they never leave.
     """
+    only_where(optimizer, lambda: True)
     measure, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     norm = math.nan
 
@@ -77,7 +83,8 @@ def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
         return norm
 
     def step_with_ready_grads() -> bool:
-        return math.isfinite(norm) and update()
+        allowed: Callable[[], bool] = optimizer.update_allowed  # type: ignore[attr-defined]
+        return math.isfinite(norm) and allowed() and update()
 
     optimizer.get_grad_norm = get_grad_norm
     optimizer.step_with_ready_grads = step_with_ready_grads

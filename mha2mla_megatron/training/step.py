@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import tee
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.optimizer import only_where
 
 if TYPE_CHECKING:
     from mha2mla_megatron.training.step_graph import StepGraph
@@ -127,14 +128,15 @@ def train_step(
         losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
     else:
         losses = graph.run(chunks, batches, count, settings, device)
-    parts, tokens = mean_values(losses, device)
+    means = StepMeans(losses, device)
+    # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
+    # looked at as late as the gradient norm: until then the host is ahead of the GPU.
+    only_where(optimizer, lambda: math.isfinite(means.of()["loss"]))
+    updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
+    parts, tokens = means.of(), means.tokens
     loss = parts.pop("loss")
     bad: tuple[int, ...] = ()
-    updated, grad_norm = False, math.nan
-    # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one.
-    if math.isfinite(loss):
-        updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
-    else:
+    if not math.isfinite(loss):
         bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"])))
     return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts)
 
@@ -148,7 +150,7 @@ def run_micro_batches(
     distillation: Distillation | None = None,
     forward_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
-    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `mean_values`."""
+    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`."""
     return get_forward_backward_func()(
         forward_step_func=partial(forward_step, device=device, distillation=distillation),
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
@@ -194,17 +196,33 @@ def masked_loss(
     return total, count, {"tokens": count, "loss": total.detach()}
 
 
-def mean_values(sums: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, float], int]:
-    """Means over all predicted tokens of what the micro batches summed, and their number, known to every rank."""
-    # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
-    names = list(sums[0]) if sums else ["tokens", "loss"]
-    total = torch.zeros(len(names), dtype=torch.float64, device=device)
-    for micro_batch in sums:
-        total += torch.stack([micro_batch[name].double() for name in names])
-    torch.distributed.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
-    count, *values = total.tolist()
-    return {name: value / count for name, value in zip(names[1:], values, strict=True)}, int(count)
+class StepMeans:
+    """Means over all predicted tokens of what the micro batches summed, known to every rank; float64.
+
+    They are summed over ranks as this is made, and waited for as they are read.
+    """
+
+    def __init__(self, sums: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+        # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
+        self.names = list(sums[0]) if sums else ["tokens", "loss"]
+        self.total = torch.zeros(len(self.names), dtype=torch.float64, device=device)
+        for micro_batch in sums:
+            self.total += torch.stack([micro_batch[name].double() for name in self.names])
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(self.total, group=everyone)
+        torch.distributed.all_reduce(self.total, group=parallel_state.get_pipeline_model_parallel_group())
+
+    @cached_property
+    def _values(self) -> list[float]:
+        return self.total.tolist()
+
+    @property
+    def tokens(self) -> int:
+        return int(self._values[0])
+
+    def of(self) -> dict[str, float]:
+        """Each of the parts, the loss among them."""
+        return {name: value / self._values[0] for name, value in zip(self.names[1:], self._values[1:], strict=True)}
 
 
 def _recompute(kind: str) -> dict[str, Any]:

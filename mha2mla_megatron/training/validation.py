@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from mha2mla_megatron.data.dataset import Padded, sample_batches
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.step import gather_weights, mean_values, run_micro_batches
+from mha2mla_megatron.training.step import StepMeans, gather_weights, run_micro_batches
 
 
 class Validation:
@@ -49,4 +49,4 @@ class Validation:
             )
         for chunk in chunks:
             chunk.train()
-        return mean_values(found, self.device)[0]["loss"]
+        return StepMeans(found, self.device).of()["loss"]
