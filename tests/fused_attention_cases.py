@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv
+from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv, rebuild_key, rebuild_value
 from mha2mla_megatron.model.rotary_kernel import HeadShape
 
 FLOAT32_LIMIT = 2e-6
@@ -164,7 +164,12 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
                     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
                 parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         plan = QKVPlan(case.shape, tuple(names), case.method == "joint", OneProcess(), False)
-        found = latent_qkv(plan, own_x, angles.to(device), pairs.to(device), parameters)
+        *found, latents = latent_qkv(plan, own_x, angles.to(device), pairs.to(device), parameters)
+        if "k_up.weight" in w:
+            key = rebuild_key(plan, latents, found[1].detach()[..., : case.rope_dim], parameters)
+            assert torch.equal(key, found[1]), "another key"
+        if "v_up.weight" in w:
+            assert torch.equal(rebuild_value(plan, latents, parameters), found[2].flatten(2).flatten(0, 1)), "value"
         torch.autograd.backward(found, [seed.to(device, dtype) for seed in seeds])
         result = dict(zip(["query", "key", "value"], found, strict=True))
         result["d x"] = own_x.grad

@@ -289,6 +289,9 @@ BAD_WORDS: dict[str, tuple[list[str], list[str]]] = {
     "type": (["steps=many"], ["steps", "many"]),
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
     "engine": (["implementation=transformer_engine"], ["transformer_engine", "GPU"]),
+    "8 bits": (["fp8=delayed"], ["fp8", "transformer_engine", "local", "null"]),
+    "8 bits how": (["fp8=mxfp8"], ["fp8", "mxfp8", "delayed", "current"]),
+    "latent": (["recompute=latent"], ["recompute", "latent", "fused path", "selective"]),
     "graph": (["cuda_graph=true"], ["cuda_graph", "GPU", "cpu", "false"]),
     "graph and gather": (["cuda_graph=true", "parallel.overlap_param_gather=true"], ["overlap_param_gather", "false"]),
     "graph of a pipeline": (

@@ -37,11 +37,12 @@ BATCH, LENGTH, LIMIT = 4, 16, 1e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
     1: [
         dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),
+        dict(fused=True, micro=2, recompute="latent", only="split"),
         dict(fused=True, recompute="full", only="split"),
     ],
     2: [
         dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
-        dict(tp=2, fused=True, only="joint"), dict(tp=2, sp=True, fused=True, only="split"),
+        dict(tp=2, fused=True, only="joint"), dict(tp=2, sp=True, fused=True, recompute="latent", only="split"),
         dict(pp=2), dict(pp=2, stages="Et*5|t*3L"), dict(pp=2, vpp=2),
         dict(pp=2, vpp=4, recompute="full", only="original"),
         dict(cp=2), dict(cp=2, recompute="selective", only="joint"),

@@ -32,7 +32,7 @@ class ForwardPass:
     """Bytes of a weight or an activation: 2 or 4."""
 
     recompute: str
-    """none, selective, full, as in FinetuneSettings."""
+    """none, latent, selective, full, as in FinetuneSettings."""
 
     transformer_engine: bool
     """Flash attention, rotation and loss in one kernel each."""
@@ -142,7 +142,8 @@ class ForwardPass:
         heads, groups = self._heads
         d, e = self.architecture.head_dim, self.element_size
         if self.transformer_engine:
-            return self.tokens * ((heads + 2 * groups) * d * e + heads * FLOAT32)
+            kept = 0 if self.recompute == "latent" else 2 * groups
+            return self.tokens * ((heads + kept) * d * e + heads * FLOAT32)
         inputs = self.tokens * 3 * heads * d * e if heads > groups else self._core_inputs
         return inputs + self._scores * (FLOAT32 if e == FLOAT32 else FLOAT32 + e) + self.sequence_length**2
 
@@ -164,6 +165,7 @@ class ForwardPass:
         gathered = stream // 2 if self.parallel.uses_sequence_parallel else 0
         recomputed = {
             "none": 0,
+            "latent": 2 * self.tokens * groups * self.architecture.head_dim * e,
             "selective": self._core - self._core_inputs,
             "full": self._attention(layer, False) + self._mlp,
         }[self.recompute]

@@ -147,22 +147,30 @@ class MHA2MLASelfAttention(Attention):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query [S, B, H/tp, d], key and value [S, B, G/tp, d] before rotation, from hidden states [s, B, h]."""
         assert key_value_states is None and not output_gate and split_qkv, "not offered by this layer"
+        query, k_rope, k_nope, value = self.projected(hidden_states)
+        key = torch.cat([part for part in (k_rope, k_nope) if part is not None], dim=-1)
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            query, key = self.q_layernorm(query), self.k_layernorm(key)
+        return query, key, value
+
+    def projected(
+        self, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        """Query [S, B, H/tp, d], the two parts of the key [S, B, G/tp, r and d - r], None where one is empty, value
+        [S, B, G/tp, d]."""
         r, d = self.layout.qk_rope_head_dim, self.layout.head_dim
         latent_k = latent_v = hidden_states
         if self.linear_kv_down is not None:
             latent_k, latent_v = self._split_latents(self.linear_kv_down(hidden_states)[0])
-        key_parts = []
+        k_rope = k_nope = None
         if self.linear_k_rope is not None:
-            key_parts.append(_heads(self.linear_k_rope(hidden_states), r))
+            k_rope = _heads(self.linear_k_rope(hidden_states), r)
         if self.linear_k_up is not None:
-            key_parts.append(_heads(self.linear_k_up(latent_k), d - r))
-        if self.linear_k_nope is not None:
-            key_parts.append(_heads(self.linear_k_nope(hidden_states), d - r))
+            k_nope = _heads(self.linear_k_up(latent_k), d - r)
+        elif self.linear_k_nope is not None:
+            k_nope = _heads(self.linear_k_nope(hidden_states), d - r)
         value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
-        query, key = _heads(self.linear_q(hidden_states), d), torch.cat(key_parts, dim=-1)
-        if self.q_layernorm is not None and self.k_layernorm is not None:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, _heads(value, d)
+        return _heads(self.linear_q(hidden_states), d), k_rope, k_nope, _heads(value, d)
 
     def _split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_k and c_v, each [s, B, c]; the same one where there is only one."""

@@ -1,8 +1,9 @@
-"""The converted attention layer with the fused path of `latent_qkv` in place of one module after another."""
+"""The converted attention layer with our kernels: the rotation alone, or the whole way to queries, keys and values."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,42 +12,27 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention
-from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv
+from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv, rebuild_key, rebuild_value
 from mha2mla_megatron.model.plain_layers import ReplicatedLinear
-from mha2mla_megatron.model.rotary_kernel import HeadShape
+from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
 
 
-class FusedMHA2MLASelfAttention(MHA2MLASelfAttention):
-    """`MHA2MLASelfAttention`, with the same parameters under the same names, trained by fewer and larger kernels.
+class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
+    """`MHA2MLASelfAttention`, with keys put together and all heads rotated by one kernel.
 
-    Its projections are `ColumnWeights` and `ReplicatedWeights`. Not for models with norms on queries and keys, which
-    stand between projection and rotation, nor for 8-bit types. With a key/value cache or packed sequences it does as
-    its parent does.
+    Not for models with norms on queries and keys, which stand between projection and rotation. With a key/value cache
+    or packed sequences it does as its parent does.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        assert self.q_layernorm is None, "the fused path has no norms"
+        assert self.q_layernorm is None, "norms belong between projection and rotation"
         layout, processes = self.layout, self.tp_group.size()
-        self._projections = {
-            name: module
-            for name in (*FROM_INPUT, "kv_down", "k_up", "v_up")
-            if (module := getattr(self, f"linear_{name}")) is not None
-        }
-        names = []
-        for name, module in self._projections.items():
-            names += [f"{name}.weight"] + [f"{name}.bias"] * (getattr(module, "bias", None) is not None)
-        self._plan = QKVPlan(
-            shape=HeadShape(
-                query_heads=layout.num_attention_heads // processes,
-                key_heads=layout.num_key_value_heads // processes,
-                head_dim=layout.head_dim,
-                rope_dim=layout.qk_rope_head_dim,
-            ),
-            names=tuple(names),
-            joint=layout.method == "joint",
-            tp_group=self.tp_group,
-            sequence_parallel=self.config.sequence_parallel,
+        self.shape = HeadShape(
+            query_heads=layout.num_attention_heads // processes,
+            key_heads=layout.num_key_value_heads // processes,
+            head_dim=layout.head_dim,
+            rope_dim=layout.qk_rope_head_dim,
         )
         self._angles: torch.Tensor | None = None
 
@@ -64,7 +50,7 @@ class FusedMHA2MLASelfAttention(MHA2MLASelfAttention):
         if rotary_pos_emb is None or inference_context is not None or packed_seq_params is not None:
             return super().forward(hidden_states, *args, rotary_pos_emb=rotary_pos_emb, **rest)
         # Attention.forward asks for queries and keys without saying by what to rotate them, and then leaves them alone.
-        self._angles = rotary_pos_emb
+        self._angles = rotary_pos_emb[:, 0, 0]
         try:
             return Attention.forward(self, hidden_states, *args, **rest)
         finally:
@@ -76,16 +62,122 @@ class FusedMHA2MLASelfAttention(MHA2MLASelfAttention):
         """As the parent's, but rotated where `forward` has been given angles."""
         if self._angles is None:
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        query, k_rope, k_nope, value = self.projected(hidden_states)
+        query, key = _Rotation.apply(query, k_rope, k_nope, self._angles, self.pairs, self.shape)
+        return query, key, value
+
+    @property
+    def pairs(self) -> torch.Tensor:
+        """Those of this process's key heads, int64 [G/tp, r/2]."""
+        if self.shape.rope_dim == 0:
+            return torch.empty(self.shape.key_heads, 0, dtype=torch.int64, device=self.linear_q.weight.device)
+        return self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
+
+
+class _Rotation(torch.autograd.Function):
+    """Query [S, B, H, d] and key [S, B, G, d] from their heads' parts, and the gradients of these."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, query: Any, k_rope: Any, k_nope: Any, angles: Any, pairs: Any, shape: HeadShape
+    ) -> Any:
+        ctx.save_for_backward(angles, pairs)
+        ctx.shape, ctx.shapes = shape, [None if part is None else part.shape for part in (query, k_rope, k_nope)]
+        rotated, key = rotate_and_join(_rows(query), _rows(k_rope), _rows(k_nope), angles, pairs, shape)
+        return rotated.view(query.shape), key.view(*query.shape[:2], *key.shape[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor) -> Any:  # type: ignore[override]
+        angles, pairs = ctx.saved_tensors
+        queries, k_rope, k_nope = (None if shape is None else d_query.new_empty(shape) for shape in ctx.shapes)
+        places = _rows(queries), _rows(k_rope), _rows(k_nope)
+        rotate_and_split(d_query.contiguous(), d_key.contiguous(), *places, angles, pairs, ctx.shape)
+        return queries, k_rope, k_nope, None, None, None
+
+
+def _rows(part: torch.Tensor | None) -> Any:
+    """[S, B, heads, width] as [S B, heads * width], the same memory."""
+    return None if part is None else part.flatten(2).flatten(0, 1)
+
+
+class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
+    """`MHA2MLASelfAttention`, with the same parameters under the same names, trained by fewer and larger kernels.
+
+    Its projections are `ColumnWeights` and `ReplicatedWeights`, in 16 or 32 bits.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._projections = {
+            name: module
+            for name in (*FROM_INPUT, "kv_down", "k_up", "v_up")
+            if (module := getattr(self, f"linear_{name}")) is not None
+        }
+        names = []
+        for name, module in self._projections.items():
+            names += [f"{name}.weight"] + [f"{name}.bias"] * (getattr(module, "bias", None) is not None)
+        joint, sequence_parallel = self.layout.method == "joint", self.config.sequence_parallel
+        self._plan = QKVPlan(self.shape, tuple(names), joint, self.tp_group, sequence_parallel)
+
+    def rebuild_keys_and_values(self) -> None:
+        """From now on keep neither for the backward pass, but compute them there again from the latents."""
+        self.core_attention = RebuildingAttention(self.core_attention)
+
+    def get_query_key_value_tensors(
+        self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As the parent's, but rotated where `forward` has been given angles."""
+        if self._angles is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         parameters = []
         for module in self._projections.values():
             # A call, since Megatron hangs on it that the weights are there.
             parameters += [part for part in module() if part is not None]
-        processes, rank = self.tp_group.size(), self.tp_group.rank()
-        pairs = self.rope_pairs.chunk(processes)[rank] if self.layout.qk_rope_head_dim > 0 else self._no_pairs()
-        return latent_qkv(self._plan, hidden_states, self._angles[:, 0, 0], pairs, parameters)
+        plan, angles, pairs = self._plan, self._angles, self.pairs
+        query, key, value, latents = latent_qkv(plan, hidden_states, angles, pairs, parameters)
+        if isinstance(self.core_attention, RebuildingAttention) and latents is not None:
+            r = self.shape.rope_dim
+            if "k_up.weight" in plan.names:
+                rotated = key.detach()[..., :r].contiguous()
+                self.core_attention.rebuild["key"] = lambda: rebuild_key(plan, latents, rotated, parameters)
+            if "v_up.weight" in plan.names:
+                self.core_attention.rebuild["value"] = lambda: rebuild_value(plan, latents, parameters)
+        return query, key, value
 
-    def _no_pairs(self) -> torch.Tensor:
-        return torch.empty(self._plan.shape.key_heads, 0, dtype=torch.int64, device=self.linear_q.weight.device)
+
+class RebuildingAttention(torch.nn.Module):
+    """Core attention of which autograd keeps key or value as a way to get it again.
+
+    rebuild: for the next forward pass; from `key` and `value` to functions that give it, in any shape.
+    """
+
+    def __init__(self, core: torch.nn.Module) -> None:
+        super().__init__()
+        self.core = core
+        self.rebuild: dict[str, Callable[[], torch.Tensor]] = {}
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """As the core's. Other tensors that it keeps, such as copies of keys for each query head, it keeps."""
+        ways, self.rebuild = self.rebuild, {}
+        found = {"key": key, "value": value}
+        # Neither tensor may be mentioned by the functions below: it would live on.
+        known = {(found[name].data_ptr(), found[name].numel()): way for name, way in ways.items()}
+        del found
+
+        def pack(tensor: torch.Tensor) -> Any:
+            way = known.get((tensor.data_ptr(), tensor.numel()))
+            return tensor if way is None else (way, tensor.shape, tensor.stride())
+
+        def unpack(kept: Any) -> torch.Tensor:
+            if isinstance(kept, torch.Tensor):
+                return kept
+            way, shape, stride = kept
+            return way().as_strided(shape, stride)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return self.core(query, key, value, *args, **kwargs)
 
 
 class ColumnWeights(ColumnParallelLinear):

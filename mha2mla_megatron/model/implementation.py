@@ -35,6 +35,11 @@ def uses_transformer_engine(implementation: str) -> bool:
     return implementation.startswith("transformer_engine")
 
 
-def fuses_projections(implementation: str, qk_norm: bool) -> bool:
-    """Whether the converted attention takes its fused path, which has no place for norms on queries and keys."""
-    return implementation in ("local_fused", "transformer_engine") and not qk_norm
+def rotates_fused(implementation: str, qk_norm: bool) -> bool:
+    """Whether the converted attention rotates by our kernel: norms on queries and keys would stand in its way."""
+    return implementation != "local" and not qk_norm
+
+
+def fuses_projections(implementation: str, qk_norm: bool, fp8: bool = False) -> bool:
+    """Whether it goes from input to queries, keys and values at once, which is not made for 8 bits."""
+    return implementation in ("local_fused", "transformer_engine") and not qk_norm and not fp8

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,8 +43,13 @@ class QKVPlan:
     sequence_parallel: bool
 
     @cached_property
+    def from_input(self) -> tuple[str, ...]:
+        """Those of `FROM_INPUT` that there are."""
+        return tuple(name for name in FROM_INPUT if f"{name}.weight" in self.names)
+
+    @cached_property
     def widths(self) -> dict[str, int]:
-        """Columns of each projection of the input."""
+        """Columns of each of these."""
         shape = self.shape
         widths = {
             "q": shape.query_heads * shape.head_dim,
@@ -53,16 +57,11 @@ class QKVPlan:
             "k_nope": shape.key_heads * shape.nope_dim,
             "v": shape.key_heads * shape.head_dim,
         }
-        return {name: width for name, width in widths.items() if f"{name}.weight" in self.names}
+        return {name: widths[name] for name in self.from_input}
 
-    @cached_property
-    def starts(self) -> dict[str, int]:
-        """Where these columns start in the common product [T, sum of widths]."""
-        return dict(zip(self.widths, accumulate(self.widths.values(), initial=0), strict=False))
-
-    def columns(self, mixed: torch.Tensor, name: str) -> torch.Tensor:
-        """One projection's part [T, width] of the common product."""
-        return mixed.narrow(1, self.starts[name], self.widths[name])
+    def columns(self, mixed: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Their parts [T, width] of the common product [T, sum of widths]."""
+        return dict(zip(self.widths, mixed.split(list(self.widths.values()), dim=1), strict=True))
 
     def latents(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What k_up and what v_up reads, of latents [T, C]."""
@@ -78,8 +77,10 @@ def latent_qkv(
     angles: torch.Tensor,
     pairs: torch.Tensor,
     parameters: Sequence[torch.nn.Parameter],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query [S, B, H, d], key and value [S, B, G, d], rotated, from the normalised input x [s, B, h].
+
+    The last result is for rebuilding: this process's latents [s B, C], None where there are none.
 
     angles: float32 [S, d]. pairs: int64 [G, r/2]. parameters: as `plan.names` says; gradients of those that have a
     `main_grad` are added to it, as Megatron's fused accumulation does.
@@ -87,44 +88,59 @@ def latent_qkv(
     return _LatentQKV.apply(plan, x, angles, pairs, *parameters)
 
 
+@torch.no_grad()
+def rebuild_key(
+    plan: QKVPlan, latents: torch.Tensor, rotated: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
+) -> torch.Tensor:
+    """The key of `latent_qkv` once more, bit for bit, from the latents that it left and the key's first r dims
+    [S, B, G, r]. For plans with k_up."""
+    weight = dict(zip(plan.names, parameters, strict=True))["k_up.weight"]
+    c_k, _ = plan.latents(_Gathered(plan, latents).wait())
+    return torch.cat((rotated, (c_k @ weight.t()).view(*rotated.shape[:3], plan.shape.nope_dim)), dim=-1)
+
+
+@torch.no_grad()
+def rebuild_value(plan: QKVPlan, latents: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
+    """The value of `latent_qkv` once more, bit for bit, [S B, G d]. For plans with v_up."""
+    w = dict(zip(plan.names, parameters, strict=True))
+    _, c_v = plan.latents(_Gathered(plan, latents).wait())
+    return _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
+
+
 class _LatentQKV(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, plan: QKVPlan, x: torch.Tensor, angles: torch.Tensor, pairs: torch.Tensor, *parameters: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         w = dict(zip(plan.names, parameters, strict=True))
         rows = x.reshape(-1, x.shape[-1])
         whole = _Gathered(plan, rows)
-        latents = None if "kv_down.weight" not in w else rows @ w["kv_down.weight"].t()
-        whole_latents = None if latents is None else _Gathered(plan, latents)
-        mixed = _linear(whole.wait(), *_parts(plan, w))
+        latents = whole_latents = None
+        if "kv_down.weight" in w:
+            latents = rows @ w["kv_down.weight"].t()
+            whole_latents = _Gathered(plan, latents)
+        weights, biases = zip(*((w[f"{name}.weight"], w.get(f"{name}.bias")) for name in plan.from_input), strict=True)
+        parts = plan.columns(_linear(whole.wait(), weights, biases))
         del whole
-        k_nope = value = None
+        k_nope, value = parts.get("k_nope"), parts.get("v")
         if whole_latents is not None:
             c_k, c_v = plan.latents(whole_latents.wait())
             if "k_up.weight" in w:
                 k_nope = c_k @ w["k_up.weight"].t()
             if "v_up.weight" in w:
                 value = _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
-        if "k_nope" in plan.widths:
-            k_nope = plan.columns(mixed, "k_nope")
-        if value is None:
-            value = plan.columns(mixed, "v").contiguous()
-        query, key = rotate_and_join(mixed, k_nope, angles, pairs, plan.shape)
+        assert value is not None
+        query, key = rotate_and_join(parts["q"], parts.get("k_rope"), k_nope, angles, pairs, plan.shape)
         ctx.plan, ctx.parameters, ctx.input_shape = plan, w, x.shape
         ctx.save_for_backward(rows, latents, angles, pairs)
+        if latents is not None:
+            ctx.mark_non_differentiable(latents)
         batch = x.shape[1]
-        return tuple(  # type: ignore[return-value]
-            part.view(-1, batch, heads, plan.shape.head_dim)
-            for part, heads in (
-                (query, plan.shape.query_heads),
-                (key, plan.shape.key_heads),
-                (value, plan.shape.key_heads),
-            )
-        )
+        query, key = (part.view(-1, batch, *part.shape[1:]) for part in (query, key))
+        return query, key, value.reshape(key.shape), latents
 
     @staticmethod
-    def backward(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, _: Any) -> tuple:  # type: ignore[override]
         plan: QKVPlan = ctx.plan
         w: dict[str, torch.Tensor] = ctx.parameters
         rows, latents, angles, pairs = ctx.saved_tensors
@@ -136,21 +152,21 @@ class _LatentQKV(torch.autograd.Function):
         count, shape = d_query.shape[0] * d_query.shape[1], plan.shape
         d_value = d_value.reshape(count, -1)
         d_mixed = d_query.new_empty(count, sum(plan.widths.values()))
-        d_k_nope = None
-        if "k_nope" in plan.widths:
-            d_k_nope = plan.columns(d_mixed, "k_nope")
-        elif "k_up.weight" in w:
+        parts = plan.columns(d_mixed)
+        d_k_nope = parts.get("k_nope")
+        if "k_up.weight" in w:
             d_k_nope = d_query.new_empty(count, shape.key_heads * shape.nope_dim)
-        rotate_and_split(d_query.contiguous(), d_key.contiguous(), d_mixed, d_k_nope, angles, pairs, shape)
-        if "v" in plan.widths:
-            plan.columns(d_mixed, "v").copy_(d_value)
+        rotate_and_split(
+            d_query.contiguous(), d_key.contiguous(), parts["q"], parts.get("k_rope"), d_k_nope, angles, pairs, shape
+        )
+        if "v" in parts:
+            parts["v"].copy_(d_value)
 
         d_latents = None
         if latents is not None:
             sources = {"k_up.weight": d_k_nope, "v_up.weight": d_value}
             d_latents = _Summed(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, latents.shape[1])))
-        column_weights, _ = _parts(plan, w)
-        d_rows = d_mixed @ _joined(column_weights)
+        d_rows = d_mixed @ _joined([w[f"{name}.weight"] for name in plan.from_input])
         if whole_latents is not None:
             c_k, c_v = plan.latents(whole_latents.wait())
             gradients.add(("k_up.weight",), d_k_nope, c_k)
@@ -158,9 +174,9 @@ class _LatentQKV(torch.autograd.Function):
             gradients.add_bias("v_up.bias", d_value)
             del c_k, c_v, whole_latents
         reduced = _Summed(plan, d_rows)  # while the weight gradients are computed
-        gradients.add(tuple(f"{name}.weight" for name in plan.widths), d_mixed, whole.wait())
-        for name in plan.widths:
-            gradients.add_bias(f"{name}.bias", plan.columns(d_mixed, name))
+        gradients.add(tuple(f"{name}.weight" for name in plan.from_input), d_mixed, whole.wait())
+        for name, part in parts.items():
+            gradients.add_bias(f"{name}.bias", part)
         d_x = reduced.wait()
         if d_latents is not None:
             d_own = d_latents.wait()
@@ -280,12 +296,7 @@ def _latent_gradient(
     return d_latents
 
 
-def _parts(plan: QKVPlan, w: dict[str, torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-    """Weights and biases of the common product."""
-    return [w[f"{name}.weight"] for name in plan.widths], [w.get(f"{name}.bias") for name in plan.widths]
-
-
-def _linear(x: torch.Tensor, weights: list[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
+def _linear(x: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor:
     weight = _joined(weights)
     if all(bias is None for bias in biases):
         return x @ weight.t()
@@ -293,13 +304,13 @@ def _linear(x: torch.Tensor, weights: list[torch.Tensor], biases: Sequence[torch
     return torch.addmm(torch.cat(filled), x, weight.t())
 
 
-def _joined(weights: list[torch.Tensor]) -> torch.Tensor:
+def _joined(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Weights [rows, columns] beneath one another, without a copy where they are so in memory."""
     found = _adjacent(weights)
-    return torch.cat(weights) if found is None else found
+    return torch.cat(list(weights)) if found is None else found
 
 
-def _adjacent(matrices: list[torch.Tensor]) -> torch.Tensor | None:
+def _adjacent(matrices: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """Matrices that follow one another in one storage as one; None where they do not."""
     first = matrices[0]
     end = first.storage_offset()

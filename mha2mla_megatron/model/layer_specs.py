@@ -30,7 +30,12 @@ from megatron.core.transformer.transformer_layer import (
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention, MHA2MLASelfAttentionSubmodules
 from mha2mla_megatron.model.context_attention import GatheredAttention
-from mha2mla_megatron.model.implementation import Implementation, fuses_projections, uses_transformer_engine
+from mha2mla_megatron.model.implementation import (
+    Implementation,
+    fuses_projections,
+    rotates_fused,
+    uses_transformer_engine,
+)
 from mha2mla_megatron.model.plain_layers import ReplicatedLinear, RMSNorm
 
 
@@ -67,15 +72,13 @@ def layer_specs(
     else:
         column_parallel_linear = backend.column_parallel_linear()
         attention: type[MHA2MLASelfAttention] = MHA2MLASelfAttention
-        if fuses_projections(implementation, architecture.qk_norm):
-            from mha2mla_megatron.model.fused_attention import (
-                ColumnWeights,
-                FusedMHA2MLASelfAttention,
-                ReplicatedWeights,
-            )
+        if rotates_fused(implementation, architecture.qk_norm):
+            from mha2mla_megatron.model import fused_attention as ours  # needs Triton
 
-            attention = FusedMHA2MLASelfAttention
-            column_parallel_linear, replicated_linear = ColumnWeights, ReplicatedWeights
+            attention = ours.RotatingMHA2MLASelfAttention
+            if fuses_projections(implementation, architecture.qk_norm, bool(config.fp8)):
+                attention = ours.FusedMHA2MLASelfAttention
+                column_parallel_linear, replicated_linear = ours.ColumnWeights, ours.ReplicatedWeights
         parts = MHA2MLASelfAttentionSubmodules(
             column_parallel_linear=column_parallel_linear,
             replicated_linear=replicated_linear,

@@ -30,39 +30,44 @@ class HeadShape:
 
 
 def rotate_and_join(
-    mixed: torch.Tensor, k_nope: torch.Tensor | None, angles: torch.Tensor, pairs: torch.Tensor, shape: HeadShape
+    queries: torch.Tensor,
+    k_rope: torch.Tensor | None,
+    k_nope: torch.Tensor | None,
+    angles: torch.Tensor,
+    pairs: torch.Tensor,
+    shape: HeadShape,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query [T, H, d] and key [T, G, d], ready for attention, of one floating type.
 
-    mixed: [T, H d + G r or more], rows contiguous: the queries' heads, then the rotary dims of the keys' heads.
-    k_nope: [T, G (d - r)], None where r = d. angles: float32 [S, d], with T a multiple of S and the batch inside.
-    pairs: int64 [G, r/2], which angle each pair of dims (i, i + r/2) of a key head, and of its query heads, turns by.
+    queries: [T, H d]. k_rope: [T, G r], None where r = 0. k_nope: [T, G (d - r)], None where r = d. Of these each row
+    is contiguous. angles: float32 [S, d], with T a multiple of S and the batch inside. pairs: int64 [G, r/2], which
+    angle each pair of dims (i, i + r/2) of a key head, and of its query heads, turns by.
     """
-    rows = len(mixed)
-    query = mixed.new_empty(rows, shape.query_heads, shape.head_dim)
-    key = mixed.new_empty(rows, shape.key_heads, shape.head_dim)
-    _launch(mixed, k_nope, query, key, angles, pairs, shape, backward=False)
+    rows = len(queries)
+    query = queries.new_empty(rows, shape.query_heads, shape.head_dim)
+    key = queries.new_empty(rows, shape.key_heads, shape.head_dim)
+    _launch(queries, k_rope, k_nope, query, key, angles, pairs, shape, backward=False)
     return query, key
 
 
 def rotate_and_split(
     query: torch.Tensor,
     key: torch.Tensor,
-    mixed: torch.Tensor,
+    queries: torch.Tensor,
+    k_rope: torch.Tensor | None,
     k_nope: torch.Tensor | None,
     angles: torch.Tensor,
     pairs: torch.Tensor,
     shape: HeadShape,
 ) -> None:
-    """The gradient of `rotate_and_join`: from those of query and key (contiguous) into those of `mixed` and `k_nope`.
-
-    Of `mixed` only the first H d + G r columns are written.
-    """
-    _launch(mixed, k_nope, query, key, angles, pairs, shape, backward=True)
+    """The gradient of `rotate_and_join`: from those of query and key (contiguous) into those of its first three
+    arguments."""
+    _launch(queries, k_rope, k_nope, query, key, angles, pairs, shape, backward=True)
 
 
 def _launch(
-    mixed: torch.Tensor,
+    queries: torch.Tensor,
+    k_rope: torch.Tensor | None,
     k_nope: torch.Tensor | None,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -71,13 +76,15 @@ def _launch(
     shape: HeadShape,
     backward: bool,
 ) -> None:
-    rows = len(mixed)
-    nope = mixed if k_nope is None else k_nope  # not touched where r = d
+    rows = len(queries)
+    # Not touched where there is none.
+    rope, nope = (queries if part is None else part for part in (k_rope, k_nope))
     block = max(1, 4096 // triton.next_power_of_2(shape.head_dim))
     grid = (triton.cdiv(rows, block), shape.query_heads + shape.key_heads)
     move: Any = _move_heads
     move[grid](
-        mixed,
+        queries,
+        rope,
         nope,
         query,
         key,
@@ -86,7 +93,8 @@ def _launch(
         rows,
         rows // len(angles),
         # Known as the kernel is compiled, so that whole vectors are moved where they are aligned.
-        mixed_stride=mixed.stride(0),
+        queries_stride=queries.stride(0),
+        rope_stride=rope.stride(0),
         nope_stride=nope.stride(0),
         angle_stride=angles.stride(0),
         query_heads=shape.query_heads,
@@ -102,7 +110,8 @@ def _launch(
 
 @triton.jit
 def _move_heads(
-    mixed,
+    queries,
+    k_rope,
     k_nope,
     query,
     key,
@@ -110,7 +119,8 @@ def _move_heads(
     pairs,
     rows,
     batch,
-    mixed_stride: tl.constexpr,
+    queries_stride: tl.constexpr,
+    rope_stride: tl.constexpr,
     nope_stride: tl.constexpr,
     angle_stride: tl.constexpr,
     query_heads: tl.constexpr,
@@ -122,18 +132,18 @@ def _move_heads(
     block: tl.constexpr,
     backward: tl.constexpr,
 ):
-    """One head of a block of rows, between its parts (in mixed, k_nope) and its place in query or key."""
+    """One head of a block of rows, between its parts and its place in query or key."""
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)[:, None]
     head = tl.program_id(1)
     is_query = head < query_heads
     group = tl.where(is_query, head // (query_heads // key_heads), head - query_heads)
     if is_query:
         whole = query + row * (query_heads * d) + head * d
-        rope_part = mixed + row * mixed_stride + head * d
+        rope_part = queries + row * queries_stride + head * d
         nope_part = rope_part + r
     else:
         whole = key + row * (key_heads * d) + group * d
-        rope_part = mixed + row * mixed_stride + query_heads * d + group * r
+        rope_part = k_rope + row * rope_stride + group * r
         nope_part = k_nope + row * nope_stride + group * (d - r)
     inside = row < rows
 

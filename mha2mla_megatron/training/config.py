@@ -155,7 +155,12 @@ class FinetuneSettings:
     small that a GPU waits for its host."""
 
     recompute: str = "none"
-    """Activations recomputed in the backward pass: none, selective (core attention), full (every layer)."""
+    """Activations recomputed in the backward pass: none, latent (keys and values of a converted model's fused path,
+    from what its cache would hold), selective (core attention), full (every layer)."""
+
+    fp8: str | None = None
+    """Matrix products of the layers in 8 bits by Transformer Engine, on a GPU that has them: delayed or current, the
+    ways to find a tensor's scale. Attention, embedding and output layer stay in 16 bits, weights as they are."""
 
     save_interval: int = 500
     """Steps between checkpoints; the last step is saved always."""
@@ -195,9 +200,11 @@ class FinetuneSettings:
             ("on_nan", ("stop", "skip")),
             ("dtype", ("auto", "float32", "bfloat16")),
             ("implementation", ("auto", *IMPLEMENTATIONS)),
-            ("recompute", ("none", "selective", "full")),
+            ("recompute", ("none", "latent", "selective", "full")),
         ):
             require_one_of(key, getattr(self, key), valid)
+        if self.fp8 is not None:
+            require_one_of("fp8", self.fp8, ("delayed", "current"))
         if self.cuda_graph:
             self._check_cuda_graph()
         warmup, decay = self.warmup_steps, self.decay_steps

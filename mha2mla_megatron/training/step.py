@@ -17,6 +17,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.implementation import choose_implementation, uses_transformer_engine
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 """What a step reads of each micro batch, [b, s] all of them."""
+
+FP8_MULTIPLE = 16
+"""Of which the sides of 8-bit matrices must be a multiple."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def build_training_model(
         # Says to Transformer Engine's loss that it must not look at its numbers.
         cuda_graph_impl="full_iteration" if settings.cuda_graph else "none",
         **_recompute(settings.recompute),
+        **_fp8(settings, architecture, dtype),
     )
     parallel, count = settings.parallel, settings.parallel.virtual_pipeline_model_parallel_size
     ddp = DistributedDataParallelConfig(
@@ -78,6 +84,8 @@ def build_training_model(
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
         _accumulate_in_place(chunks[-1])
+        if settings.recompute == "latent":
+            _rebuild_keys_and_values(chunks[-1])
 
     def hooks(name: str) -> Any:
         return [getattr(chunk, name) for chunk in chunks] if count > 1 else getattr(chunks[0], name)
@@ -101,6 +109,18 @@ def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
     for module in chunk.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = True
+
+
+def _rebuild_keys_and_values(chunk: DistributedDataParallel) -> None:
+    """What recompute=latent asks of each layer. Raises UserError where there is no layer of the fused path."""
+    layers: list[Any] = [module for module in chunk.modules() if hasattr(module, "rebuild_keys_and_values")]
+    if not layers:
+        raise UserError(
+            "recompute: latent needs a converted model whose attention takes the fused path (implementation "
+            "transformer_engine or local_fused, no norms on queries and keys, fp8 null); valid: none, selective, full"
+        )
+    for layer in layers:
+        layer.rebuild_keys_and_values()
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -228,6 +248,39 @@ class StepMeans:
 def _recompute(kind: str) -> dict[str, Any]:
     return {
         "none": {},
+        "latent": {},
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[kind]
+
+
+def _fp8(settings: FinetuneSettings, architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
+    """Raises UserError for a model, batch or implementation that 8-bit products cannot have."""
+    if settings.fp8 is None:
+        return {}
+    implementation = choose_implementation(settings.implementation)
+    if not uses_transformer_engine(implementation) or dtype != torch.bfloat16:
+        raise UserError(
+            f"fp8: needs implementation transformer_engine and dtype bfloat16, and this is {implementation}, "
+            f"{str(dtype).removeprefix('torch.')}; valid: null"
+        )
+    for name, shape in architecture.tensor_shapes().items():
+        if name.startswith("model.layers.") and name.endswith("proj.weight"):
+            sides = _sides_of_a_process(name, shape, settings.parallel.tensor_model_parallel_size)
+            if any(side % FP8_MULTIPLE for side in sides):
+                found = " x ".join(map(str, sides))
+                raise UserError(f"fp8: {name} is {found} on each process; valid: multiples of {FP8_MULTIPLE}")
+    tokens = settings.data.sequence_length * settings.micro_batch_size
+    if tokens % FP8_MULTIPLE:
+        raise UserError(f"fp8: a micro batch has {tokens} tokens; valid: a multiple of {FP8_MULTIPLE}")
+    return {"fp8": "hybrid", "fp8_recipe": {"delayed": "delayed", "current": "tensorwise"}[settings.fp8]}
+
+
+def _sides_of_a_process(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int]:
+    """Rows and columns of its part of a projection: of its rows, of its columns, or all of it."""
+    rows, columns = shape
+    if name.endswith("kv_down_proj.weight"):
+        return rows, columns
+    if name.endswith((".o_proj.weight", ".down_proj.weight")):
+        return rows, columns // tp
+    return rows // tp, columns
