@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,31 +39,12 @@ from mha2mla_megatron.training.config import DataSettings, FinetuneSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
 
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes import SHAPES, Shape
+
 USAGE = "train_step.py [key=value ...]"
 NOISE_FACTOR = 1.5
 """A bf16 implementation may lose this much more than transformers' own bf16 does: sums run in another order."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's shape and the batch that fills the GPU with it."""
-
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    groups: int
-    d_kv: int
-    sequence_length: int
-    micro_batch_size: int
-
-
-SHAPES = {
-    "tiny": Shape(128, 256, 2, 4, 2, 32, 64, 2),
-    "135M": Shape(576, 1536, 30, 9, 3, 32, 2048, 16),
-    "1.7B": Shape(2048, 8192, 24, 32, 32, 32, 2048, 8),
-}
-"""d_kv and r = d/8 save 68.75 % of the cache (d = 64)."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +85,9 @@ def make_folder(folder: Path, shape: Shape, converted: bool, dtype: torch.dtype)
     mla = folder / "mla"
     head_dim = shape.hidden // shape.heads
     settings = ConvertSettings(
-        PartialRopeConfig(qk_rope_head_dim=head_dim // 8), LowRankConfig(d_kv=shape.d_kv), overwrite=True
+        partial_rope=PartialRopeConfig(qk_rope_head_dim=head_dim // 8),
+        low_rank=LowRankConfig(d_kv=shape.d_kv),
+        overwrite=True,
     )
     convert_model(original, mla, settings)
     return mla
