@@ -26,6 +26,7 @@ from mha2mla_megatron.errors import require_one_of
 from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
+from mha2mla_megatron.training.pieces import merge_pieces
 from tests.distributed import reshard_worker
 from tests.distributed.worlds import run_world
 from tests.megatron_cases import SHORT_NAMES, converted_config, random_tensor
@@ -109,19 +110,7 @@ def results_of(folder: Path, name: str, target: str) -> tuple[dict[str, torch.Te
     """
     found = [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in range(LAYOUTS[target][0])]
     assert all(one["losses"] == found[0]["losses"] for one in found), "the processes have different losses"
-    whole: dict[str, torch.Tensor] = {}
-    covered: dict[str, torch.Tensor] = {}
-    for key, shape, place, piece in (piece for one in found for piece in one["state"]):
-        if key not in whole:
-            whole[key], covered[key] = torch.zeros(shape, dtype=piece.dtype), torch.zeros(shape, dtype=torch.bool)
-        assert whole[key].shape == shape, key
-        seen = covered[key][place]
-        assert torch.equal(whole[key][place][seen], piece[seen]), f"copies of {key} differ"
-        whole[key][place] = piece
-        covered[key][place] = True
-    missing = [key for key, mask in covered.items() if not mask.all()]
-    assert not missing, f"no process holds all of {missing[0]}"
-    return whole, found[0]["losses"]
+    return merge_pieces(piece for one in found for piece in one["state"]), found[0]["losses"]
 
 
 def check_source(folder: Path, name: str, reference: dict[str, torch.Tensor]) -> None:

@@ -19,6 +19,7 @@ from mha2mla_megatron.architecture import parse_architecture
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
+from mha2mla_megatron.training.pieces import Piece
 from tests.distributed import layout_worker
 from tests.distributed.worlds import run_world
 from tests.megatron_cases import SHORT_NAMES, converted_config, original_config, random_tensor
@@ -145,7 +146,7 @@ def errors_of(folder: Path, run: tuple[int, dict[str, Any], str]) -> dict[str, f
     return {kind: float(values.max()) for kind, values in errors.items()}
 
 
-def whole_tensors(pieces: list[layout_worker.Piece]) -> dict[str, torch.Tensor]:
+def whole_tensors(pieces: list[Piece]) -> dict[str, torch.Tensor]:
     """A single process's tensors; some of them it has in several pieces."""
     whole = {key: torch.full(shape, torch.nan) for key, shape, _, _ in pieces}
     for key, _, place, piece in pieces:

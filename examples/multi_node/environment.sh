@@ -13,3 +13,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
+
+# A store of its own for every restart: with the shared one that torchrun (2.11) keeps, a process that was started again
+# may look for the others where they were before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"

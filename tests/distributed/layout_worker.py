@@ -14,19 +14,15 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.model.parallel import check_batches, check_layout, initialize_parallel
-from mha2mla_megatron.model.provider import sharded_weights
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
+from mha2mla_megatron.training.pieces import fill, keep_gradients, pieces_of
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 
 STEPS = 2
-Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
-"""Name and shape of the whole tensor, place in it, content."""
 
 
 def run(name: str, config: dict[str, Any], weights: Path, settings: FinetuneSettings) -> None:
@@ -48,29 +44,12 @@ def build(architecture: Architecture, settings: FinetuneSettings) -> tuple[Any, 
     return chunks, *build_optimizer(chunks, settings, torch.float32), device
 
 
-def fill(chunks: Any, optimizer: Any, weights: Path) -> None:
-    """Take this rank's part of a file of whole tensors."""
-    whole = torch.load(weights)
-    with torch.no_grad():
-        for piece in sharded_tensors(chunks):
-            piece.data.copy_(whole[piece.key][piece.global_slice()])
-    optimizer.reload_model_params()
-
-
 def train(architecture: Architecture, weights: Path, settings: FinetuneSettings) -> dict[str, Any]:
     """What one run leaves behind, on this rank."""
     chunks, optimizer, schedule, device = build(architecture, settings)
-    fill(chunks, optimizer, weights)
+    fill(chunks, optimizer, torch.load(weights).__getitem__)
     schedule.step(0)
-    gradients: list[Piece] = []
-    update = optimizer.step
-
-    def step() -> Any:
-        if not gradients:
-            gradients.extend(gradient_pieces(chunks))
-        return update()
-
-    optimizer.step = step  # type: ignore[method-assign]
+    gradients = keep_gradients(chunks, optimizer)
     batches = micro_batches(architecture.vocab_size, settings)
     losses = [train_step(chunks, optimizer, batches, settings, device).loss for _ in range(STEPS)]
     gather_weights(chunks)
@@ -95,35 +74,3 @@ def micro_batches(
             "tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": mask,
             "position_ids": torch.arange(length).repeat(size, 1),
         }  # fmt: skip
-
-
-def gradient_pieces(chunks: Any) -> list[Piece]:
-    """Like `pieces_of`, with the gradients: each data-parallel rank has the sums of its part of every bucket alone."""
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    for bucket in (bucket for chunk in chunks for buffer in chunk.buffers for bucket in buffer.buckets):
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        mine = bucket.grad_data.chunk(group.size())[group.rank()].clone()
-        torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
-    weights = [parameter.detach().clone() for parameter in parameters]
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(parameter.main_grad)  # type: ignore[arg-type]
-        pieces = pieces_of(chunks)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.copy_(weight)
-    return pieces
-
-
-def pieces_of(chunks: Any) -> list[Piece]:
-    """What this rank holds of the model's floating-point tensors, placed as checkpoints place it."""
-    return [
-        (piece.key, tuple(piece.global_shape), piece.global_slice(), piece.data.detach().clone())
-        for piece in sharded_tensors(chunks)
-        if piece.data.is_floating_point()
-    ]
-
-
-def sharded_tensors(chunks: Any) -> Iterator[Any]:
-    state = {index: sharded_weights(chunk.module) for index, chunk in enumerate(chunks)}
-    apply_factories(state)
-    return nested_values(state)

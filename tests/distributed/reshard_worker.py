@@ -5,22 +5,18 @@ Everything that is compared is written down as (name, whole shape, place, conten
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from mha2mla_megatron.architecture import parse_architecture
-from mha2mla_megatron.model.provider import sharded_weights
-from mha2mla_megatron.training.checkpoint import METADATA, begin_save, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import begin_save, prepare_root, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.pieces import fill, state_pieces
 from mha2mla_megatron.training.step import gather_weights, train_step
-from tests.distributed.layout_worker import Piece, build, fill, micro_batches
+from tests.distributed.layout_worker import build, micro_batches
 
 SAVED, MORE = 2, 3
 """Steps before the checkpoint and after it."""
@@ -30,11 +26,11 @@ def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSett
     """Train, save to folder/`name` in between, and go on; leaves folder/NAME.RANK.pt."""
     architecture = parse_architecture(config, name)
     chunks, optimizer, schedule, device = build(architecture, settings)
-    fill(chunks, optimizer, folder / "weights.pt")
+    fill(chunks, optimizer, torch.load(folder / "weights.pt").__getitem__)
     schedule.step(0)
     before = _losses(0, SAVED, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
     gather_weights(chunks)
-    state = _state(chunks, optimizer)
+    state = state_pieces(chunks, optimizer)
     prepare_root(folder / name)
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     run = {"step": SAVED}
@@ -50,7 +46,7 @@ def load(name: str, source: str, config: dict[str, Any], folder: Path, settings:
     run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule)
     assert run == {"step": SAVED}
     schedule.step(0)
-    state = _state(chunks, optimizer)
+    state = state_pieces(chunks, optimizer)
     losses = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
     _write({"losses": losses, "state": state}, folder / name)
 
@@ -68,21 +64,6 @@ def _losses(
         losses.append(train_step(chunks, optimizer, batches, settings, device).loss)
         schedule.step(1)
     return losses
-
-
-def _state(chunks: Any, optimizer: Any) -> list[Piece]:
-    """The pieces of weights, master weights and moments that this process holds, as checkpoints place them."""
-    model = {index: sharded_weights(chunk.module) for index, chunk in enumerate(chunks)}
-    state = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=METADATA)}
-    apply_factories(state)
-    return list(_pieces(state))
-
-
-def _pieces(state: Any) -> Iterator[Piece]:
-    for piece in nested_values(state):
-        if isinstance(piece, ShardedTensor):
-            assert piece.data is not None
-            yield piece.key, tuple(piece.global_shape), piece.global_slice(), piece.data.detach().clone()
 
 
 def _write(result: dict[str, Any], root: Path) -> None:

@@ -9,7 +9,6 @@ is in neither.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import json
 import sys
@@ -19,9 +18,8 @@ from typing import Any
 
 import torch
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture
+from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.cli import split_words
-from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, require_one_of, run_tool
 from mha2mla_megatron.layout_plan.settings import GIB, PlanSettings
 from mha2mla_megatron.layout_plan.stages import StagePlan, plan_stages
@@ -32,7 +30,8 @@ from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
-from train_step import SHAPES, Shape, random_batches
+from shapes import SHAPES, Shape, make_architecture, model_name
+from train_step import random_batches
 
 USAGE = "memory.py [key=value ...]"
 STEPS = 3
@@ -60,23 +59,6 @@ class MemorySettings:
         ):
             for word in getattr(self, key):
                 require_one_of(key, word, valid)
-
-
-def make_architecture(shape: Shape, converted: bool) -> Architecture:
-    """The shape as train_step.py times it: uniform r = d/8 and joint latents, or original."""
-    config = dict(
-        model_type="llama", vocab_size=49152, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-        max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
-    original = parse_architecture(config, "shape")
-    if not converted:
-        return original
-    mla = MHA2MLAConfig(
-        PartialRopeConfig(strategy="uniform", qk_rope_head_dim=original.head_dim // 8), LowRankConfig(d_kv=shape.d_kv)
-    )
-    mla = original.resolve(mla)
-    return dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
 
 
 def planned(stage: StagePlan) -> dict[str, float]:
@@ -125,7 +107,7 @@ def main(argv: list[str]) -> None:
         for implementation in settings.implementations:
             for recompute in settings.recompute:
                 for converted in (False, True):
-                    shape, architecture = SHAPES[name], make_architecture(SHAPES[name], converted)
+                    shape, architecture = SHAPES[name], make_architecture(SHAPES[name], model_name(converted))
                     run = PlanSettings(
                         micro_batch_size=shape.micro_batch_size, global_batch_size=shape.micro_batch_size, gpus=1,
                         implementation=implementation, recompute=recompute, dtype="bfloat16",

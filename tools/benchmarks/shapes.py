@@ -36,12 +36,14 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(128, 256, 2, 4, 2, 49152, True, 64, 2),
+    "small": Shape(512, 1536, 8, 8, 4, 49152, True, 1024, 1),
     "135M": Shape(576, 1536, 30, 9, 3, 49152, True, 2048, 16),
     "360M": Shape(960, 2560, 32, 15, 5, 49152, True, 2048, 16),
     "1.7B": Shape(2048, 8192, 24, 32, 32, 49152, True, 2048, 8),
-    "7B/8": Shape(4096, 11008, 8, 32, 32, 32000, False, 4096, 2),
+    "7B": Shape(4096, 11008, 8, 32, 32, 32000, False, 4096, 2),
 }
-"""SmolLM's, and Llama-2-7B's with 8 of its 32 layers."""
+"""135M to 1.7B are SmolLM's; 7B is Llama-2's with 8 of its 32 layers, which is what one GPU of 80 GB trains; small is
+like 135M with key/value heads that 4 processes can share (SmolLM-135M has 3)."""
 
 CONVERSIONS = {"mla-68.75": ("joint", 2), "mla-87.5": ("joint", 8), "split-68.75": ("split", 4)}
 """What is converted how, by the cache that it saves in percent: uniform r = d/8, and latents of G d / this number.
@@ -50,6 +52,11 @@ Every layer has a table of pairs for each head, whatever the strategy that chose
 """
 
 MODELS = ("original", *CONVERSIONS)
+
+
+def model_name(converted: bool) -> str:
+    """The one that stands for all conversions where only one is run."""
+    return "mla-68.75" if converted else "original"
 
 
 def original_config(shape: Shape) -> dict[str, Any]:

@@ -58,7 +58,7 @@ PEERS = ("transformers", "transformers_compiled")
 @dataclass(frozen=True)
 class BenchmarkSettings:
     shapes: list[str] = field(default_factory=lambda: ["135M", "1.7B"])
-    """Which shapes are timed: tiny, 135M, 360M, 1.7B, 7B/8."""
+    """Which shapes are timed: tiny, 135M, 360M, 1.7B, 7B."""
 
     models: list[str] = field(default_factory=lambda: ["original", "mla-68.75"])
     """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75."""
