@@ -105,10 +105,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def make_tokenizer(folder: Path, vocab_size: int = 256, **changes: object) -> Path:
+def make_tokenizer(folder: Path, vocab_size: int = 256, alphabet: str = "", **changes: object) -> Path:
     """A byte-level BPE tokenizer trained on PROSE, saved into `folder`: ids 0 to 2 are <unk>, <bos> and <eos>.
 
-    Characters that PROSE has not are <unk>. changes: arguments of PreTrainedTokenizerFast.
+    Characters that neither PROSE nor `alphabet` has are <unk>. changes: arguments of PreTrainedTokenizerFast.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -117,7 +117,9 @@ def make_tokenizer(folder: Path, vocab_size: int = 256, **changes: object) -> Pa
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     special = ["<unk>", "<bos>", "<eos>"]
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=list(alphabet), show_progress=False
+    )
     tokenizer.train_from_iterator(PROSE, trainer)
     tokens = {f"{token.strip('<>')}_token": token for token in special}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes}).save_pretrained(folder)

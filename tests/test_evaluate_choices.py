@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,17 @@ def test_refusals(tmp_path: Path, model: Path) -> None:
 def test_the_real_files_are_read(task: str, rows: int) -> None:
     found, questions = read_questions(DATA / task / "validation.jsonl.gz")
     assert found == task and len(questions) == rows
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval (pip install lm-eval) is missing")
+@pytest.mark.parametrize(("rows", "task"), [(HELLASWAG, "hellaswag"), (PIQA, "piqa")], ids=["hellaswag", "piqa"])
+def test_rows_are_those_of_lm_evaluation_harness(
+    tmp_path: Path, model: Path, rows: list[dict[str, Any]], task: str
+) -> None:
+    done = run_tool("benchmarks/choices", model, write(tmp_path / "rows.jsonl", rows), "lighteval=false")
+    assert f"{len(rows)} rows of {task}: acc and acc_norm of each as in lm-eval" in done.stdout
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is there")
+def test_comparison_without_lm_evaluation_harness(tmp_path: Path, model: Path) -> None:
+    assert "lm_eval is not installed" in refused("benchmarks/choices", model, write(tmp_path / "p.jsonl", PIQA))

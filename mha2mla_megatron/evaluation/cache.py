@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,13 +28,31 @@ def cache_bytes_per_token(model: Any, tokens: int = 16) -> float:
 
 def stored_bytes(value: Any) -> int:
     """Bytes of all tensors that an object holds, however deep: of a cache its codes, scales, zeros and window."""
+    return sum(map(_tensor_bytes, _tensors(value)))
+
+
+def fork(cache: Any) -> Any:
+    """A copy that goes on by itself. The tensors are shared: transformers' dynamic and quantised caches, and ours, put
+    new ones in their places and never write into them. (Quanto's tensors could not be copied by deepcopy.)"""
+    return copy.deepcopy(cache, {id(tensor): tensor for tensor in _tensors(cache)})
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
-        flatten: Any = getattr(value, "__tensor_flatten__", None)
-        if flatten is not None:  # a tensor made of others, such as quanto's
-            return sum(stored_bytes(getattr(value, name)) for name in flatten()[0])
-        return value.numel() * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(map(stored_bytes, value))
+        yield value
+        return
     if isinstance(value, dict):
-        return sum(map(stored_bytes, value.values()))
-    return stored_bytes(vars(value)) if hasattr(value, "__dict__") and not isinstance(value, type) else 0
+        parts: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple):
+        parts = value
+    else:
+        parts = vars(value).values() if hasattr(value, "__dict__") and not isinstance(value, type) else ()
+    for part in parts:
+        yield from _tensors(part)
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:  # a tensor made of others, such as quanto's
+        return sum(_tensor_bytes(getattr(tensor, name)) for name in flatten()[0])
+    return tensor.numel() * tensor.element_size()

@@ -10,7 +10,7 @@ Shape letters: b windows in a batch, t tokens in a window.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,23 @@ def window_nll_through(
     batch, length = windows.shape
     total = torch.zeros(batch, dtype=torch.float64)
     with torch.inference_mode():
-        for start in range(0, length, chunk):
-            logits = model(input_ids=windows[:, start : start + chunk], past_key_values=cache).logits
-            first = max(start, length - predicted - 1)  # the position whose logits predict the first token wanted
-            targets = windows[:, first + 1 : start + chunk + 1]
-            logits = logits[:, first - start :][:, : targets.shape[1]]
-            if targets.numel():
-                nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-                total += nll.view(batch, -1).double().sum(dim=1).cpu()
+        for start, logits in prefill(cache, model, windows, chunk, wanted=min(predicted + 1, length)):
+            targets = windows[:, start + 1 : start + 1 + logits.shape[1]]
+            logits = logits[:, : targets.shape[1]]  # the last token of a window predicts nothing
+            nll = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+            total += nll.view(batch, -1).double().sum(dim=1).cpu()
     return total, stored_bytes(cache)
+
+
+def prefill(cache: Any, model: Any, ids: torch.Tensor, chunk: int, wanted: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Feed int64 ids [b, t] through a cache; yields the logits of the last `wanted` places, chunk by chunk.
+
+    Each comes as (the first place it is of, logits [b, n, V]); the other places' are not computed.
+    """
+    first = ids.shape[1] - wanted
+    for start in range(0, ids.shape[1], chunk):
+        piece = ids[:, start : start + chunk]
+        keep = min(start + piece.shape[1] - first, piece.shape[1])
+        logits = model(input_ids=piece, past_key_values=cache, logits_to_keep=max(keep, 1)).logits
+        if keep > 0:
+            yield start + piece.shape[1] - keep, logits

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, loading, pick_device
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes_per_token
 from mha2mla_megatron.evaluation.means import mean
-from mha2mla_megatron.evaluation.perplexity import DTYPES
+from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.evaluation.rows import read_rows, require_field, require_text
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import file_sha256, new_files, write_json
@@ -260,10 +260,7 @@ def _question(task: str, row: dict[str, Any], where: str) -> Question:
 
 def _encode(model: str, folder: Path, questions: Sequence[Question], bos: bool | None) -> list[Pair]:
     """Every choice of every question, in order, in the model's tokens. Raises UserError for what it cannot take."""
-    from transformers import AutoConfig
-
-    with loading(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+    config = read_config(model, folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=True)
     if bos and tokenizer.bos_token_id is None:
         raise UserError(f"{model}: bos=true, but its tokenizer has no bos_token")

@@ -12,11 +12,10 @@ from typing import Any
 
 import yaml
 
-from mha2mla_megatron.checkpoint.causal_lm import loading
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cloze import TASKS
-from mha2mla_megatron.evaluation.perplexity import DTYPES
+from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.evaluation.rows import read_rows
 
 
@@ -53,12 +52,9 @@ def evaluate_lighteval(model: str, target: Path, settings: LightevalSettings) ->
 
     Raises UserError for bad input, before anything is run, and where lighteval ends with an error.
     """
-    from transformers import AutoConfig
-
     names = list(TASKS) if settings.tasks is None else settings.tasks
     folder = resolve_model(model)
-    with loading(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+    config = read_config(model, folder)
     if settings.data is not None:
         for name in names:
             _check_rows(Path(settings.data), name)

@@ -148,22 +148,32 @@ def evaluate_perplexity(models: Sequence[str], text: Path, settings: PerplexityS
     return results
 
 
+def encode_text(content: str, folders: dict[str, Path]) -> tuple[Any, list[int]]:
+    """(the first model's tokenizer, the text in its tokens, without special ones).
+
+    Raises UserError where another model's tokenizer gives other tokens.
+    """
+    first: Any = None
+    ids: list[int] = []
+    for model, folder in folders.items():
+        tokenizer = load_tokenizer(folder, trust_remote_code=True)
+        other: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+        if first is None:
+            first, ids = tokenizer, other
+        elif other != ids:
+            pairs = enumerate(zip(ids, other, strict=False))
+            at = next((i for i, (token, its) in pairs if token != its), min(len(ids), len(other)))
+            name = next(iter(folders))
+            raise UserError(f"{model}: its tokenizer gives other tokens than that of {name}, from token {at} on")
+    return first, ids
+
+
 def cut_windows(content: str, folders: dict[str, Path], text: Path, settings: PerplexitySettings) -> torch.Tensor:
     """The text as int64 [w, t], in the tokens of the first model.
 
     Raises UserError where another model's tokenizer gives other tokens, or the text has not one window.
     """
-    first, ids = "", []
-    bos: Any = None
-    for model, folder in folders.items():
-        tokenizer = load_tokenizer(folder, trust_remote_code=True)
-        other: list[int] = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
-        if not first:
-            first, ids, bos = model, other, tokenizer.bos_token_id
-        elif other != ids:
-            pairs = enumerate(zip(ids, other, strict=False))
-            at = next((i for i, (token, its) in pairs if token != its), min(len(ids), len(other)))
-            raise UserError(f"{model}: its tokenizer gives other tokens than that of {first}, from token {at} on")
+    tokenizer, ids = encode_text(content, folders)
     count = len(ids) // settings.window
     if count == 0:
         raise UserError(f"{text}: {len(ids)} tokens, fewer than a window of {settings.window}")
@@ -171,9 +181,9 @@ def cut_windows(content: str, folders: dict[str, Path], text: Path, settings: Pe
     windows = torch.tensor(ids[: count * settings.window], dtype=torch.long).view(count, settings.window)
     if not settings.bos:
         return windows
-    if bos is None:
-        raise UserError(f"{first}: bos=true, but its tokenizer has no bos_token")
-    return F.pad(windows, (1, 0), value=bos)
+    if tokenizer.bos_token_id is None:
+        raise UserError(f"{next(iter(folders))}: bos=true, but its tokenizer has no bos_token")
+    return F.pad(windows, (1, 0), value=tokenizer.bos_token_id)
 
 
 def window_nll(model: Any, windows: torch.Tensor, predicted: int) -> torch.Tensor:
@@ -206,12 +216,17 @@ def format_results(results: Sequence[PerplexityResult]) -> str:
     return format_table(("model", "perplexity", "std. error", "tokens", "cache bytes/token"), rows)
 
 
-def check_config(model: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> None:
-    """Raise UserError if the model cannot take the windows or the cache. windows: int64 [w, t]."""
+def read_config(model: str, folder: Path) -> Any:
+    """The text model's transformers config. Raises UserError, naming the model, where there is none."""
     from transformers import AutoConfig
 
     with loading(model):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+        return AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+
+
+def check_config(model: str, folder: Path, windows: torch.Tensor, settings: PerplexitySettings) -> None:
+    """Raise UserError if the model cannot take the windows or the cache. windows: int64 [w, t]."""
+    config = read_config(model, folder)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and windows.shape[1] > limit:
         raise UserError(

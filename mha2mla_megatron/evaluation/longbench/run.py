@@ -18,20 +18,21 @@ from typing import Any
 
 import torch
 
-from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, loading, pick_device, rank_device
+from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, rank_device
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache
+from mha2mla_megatron.evaluation.journal import claim, cut_torn_line
 from mha2mla_megatron.evaluation.longbench.generate import Generator
-from mha2mla_megatron.evaluation.longbench.journal import Prediction, append, cut_torn_line, read_journals
+from mha2mla_megatron.evaluation.longbench.journal import Prediction, append, read_journals
 from mha2mla_megatron.evaluation.longbench.samples import TaskData, encode_prompt, read_tasks
 from mha2mla_megatron.evaluation.longbench.scores import AVERAGES, score
 from mha2mla_megatron.evaluation.longbench.tasks import TASKS
 from mha2mla_megatron.evaluation.means import Mean, mean, weighted
-from mha2mla_megatron.evaluation.perplexity import DTYPES
+from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.evaluation.table import format_markdown
-from mha2mla_megatron.files import new_files, replace_text, write_json
+from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import to_dict
 from mha2mla_megatron.training.together import on_every_rank
@@ -166,10 +167,7 @@ def _encode(
     name: str, folder: Path, tokenizer: Any, tasks: list[TaskData], settings: LongBenchSettings
 ) -> dict[str, list[list[int]]]:
     """The prompts of each task in tokens. Raises UserError for what the model cannot take."""
-    from transformers import AutoConfig
-
-    with loading(name):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=True).get_text_config()
+    config = read_config(name, folder)
     if settings.cache is not None:
         make_cache(name, config, settings.cache, settings.cache_options)
     if settings.chat and tokenizer.chat_template is None:
@@ -197,30 +195,8 @@ def _encode(
 
 def _claim(target: Path, folder: Path, tasks: list[TaskData], settings: LongBenchSettings) -> None:
     """Write down what the predictions in `target` are made of. Raises UserError if they are made of something else."""
-    file = target / "run.json"
-    now: dict[str, Any] = {"model_sha256": model_sha256(folder)} | {key: getattr(settings, key) for key in SAME}
-    data = {task.task.name: task.sha256 for task in tasks}
-    before: dict[str, Any] = {"data_sha256": {}}
-    if file.exists():
-        try:
-            before = json.loads(file.read_text(encoding="utf-8"))
-            changed = [key for key in now if before[key] != now[key]]
-            changed += [
-                f"data set for {name}" for name in data if before["data_sha256"].get(name, data[name]) != data[name]
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: not written by this tool; give another OUT") from None
-        if changed:
-            key = changed[0]
-            values = f": {before[key]!r} there, {now[key]!r} now" if key in now else ""
-            raise UserError(f"{target}: holds predictions of another {key}{values}; give another OUT")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target}: exists and holds no run.json of this tool")
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        replace_text(file, json.dumps({**now, "data_sha256": {**before["data_sha256"], **data}}, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+    made_of = {"model_sha256": model_sha256(folder)} | {key: getattr(settings, key) for key in SAME}
+    claim(target, made_of, "data_sha256", {task.task.name: task.sha256 for task in tasks}, "data set for")
 
 
 def _missing(
