@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,15 @@ JOBS: dict[str, Any] = {
     "save_stall": speed.save_stall,
 }
 
+
+def free_memory() -> None:
+    """Give back what the last job's model took: its wrappers refer to each other, and other processes need room too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 if __name__ == "__main__":
     torch.backends.cuda.matmul.allow_tf32 = False
-    serve_jobs(Path(sys.argv[1]), JOBS, torch.cuda.empty_cache if torch.cuda.is_available() else lambda: None)
+    serve_jobs(Path(sys.argv[1]), JOBS, free_memory)
     shut_down_parallel()

@@ -51,7 +51,14 @@ USAGE = "train_step.py [key=value ...]"
 NOISE_FACTOR = 1.5
 """A bf16 implementation may lose this much more than transformers' own bf16 does: sums run in another order."""
 
-OURS = tuple(word + graph for word in ("auto", *IMPLEMENTATIONS) for graph in ("", "+graph"))
+OPTIONS: dict[str, dict[str, Any]] = {
+    "graph": {"cuda_graph": True},
+    "fp8": {"fp8": "current"},
+    "latent": {"recompute": "latent"},
+    "full": {"recompute": "full"},
+}
+"""What may follow an implementation after +, and the settings that it stands for."""
+
 PEERS = ("transformers", "transformers_compiled")
 
 
@@ -64,8 +71,8 @@ class BenchmarkSettings:
     """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75."""
 
     implementations: list[str] = field(default_factory=lambda: ["auto"])
-    """Which are timed: those of `implementation` in tools/finetune.py, with +graph for cuda_graph=true, and the peers
-    transformers and transformers_compiled."""
+    """Which are timed: those of `implementation` in tools/finetune.py, with +graph, +fp8, +latent, +full for the
+    settings that these stand for, and the peers transformers and transformers_compiled."""
 
     parity_shape: str | None = "135M"
     """Whose logits are compared; null: none."""
@@ -86,10 +93,14 @@ class BenchmarkSettings:
         for key, valid in (
             ("shapes", tuple(SHAPES)),
             ("models", MODELS),
-            ("implementations", (*OURS, *PEERS)),
         ):
             for word in getattr(self, key):
                 require_one_of(key, word, valid)
+        for word in self.implementations:
+            name, *options = word.split("+")
+            require_one_of("implementations", name, ("auto", *IMPLEMENTATIONS, *PEERS))
+            for option in options:
+                require_one_of(f"implementations: {name}+", option, tuple(OPTIONS))
         if self.parity_shape is not None:
             require_one_of("parity_shape", self.parity_shape, tuple(SHAPES))
 
@@ -321,9 +332,9 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
             if implementation in PEERS:
                 make = partial(peer_step, shape, model, implementation == "transformers_compiled", device)
             else:
-                word, *graph = implementation.split("+")
-                architecture = make_architecture(shape, model)
-                make = partial(training_step, architecture, shape, word, device, cuda_graph=bool(graph))
+                word, *options = implementation.split("+")
+                wanted = {key: value for option in options for key, value in OPTIONS[option].items()}
+                make = partial(training_step, make_architecture(shape, model), shape, word, device, **wanted)
             try:
                 last[run] = timed_steps(make, settings.steps, settings.profile * (turn == settings.rounds - 1))
             except torch.cuda.OutOfMemoryError:
