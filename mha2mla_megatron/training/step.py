@@ -31,6 +31,7 @@ class StepResult:
 
     updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite.
     bad_micro_batches: those of this rank whose loss is. parts: means over the same tokens of what makes up the loss.
+    sources: (mean loss, tokens) of each source of a blend; a mean over no tokens is NaN.
     """
 
     loss: float
@@ -39,6 +40,7 @@ class StepResult:
     updated: bool
     bad_micro_batches: tuple[int, ...]
     parts: dict[str, float] = field(default_factory=dict)
+    sources: list[tuple[float, int]] = field(default_factory=list)
 
 
 def build_training_model(
@@ -105,9 +107,11 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     count = settings.global_batch_size // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size())
-    losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
-    parts, tokens = mean_values(losses, device)
+    sources = len(settings.data.sources)
+    losses = run_micro_batches(chunks, batches, count, settings, device, distillation, sources=sources)
+    parts, tokens = mean_values(losses, device, sources)
     loss = parts.pop("loss")
+    by_source = _take_sources(parts, tokens, sources)
     bad: tuple[int, ...] = ()
     updated, grad_norm = False, math.nan
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one.
@@ -115,7 +119,7 @@ def train_step(
         updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     else:
         bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"])))
-    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts)
+    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts, by_source)
 
 
 def run_micro_batches(
@@ -126,10 +130,14 @@ def run_micro_batches(
     device: torch.device,
     distillation: Distillation | None = None,
     forward_only: bool = False,
+    sources: int = 0,
 ) -> list[dict[str, torch.Tensor]]:
-    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `mean_values`."""
+    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `mean_values`.
+
+    sources: of how many sources of a blend the losses are summed apart.
+    """
     return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=device, distillation=distillation),
+        forward_step_func=partial(forward_step, device=device, distillation=distillation, sources=sources),
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
         model=list(chunks),
         num_microbatches=count,
@@ -144,24 +152,40 @@ def forward_step(
     model: torch.nn.Module,
     device: torch.device,
     distillation: Distillation | None = None,
+    sources: int = 0,
 ) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it."""
     found = next(batches)  # and what else the dataset says of a sample
     batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
+    mask = None if "document" not in found else document_mask(found["document"].to(device, non_blocking=True))
+    source = found["source"].to(device, non_blocking=True) if sources else None
     # The rotary tables are split the same way, by Megatron's rotary embedding.
     sharing: Any = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=sharing)
+
+    def summed(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total, count, sums = masked_loss(batch["loss_mask"], losses)
+        if source is not None:
+            sums |= _sums_by_source(batch["loss_mask"], losses, source, sources)
+        return total, count, sums
+
     if distillation is None:
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return output, partial(masked_loss, batch["loss_mask"])
-    teacher = distillation.predict(batch["tokens"], batch["position_ids"])
+        return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]), summed
+    teacher = distillation.predict(batch["tokens"], batch["position_ids"], mask)
 
     def distilled_loss(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         parts = distillation.losses(model, batch["labels"], student, teacher)
-        total, count, sums = masked_loss(batch["loss_mask"], parts.pop("loss"))
+        total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 
-    return model(batch["tokens"], batch["position_ids"], None), distilled_loss
+    return model(batch["tokens"], batch["position_ids"], mask), distilled_loss
+
+
+def document_mask(document: torch.Tensor) -> torch.Tensor:
+    """True where a token must not look: ahead, or into another document. [b, s] -> bool [b, 1, s, s]."""
+    length = document.shape[1]
+    ahead = torch.ones(length, length, dtype=torch.bool, device=document.device).triu(1)
+    return (ahead | (document[:, :, None] != document[:, None, :]))[:, None]
 
 
 def masked_loss(
@@ -173,10 +197,12 @@ def masked_loss(
     return total, count, {"tokens": count, "loss": total.detach()}
 
 
-def mean_values(sums: list[dict[str, torch.Tensor]], device: torch.device) -> tuple[dict[str, float], int]:
+def mean_values(
+    sums: list[dict[str, torch.Tensor]], device: torch.device, sources: int = 0
+) -> tuple[dict[str, float], int]:
     """Means over all predicted tokens of what the micro batches summed, and their number, known to every rank."""
     # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
-    names = list(sums[0]) if sums else ["tokens", "loss"]
+    names = list(sums[0]) if sums else ["tokens", "loss", *_source_names(sources)]
     total = torch.zeros(len(names), dtype=torch.float64, device=device)
     for micro_batch in sums:
         total += torch.stack([micro_batch[name].double() for name in names])
@@ -184,6 +210,29 @@ def mean_values(sums: list[dict[str, torch.Tensor]], device: torch.device) -> tu
     torch.distributed.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
     count, *values = total.tolist()
     return {name: value / count for name, value in zip(names[1:], values, strict=True)}, int(count)
+
+
+def _source_names(sources: int) -> list[str]:
+    """Names of the sums of each source's losses, then of its tokens."""
+    return [f"{what} of source {i}" for what in ("loss", "tokens") for i in range(sources)]
+
+
+def _sums_by_source(
+    loss_mask: torch.Tensor, losses: torch.Tensor, source: torch.Tensor, sources: int
+) -> dict[str, torch.Tensor]:
+    """Sums over the samples of each source; loss_mask, losses [b, s], source [b]."""
+    each = torch.stack(((losses.detach().float() * loss_mask).sum(-1), loss_mask.sum(-1)))  # [2, b]
+    sums = torch.zeros(2, sources, device=each.device).index_add_(1, source, each)
+    return dict(zip(_source_names(sources), sums.flatten(), strict=True))
+
+
+def _take_sources(parts: dict[str, float], tokens: int, sources: int) -> list[tuple[float, int]]:
+    """(mean loss, tokens) of each source, from its sums over the tokens of all, which leave `parts`."""
+    values = [parts.pop(name) for name in _source_names(sources)]
+    return [
+        (loss / share if share else math.nan, round(share * tokens))
+        for loss, share in zip(values[:sources], values[sources:], strict=True)
+    ]
 
 
 def _recompute(kind: str) -> dict[str, Any]:
