@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 
@@ -9,7 +10,8 @@ import time
 class Progress:
     """Counts work done and says the rate and the time left.
 
-    total: amount of work (layers, bytes, tokens); unit: its name; scale: divides what is shown (1e9 for "GB").
+    total: amount of work (layers, bytes, tokens), infinite where it is not known; unit: its name; scale: divides what
+    is shown (1e9 for "GB").
     """
 
     def __init__(self, what: str, total: float, unit: str, scale: float = 1.0) -> None:
@@ -25,7 +27,7 @@ class Progress:
         now = time.monotonic()
         if now - self.shown >= self.interval and self.done < self.total:
             self.shown = now
-            self._show(now, end="\r" if self.terminal else "\n")
+            self._show(now, end="\r" if self.terminal else "\n", over=False)
 
     def skip(self, amount: float) -> None:
         """Count work that an earlier run did; the rate leaves it out."""
@@ -34,16 +36,16 @@ class Progress:
 
     def close(self) -> None:
         """Show the final count and rate."""
-        self._show(time.monotonic(), end="\n")
+        self._show(time.monotonic(), end="\n", over=self.done >= self.total or math.isinf(self.total))
 
-    def _show(self, now: float, end: str) -> None:
+    def _show(self, now: float, end: str, over: bool) -> None:
         seconds = max(now - self.started, 1e-9)
         rate = (self.done - self.skipped) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
-        eta = f", {format_seconds(left)} left" if self.done < self.total else f" in {format_seconds(seconds)}"
+        of = "" if math.isinf(self.total) else f"/{self.total / self.scale:.4g}"
+        eta = f" in {format_seconds(seconds)}" if over else f", {format_seconds(left)} left" if of else ""
         print(
-            f"{self.what}: {self.done / self.scale:.4g}/{self.total / self.scale:.4g} {self.unit}, "
-            f"{rate / self.scale:.3g} {self.unit}/s{eta}   ",
+            f"{self.what}: {self.done / self.scale:.4g}{of} {self.unit}, {rate / self.scale:.3g} {self.unit}/s{eta}   ",
             end=end,
             file=sys.stderr,
             flush=True,

@@ -80,11 +80,11 @@ class Row(NamedTuple):
 
 def expand_rows(settings: SweepSettings) -> list[Row]:
     """Every row with every combination of its grid. Raises UserError for conversion settings that are refused."""
-    base = dict(_leaves("base", settings.base))
+    base = dict(leaves("base", settings.base))
     rows: dict[str, Row] = {}
     for group, values in (settings.rows or {"base": {}}).items():
-        own = dict(_leaves(f"rows.{group}", values))
-        grid = dict(_leaves("grid", settings.grid))
+        own = dict(leaves(f"rows.{group}", values))
+        grid = dict(leaves("grid", settings.grid))
         grid |= {key.removeprefix("grid."): own.pop(key) for key in list(own) if key.startswith("grid.")}
         for key, choices in grid.items():
             if not isinstance(choices, list) or not choices:
@@ -95,7 +95,7 @@ def expand_rows(settings: SweepSettings) -> list[Row]:
             name = group + ", " * bool(picked) + " ".join(f"{key}={value}" for key, value in shown.items())
             if name in rows:
                 raise UserError(f"row '{name}': there twice")
-            rows[name] = Row(name, group, _conversion(name, {**base, **own, **picked}))
+            rows[name] = Row(name, group, conversion_settings(name, {**base, **own, **picked}))
     return list(rows.values())
 
 
@@ -202,16 +202,16 @@ def draw_sweep(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=130, format="png")
 
 
-def _leaves(where: str, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(where: str, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of nested mappings; None is an empty one."""
     if not isinstance(values, dict | None):
         raise UserError(f"{where}: {values!r} is not a mapping of settings")
     for key, value in (values or {}).items():
         name = f"{prefix}{key}"
-        yield from _leaves(where, value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+        yield from leaves(where, value, f"{name}.") if isinstance(value, dict) else [(name, value)]
 
 
-def _conversion(name: str, leaves: dict[str, Any]) -> ConvertSettings:
+def conversion_settings(name: str, leaves: dict[str, Any]) -> ConvertSettings:
     words = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in leaves.items()]
     try:
         return load_settings(ConvertSettings, words)

@@ -152,10 +152,8 @@ def test_resumed_equals_unbroken_bit_for_bit(
     assert all(torch.equal(before[f"optimizer.state.param.{name}"], before[name]) for name in trained)
     values = checkpoint_values(broken, STEPS)
     assert values == checkpoint_values(whole, STEPS)
-    assert (
-        values["run"] == {"step": STEPS, "skipped": 0, "skipped_in_a_row": 0}
-        and values["schedule"]["num_steps"] == STEPS
-    )
+    assert values["run"].items() >= {"step": STEPS, "samples": STEPS * BATCH, "skipped": 0}.items()
+    assert values["schedule"]["num_steps"] == STEPS
     assert {int(number) for number in _all_of("step", values["optimizer"])} == {STEPS}
 
     for root, name in ((whole, "a"), (broken, "b")):

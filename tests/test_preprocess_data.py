@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from mha2mla_megatron.data import documents, workers
+from mha2mla_megatron.data import documents, inputs, workers
 from mha2mla_megatron.data.documents import DocumentReader
 from tests.conftest import PROSE, make_tokenizer, refused, run_tool
 
@@ -39,8 +41,15 @@ def tokens_of(tokenizer: Path) -> Any:
 
 def write_json_lines(file: Path, rows: list[Any]) -> Path:
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    file.write_bytes(gzip.compress(data, mtime=0) if file.suffix == ".gz" else data)
+    file.write_bytes(packed(data, file.suffix))
     return file
+
+
+def packed(data: bytes, suffix: str) -> bytes:
+    """Of .zst two frames, as parallel compressors write them."""
+    if suffix == ".zst":
+        return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:50], data[50:]))
+    return gzip.compress(data, mtime=0) if suffix == ".gz" else data
 
 
 def read_megatron(prefix: Path) -> list[list[int]]:
@@ -64,7 +73,7 @@ def read_by_hand(prefix: Path) -> list[list[int]]:
     return [np.frombuffer(data, dtype, n, at).tolist() for n, at in zip(lengths, offsets, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz"])
+@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst"])
 def test_json_lines(tmp_path: Path, tokenizer: Path, tokens_of: Any, name: str) -> None:
     rows = [{"id": 1, "text": text} for text in TEXTS]
     source = write_json_lines(tmp_path / name, [*rows, {"text": ""}, {"text": " \n"}])
@@ -195,6 +204,15 @@ ROW = b'{"text": "fine"}\n'
         ("a.jsonl", ROW + b'{"text": "a\\ud800"}', "a.jsonl, line 2: 'text' has an unpaired surrogate at character 1"),
         ("a.jsonl.gz", ROW, "a.jsonl.gz: damaged gzip data"),
         ("a.txt.gz", gzip.compress(ROW * 9, mtime=0)[:-9], "a.txt.gz: damaged gzip data"),
+        ("a.jsonl.zst", ROW, "a.jsonl.zst: damaged zstd data"),
+        ("a.jsonl.zst", packed(ROW * 9, ".zst")[:-9], "a.jsonl.zst: damaged zstd data"),
+        ("a.parquet", ROW, "a.parquet: cannot be read as parquet"),
+        (
+            "a.jsonl",
+            ROW + b'{"text": "' + b"x" * 50_000_000 + b'"}\n',
+            "a.jsonl, line 2: a document of more than 16 MB",
+        ),
+        ("a.txt", b"\n" + b"x" * 50_000_000, "a.txt, line 1: a document of more than 16 MB"),
     ],
 )
 def test_bad_input(tmp_path: Path, tokenizer: Path, name: str, data: bytes | None, message: str) -> None:
@@ -203,6 +221,87 @@ def test_bad_input(tmp_path: Path, tokenizer: Path, name: str, data: bytes | Non
     words = (tmp_path / name, tmp_path / "out" / "c", f"tokenizer={tokenizer}", "workers=1")
     assert message in refused("preprocess_data", *words)
     assert not (tmp_path / "out").exists() or os.listdir(tmp_path / "out") == []
+
+
+def write_table(file: Path, texts: list[str | None], name: str = "text") -> Path:
+    """Two row groups, and a column before the texts."""
+    table = pyarrow.table({"id": list(range(len(texts))), name: pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, file, row_group_size=max(1, len(texts) // 2))
+    return file
+
+
+def test_parquet(tmp_path: Path, tokenizer: Path, tokens_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inputs, "ROWS", 2)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 100)
+    table = write_table(tmp_path / "a.parquet", [*TEXTS, "", " "], "body")
+    lines = write_json_lines(tmp_path / "b.jsonl", [{"body": "é after"}])
+    words = (table, lines, table, tmp_path / "c", f"tokenizer={tokenizer}", "text_key=body", "workers=1")
+    run_tool("preprocess_data", *words)
+    expected = [[*tokens_of(text), 2] for text in TEXTS]
+    assert read_megatron(tmp_path / "c") == [*expected, [*tokens_of("é after"), 2], *expected]
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["blank_documents_left_out"] == 4
+    assert report["inputs"][0] == {"file": str(table), "bytes": table.stat().st_size}
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("layout", ["parquet", "jsonl.gz"])
+def test_data_set_folder(tmp_path: Path, tokenizer: Path, tokens_of: Any, layout: str, streaming: bool) -> None:
+    """A folder as the hub has them: a configuration in a folder of its own, and files of two splits."""
+    folder = tmp_path / "set"
+    (folder / "english").mkdir(parents=True)
+    for split, texts in (("train", TEXTS), ("test", ["held out"])):
+        file = folder / "english" / f"{split}-00000.{layout}"
+        if layout == "parquet":
+            write_table(file, list(texts))
+        else:
+            write_json_lines(file, [{"id": 1, "text": text} for text in texts])
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: en\n  data_files:\n  - split: train\n    path: english/train-*\n"
+        "  - split: test\n    path: english/test-*\n---\n"
+    )
+    words = (folder, tmp_path / "c", f"tokenizer={tokenizer}", "subset=en", f"streaming={streaming}", "workers=1")
+    run_tool("preprocess_data", *words)
+    assert read_megatron(tmp_path / "c") == [[*tokens_of(text), 2] for text in TEXTS]
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert report["inputs"] == [{"dataset": str(folder), "subset": "en", "split": "train", "rows_read": len(TEXTS)}]
+    run_tool("preprocess_data", *words, "split=test", "overwrite=true")
+    assert read_megatron(tmp_path / "c") == [[*tokens_of("held out"), 2]]
+    assert "set (subset en, split none): cannot be read" in refused(
+        "preprocess_data", *words, "split=none", "overwrite=true"
+    )
+    assert "no 'body' column; it has: 'id', 'text'" in refused(
+        "preprocess_data", *words, "text_key=body", "overwrite=true"
+    )
+
+
+def test_bad_tables(tmp_path: Path, tokenizer: Path) -> None:
+    def line(texts: Any, *words: str) -> str:
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+        return refused("preprocess_data", tmp_path / "a.parquet", tmp_path / "c", f"tokenizer={tokenizer}", *words)
+
+    assert "a.parquet: no 'body' column; it has: 'text'" in line(["a"], "text_key=body")
+    assert "a.parquet, row 3: 'text' is null" in line(["a", "b", None])
+    assert "a.parquet: 'text' is of type int64" in line([1, 2])
+    assert "a.parquet, row 2: a document of more than 1 MB" in line(["a", "b" * 1_000_001], "max_document_mb=1")
+    broken = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"a\xff")]
+    )
+    assert "a.parquet, row 1: not valid UTF-8 at byte 1" in line(broken, "workers=1")
+    assert not list(tmp_path.glob("c*"))
+    assert "no such file" in refused("preprocess_data", "some/corpus.jsonl", tmp_path / "c", f"tokenizer={tokenizer}")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_max_tokens_ends_with_the_document_that_reaches_it(
+    tmp_path: Path, tokenizer: Path, tokens_of: Any, count: int
+) -> None:
+    source = write_json_lines(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS * 300])
+    expected = [[*tokens_of(text), 2] for text in TEXTS]
+    wanted = sum(map(len, expected[:2])) - 1
+    words = (source, tmp_path / "c", f"tokenizer={tokenizer}", f"workers={count}", f"max_tokens={wanted}")
+    run_tool("preprocess_data", *words)
+    assert read_megatron(tmp_path / "c") == expected[:2]
 
 
 def test_bad_settings(tmp_path: Path, tokenizer: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenise text or JSON-lines files into Megatron's OUT.bin and OUT.idx."""
+"""Tokenise text, JSON lines, parquet or a data set of the `datasets` library into Megatron's OUT.bin and OUT.idx."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ USAGE = "preprocess_data.py INPUT [INPUT ...] OUT tokenizer=MODEL [config=FILE.y
 def main(argv: list[str]) -> None:
     (*inputs, output), overrides, file = split_words(argv, USAGE, 2, schema=PreprocessSettings)
     settings = load_settings(PreprocessSettings, overrides, file)
-    report = preprocess([Path(word) for word in inputs], Path(output), settings)
+    report = preprocess(inputs, Path(output), settings)
     print(f"{output}: {report['tokens']} tokens ({report['dtype']}) of {report['documents']} documents")
 
 

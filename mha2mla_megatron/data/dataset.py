@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 
+from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
 from mha2mla_megatron.errors import UserError
 
 
@@ -26,6 +27,10 @@ class _TokenIds:
         self.unique_identifiers = {"class": "TokenIds", "eod": eod}
 
 
+PARTS = ("train", "valid", "test")
+"""The parts that `data.split` cuts each source into, in the order of its documents."""
+
+
 def build_dataset(
     blend: str | dict[str, float],
     sequence_length: int,
@@ -35,27 +40,58 @@ def build_dataset(
     eod: int,
     vocab_size: int,
     cache: Path,
+    split: Sequence[float] = (1.0, 0.0, 0.0),
+    part: int = 0,
+    reset_attention_mask: bool = False,
 ) -> torch.utils.data.Dataset:
-    """`num_samples` shuffled samples of packed documents, over as many epochs as it takes.
+    """`num_samples` shuffled samples of packed documents, over as many epochs of each source as it takes.
 
-    A sample is a dict of int64 tokens, labels and position_ids [sequence_length] and a float32 loss_mask.
+    split, part: the shares of PARTS, and which of them is read.
+
+    A sample is a dict of int64 tokens, labels and position_ids [sequence_length], a float32 loss_mask and the number
+    of its source; with reset_attention_mask also `document`, int64 [sequence_length], which of its documents each token
+    is of, and position_ids begin again in each.
     """
-    weights = {blend: 1.0} if isinstance(blend, str) else blend
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=(list(weights), list(weights.values())),
-        split="1,0,0",
-        tokenizer=_TokenIds(eod, vocab_size),  # type: ignore[arg-type]
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=eod_mask_loss,
-        create_attention_mask=False,
-        path_to_cache=str(cache),
-    )
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, [num_samples, 0, 0], lambda: True, config).build()[0]
-    assert dataset is not None  # it was asked for on every rank
-    return dataset
+    weights = blend_weights("data", blend)
+    sources = interleave(list(weights.values()), num_samples)
+    counts = numpy.bincount(sources, minlength=len(weights))
+    datasets: list[Any] = []
+    for prefix, count in zip(weights, counts.tolist(), strict=True):
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            blend=([prefix], None),
+            split=",".join(map(str, split)),
+            tokenizer=_TokenIds(eod, vocab_size),  # type: ignore[arg-type]
+            reset_position_ids=reset_attention_mask,
+            reset_attention_mask=reset_attention_mask,
+            eod_mask_loss=eod_mask_loss,
+            create_attention_mask=False,
+            path_to_cache=str(cache),
+        )
+        assert config.split_matrix is not None
+        # The other parts would be indexed too.
+        config.split_matrix = [found if i == part else None for i, found in enumerate(config.split_matrix)]  # type: ignore[misc]
+        sizes = [count if i == part else 0 for i in range(len(PARTS))]
+        datasets.append(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[part])
+    assert all(dataset is not None for dataset in datasets)  # they were asked for on every rank
+    found: Any = Blend(datasets, sources)
+    return _WithDocuments(found, eod) if reset_attention_mask else found
+
+
+class _WithDocuments(torch.utils.data.Dataset):
+    """Samples that say which of their documents each token is of; a document's last token is its end token."""
+
+    def __init__(self, dataset: Any, eod: int) -> None:
+        self.dataset, self.eod = dataset, eod
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self.dataset[index]
+        ends = (sample["tokens"] == self.eod).long()
+        return {**sample, "document": ends.cumsum(0) - ends}
 
 
 def sample_batches(
@@ -109,33 +145,64 @@ def remove_cut_indices(cache: Path) -> None:
             file.unlink()
 
 
-def check_data(key: str, blend: str | dict[str, float], vocab_size: int) -> None:
+def check_data(
+    key: str,
+    blend: str | dict[str, float],
+    vocab_size: int,
+    split: Sequence[float] = (1.0, 0.0, 0.0),
+    eod: int | None = None,
+) -> None:
     """Check the token files of the setting `key` without Megatron, before anything is written.
+
+    split: shares of PARTS, of which each source must hold documents. eod: the token that must end documents, where
+    something depends on it.
 
     Raises UserError for a file that is missing or damaged, and for tokens of a larger vocabulary. What a file was made
     with stands in the .json beside it; where there is none, every token is looked at.
     """
-    for prefix in (Path(name) for name in ([blend] if isinstance(blend, str) else blend)):
+    for prefix in map(Path, blend_weights(key, blend)):
         data, index, provenance = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
         for file in (data, index):
             if not file.is_file():
                 raise UserError(f"{key}: {file}: no such file; make it with tools/preprocess_data.py")
-        dtype, count = _read_index(key, index)
+        dtype, documents, count = _read_index(key, index)
         if data.stat().st_size != count * dtype.itemsize:
             raise UserError(f"{key}: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")
+        _check_parts(key, prefix, documents, split)
+        ids = 1 << 8 * dtype.itemsize
         if provenance.is_file():
             try:
-                tokens_of = int(json.loads(provenance.read_text()).get("vocab_size", 0))
+                about = json.loads(provenance.read_text())
+                tokens_of, ends = int(about.get("vocab_size", 0)), about.get("eod_id", eod)
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{key}: {provenance}: cannot be read ({error})") from None
             if tokens_of > vocab_size:
                 raise UserError(f"{key}: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}")
+            if tokens_of > ids:
+                raise UserError(f"{key}: {data}: holds {dtype} tokens, {provenance} says a vocabulary of {tokens_of}")
+            if eod is not None and ends != eod:
+                raise UserError(f"{key}: {prefix}: its documents end with token {ends}, the model's eos token is {eod}")
+        elif vocab_size > ids:
+            raise UserError(
+                f"{key}: {data}: holds {dtype} tokens, too narrow for the model's vocabulary of {vocab_size}; no "
+                f"{provenance.name} says what they were made with"
+            )
         elif (highest := _highest(data, dtype)) >= vocab_size:
             raise UserError(f"{key}: {data}: holds token {highest}, the model's vocabulary is {vocab_size}")
 
 
-def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int]:
-    """(type of the tokens, number of tokens) from Megatron's .idx file, version 1.
+def _check_parts(key: str, prefix: Path, documents: int, split: Sequence[float]) -> None:
+    """Refuse a part without documents, which Megatron would count epochs of for ever. Its rounding."""
+    start = 0.0
+    for part, share in zip(PARTS, split, strict=True):
+        end = start + share / sum(split)
+        if share > 0 and round(end * documents) <= round(start * documents):
+            raise UserError(f"{key}: {prefix}: data.split leaves none of its {documents} documents for the {part} part")
+        start = end
+
+
+def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int, int]:
+    """(type of the tokens, number of documents, number of tokens) from Megatron's .idx file, version 1.
 
     9 bytes of magic, version (8), code of the type (1), numbers of sequences s (8) and of documents m (8), s lengths
     (4 each), s offsets (8 each), m documents (8 each).
@@ -152,7 +219,7 @@ def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int]:
     dtype = numpy.dtype(DType.dtype_from_code(code))
     if sequences == 0:
         raise UserError(f"{key}: {file}: holds no document")
-    return dtype, int(lengths.sum(dtype=numpy.int64))
+    return dtype, sequences, int(lengths.sum(dtype=numpy.int64))
 
 
 def _highest(file: Path, dtype: numpy.dtype) -> int:

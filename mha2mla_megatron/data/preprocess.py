@@ -1,4 +1,4 @@
-"""Text or JSON lines -> Megatron's .bin/.idx, tokenised by several processes.
+"""Text, JSON lines, parquet or a data set -> Megatron's .bin/.idx, tokenised by several processes.
 
 The bytes written depend on the documents, the tokenizer and the settings, not on the number of workers.
 """
@@ -6,6 +6,7 @@ The bytes written depend on the documents, the tokenizer and the settings, not o
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
 import warnings
@@ -19,10 +20,11 @@ import numpy as np
 
 from mha2mla_megatron.architecture import read_config
 from mha2mla_megatron.checkpoint.folders import resolve_folder
-from mha2mla_megatron.data.documents import SEPARATORS, DocumentReader
+from mha2mla_megatron.data.documents import SEPARATORS
+from mha2mla_megatron.data.inputs import Inputs
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
 from mha2mla_megatron.data.workers import encode_in_order
-from mha2mla_megatron.errors import UserError, require_one_of
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import require_keys
@@ -39,7 +41,22 @@ class PreprocessSettings:
     """What ends a document of a plain text file: none (a file is one document), newline (a line is), blank_line."""
 
     text_key: str = "text"
-    """The field that holds the text, in .jsonl and .jsonl.gz files."""
+    """The field or column that holds the text, in all but plain text."""
+
+    subset: str | None = None
+    """Of a data set of the `datasets` library: which of its configurations."""
+
+    split: str = "train"
+    """Of a data set: which of its splits, in that library's notation (train, train[:10%] without streaming)."""
+
+    streaming: bool = True
+    """Read a data set as it comes, without downloading all of it first."""
+
+    max_tokens: int | None = None
+    """Stop after the document that brings the tokens to this many. null: all documents."""
+
+    max_document_mb: int = 16
+    """Refuse a longer document: tokenising takes ~120 bytes of memory for each of its bytes."""
 
     append_eod: bool = True
     """Put the tokenizer's eos token after each document."""
@@ -55,26 +72,38 @@ class PreprocessSettings:
 
     def __post_init__(self) -> None:
         require_one_of("document_separator", self.document_separator, SEPARATORS)
+        require_at_least("max_document_mb", self.max_document_mb, 1)
+        if self.max_tokens is not None:
+            require_at_least("max_tokens", self.max_tokens, 1)
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers: {self.workers} is too few; at least 1")
 
 
-def preprocess(inputs: Sequence[Path], output: Path, settings: PreprocessSettings) -> dict[str, Any]:
+def preprocess(inputs: Sequence[str | Path], output: Path, settings: PreprocessSettings) -> dict[str, Any]:
     """Tokenise the documents of `inputs`, in order, into OUT.bin and OUT.idx, with their origin in OUT.json.
 
-    Returns what OUT.json holds. Blank documents are left out and counted. Raises UserError for bad input; nothing is
-    left behind then.
+    inputs: files, or folders and hub ids of data sets. Returns what OUT.json holds. Blank documents are left out and
+    counted. Raises UserError for bad input; nothing is left behind then.
     """
     require_keys(settings, "tokenizer")
     assert settings.tokenizer is not None
-    reader = DocumentReader(inputs, settings.document_separator)
+    reader = Inputs(
+        [str(name) for name in inputs],
+        separator=settings.document_separator,
+        max_document=settings.max_document_mb * 1_000_000,
+        column=settings.text_key,
+        subset=settings.subset,
+        split=settings.split,
+        streaming=settings.streaming,
+    )
     if output.is_file():
         raise UserError(f"{output}: a file; the last word is the prefix of the output files")
     targets = [Path(f"{output}{suffix}") for suffix in (".bin", ".idx", ".json")]
     with new_files(targets, settings.overwrite) as (bin_file, idx_file, json_file):
         folder = resolve_folder(settings.tokenizer)
         encoder, vocab_size = _document_encoder(folder, settings)
-        documents, tokens, blank = _write(reader, encoder, settings.workers or _cpu_count(), bin_file, idx_file)
+        workers = settings.workers or _cpu_count()
+        documents, tokens, blank = _write(reader, encoder, workers, settings.max_tokens, bin_file, idx_file)
         tokenizer_json = folder / "tokenizer.json"
         report = {
             "tokenizer": settings.tokenizer,
@@ -86,7 +115,8 @@ def preprocess(inputs: Sequence[Path], output: Path, settings: PreprocessSetting
             "tokens": tokens,
             "eod_id": encoder.suffix[0] if encoder.suffix else None,
             "bos_id": encoder.prefix[0] if encoder.prefix else None,
-            "inputs": [{"file": str(f), "bytes": size} for f, size in zip(inputs, reader.sizes, strict=True)],
+            "inputs": reader.described,
+            "max_tokens": settings.max_tokens,
             "document_separator": settings.document_separator,
             "text_key": settings.text_key,
             "versions": {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers")},
@@ -132,9 +162,10 @@ def _document_encoder(folder: Path, settings: PreprocessSettings) -> tuple[Docum
 
 
 def _write(
-    reader: DocumentReader, encoder: DocumentEncoder, workers: int, bin_file: Path, idx_file: Path
+    reader: Inputs, encoder: DocumentEncoder, workers: int, max_tokens: int | None, bin_file: Path, idx_file: Path
 ) -> tuple[int, int, int]:
     """Write the two files. Returns the numbers of documents, of tokens and of blank documents."""
+    limit = math.inf if max_tokens is None else max_tokens
     builder = _indexed_dataset().IndexedDatasetBuilder(str(bin_file), dtype=np.dtype(encoder.dtype).type)
     documents = tokens = blank = 0
     started = time.monotonic()
@@ -143,16 +174,20 @@ def _write(
         for encoded, bytes_read in results:
             start = 0
             for length in encoded.lengths:
+                if tokens >= limit:
+                    break
                 builder.add_document(encoded.tokens[start : start + length], [length])
                 start += length
-            documents += len(encoded.lengths)
-            tokens += start
+                documents += 1
+                tokens += length
             blank += encoded.blank
             rate = tokens / max(time.monotonic() - started, 1e-9)
             progress.what = f"tokenise: {tokens / 1e6:.4g} M tokens, {rate / 1e6:.3g} M tokens/s"
             progress.advance(bytes_read)
+            if tokens >= limit:
+                break
     if documents == 0:
-        raise UserError(f"{', '.join(map(str, reader.files))}: no text: {blank} documents, all of them blank")
+        raise UserError(f"{', '.join(reader.names)}: no text: {blank} documents, all of them blank")
     progress.close()
     builder.finalize(str(idx_file))
     return documents, tokens, blank

@@ -87,7 +87,7 @@ class DocumentEncoder:
             largest = max(document_ids)
             if largest >= self.vocab_size:
                 raise UserError(
-                    f"{document.file}, line {document.line}: the tokenizer gives id {largest} "
+                    f"{document.where}: the tokenizer gives id {largest} "
                     f"({tokenizer.id_to_token(largest)!r}), beyond the vocabulary of {self.vocab_size}"
                 )
             start = len(ids)

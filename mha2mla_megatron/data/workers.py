@@ -15,11 +15,11 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
-from mha2mla_megatron.data.documents import BLOCK_BYTES, Block, DocumentReader
+from mha2mla_megatron.data.documents import BLOCK_BYTES, Block
 from mha2mla_megatron.data.tokenizer import DocumentEncoder, EncodedBatch
 from mha2mla_megatron.errors import UserError
 
@@ -28,9 +28,15 @@ BYTES_IN_FLIGHT = 8 << 20
 of text, so this bounds it at ~1 GB per worker, or ~120 times the largest document."""
 
 
-def encode_in_order(
-    reader: DocumentReader, encoder: DocumentEncoder, workers: int
-) -> Generator[tuple[EncodedBatch, int]]:
+class BlockReader(Protocol):
+    """Blocks in order. position: bytes read so far, as they are on disk."""
+
+    position: int
+
+    def __iter__(self) -> Iterator[Block]: ...
+
+
+def encode_in_order(reader: BlockReader, encoder: DocumentEncoder, workers: int) -> Generator[tuple[EncodedBatch, int]]:
     """(tokens, bytes read from disk for them) of a few documents at a time, in order, while later ones are at work.
 
     Raises UserError for the first bad document. Closing the generator early ends the processes.
@@ -81,7 +87,7 @@ class _Batch(NamedTuple):
     """Bytes on disk since the batch before."""
 
 
-def _batches(reader: DocumentReader) -> Iterator[_Batch]:
+def _batches(reader: BlockReader) -> Iterator[_Batch]:
     blocks: list[Block] = []
     size = position = 0
     for block in reader:

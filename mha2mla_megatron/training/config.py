@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mha2mla_megatron.data.blend import blend_weights, source_names
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
 from mha2mla_megatron.model.parallel import ParallelConfig, check_batches
@@ -19,10 +20,21 @@ class DataSettings:
     """Token files made by tools/preprocess_data.py."""
 
     train: Any = None
-    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight."""
+    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight: fractions that sum to 1, or whole numbers."""
+
+    split: list[float] | None = None
+    """Shares of training, validation and test in each source's documents, in their order, such as [98, 1, 1]. The
+    second stands in for validation.data; the loss of the third is measured after the last step. None: all training."""
 
     sequence_length: int = 2048
     """Tokens a sample."""
+
+    reset_attention_mask: bool = False
+    """Let no token see an earlier document of its sample; with implementation=local."""
+
+    reset_position_ids: bool = False
+    """Count positions from each document's start. Only together with reset_attention_mask, which implies it: the
+    rotation depends on distances alone, and Megatron's does not look at position ids."""
 
     eod_mask_loss: bool = False
     """Leave out the loss of the token after each end of document, which nothing before it predicts."""
@@ -35,8 +47,31 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         _check_blend("data.train", self.train)
+        if self.split is not None:
+            shares = [share >= 0 for share in self.split]
+            if len(shares) != 3 or not all(shares) or not self.split[0] > 0:
+                raise UserError(
+                    f"data.split: {self.split}; three shares of training (more than 0), validation and test are needed"
+                )
+            if not math.isfinite(sum(self.split)):
+                raise UserError(f"data.split: {self.split} are not finite")
+        if self.reset_position_ids and not self.reset_attention_mask:
+            raise UserError(
+                "data.reset_position_ids: rotary attention depends on distances alone, so it changes nothing by "
+                "itself; give data.reset_attention_mask=true"
+            )
         require_at_least("data.sequence_length", self.sequence_length, 1)
         require_at_least("data.workers", self.workers, 0)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Of training, validation and test."""
+        return (1.0, 0.0, 0.0) if self.split is None else tuple(self.split)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the sources of a blend, none where there is only one."""
+        return source_names(self.train) if isinstance(self.train, dict) and len(self.train) > 1 else []
 
 
 @dataclass(frozen=True)
@@ -44,7 +79,7 @@ class ValidationSettings:
     """Loss over a fixed set of held-out samples, without gradients."""
 
     data: Any = None
-    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight. None: no validation."""
+    """Prefix of a .bin/.idx pair, or a mapping prefix -> weight. None: data.split's part, if it has one."""
 
     interval: int = 500
     """Steps between validations; there is one after the last step always."""
@@ -242,11 +277,26 @@ class FinetuneSettings:
 def _check_blend(key: str, value: Any) -> None:
     """Refuse what is neither one prefix of token files nor several with weights."""
     if isinstance(value, dict):
-        for prefix, weight in value.items():
-            if not isinstance(weight, int | float) or weight <= 0:
-                raise UserError(f"{key}: the weight of {prefix} is {weight!r}; a positive number is needed")
+        blend_weights(key, value)
     elif value is not None and not isinstance(value, str):
         raise UserError(f"{key}: give one prefix or a mapping prefix -> weight")
+
+
+def check_reset(settings: FinetuneSettings, architecture: Architecture, implementation: str) -> None:
+    """Refuse data.reset_attention_mask where no attention takes its mask. implementation: the one that will run."""
+    if not settings.data.reset_attention_mask:
+        return
+    reasons = {
+        f"implementation {implementation}, whose fast kernels take no such mask; valid: local": implementation
+        != "local",
+        f"parallel.context_parallel_size {settings.parallel.context_parallel_size}; valid: 1": (
+            settings.parallel.context_parallel_size > 1
+        ),
+        "a model with sliding windows, whose mask Megatron makes itself": bool(architecture.window_layers),
+    }
+    for reason, true in reasons.items():
+        if true:
+            raise UserError(f"data.reset_attention_mask: not possible with {reason}")
 
 
 def check_samples(settings: FinetuneSettings, architecture: Architecture, world_size: int) -> None:

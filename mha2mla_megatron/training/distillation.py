@@ -30,10 +30,12 @@ class Distillation:
         self.model = build_on_device(architecture, config, settings.implementation, device)
         self.model.requires_grad_(False).eval()
 
-    def predict(self, tokens: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits [b, s, V/tp] of tokens [b, s]."""
+    def predict(
+        self, tokens: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The teacher's logits [b, s, V/tp] of tokens [b, s]. mask: as the student's, None for causal attention."""
         with torch.no_grad():
-            return self.model(tokens, position_ids, None)
+            return self.model(tokens, position_ids, mask)
 
     def losses(
         self, model: torch.nn.Module, labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -21,9 +21,10 @@ from mha2mla_megatron.training.step import StepResult
 class StepLog:
     """Writes on the rank that has it; `step` is called by rank 0 alone."""
 
-    def __init__(self, root: Path, total_steps: int, first_step: int) -> None:
+    def __init__(self, root: Path, total_steps: int, first_step: int, sources: Sequence[str] = ()) -> None:
+        """sources: names of a blend's sources, in the order of `StepResult.sources`."""
         root.mkdir(parents=True, exist_ok=True)
-        self.total, self.first = total_steps, first_step
+        self.total, self.first, self.sources = total_steps, first_step, sources
         self.failed = False
         self.file = _reopen(root / "log.jsonl", first_step)
         self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
@@ -49,14 +50,22 @@ class StepLog:
             "tokens_per_second": rate,
         }
         more = {"tokens": result.tokens, "seconds": seconds} | ({} if result.updated else {"skipped": True})
+        seen = [(name, *values) for name, values in zip(self.sources, result.sources, strict=True) if values[1]]
+        if seen:
+            more["sources"] = {
+                name: {"loss": loss if math.isfinite(loss) else None, "tokens": tokens} for name, loss, tokens in seen
+            }
         self._write(step, found, more)
+        for name, loss, _ in seen:
+            if math.isfinite(loss):
+                self._show(f"loss of {name}", loss, step)
 
-    def validation(self, step: int, loss: float) -> None:
-        """The loss over the held-out samples after this step; its time counts for no step."""
+    def held_out(self, step: int, name: str, loss: float) -> None:
+        """The loss over held-out samples after this step (name: validation or test); its time counts for no step."""
         now = time.monotonic()
         seconds, self.previous = now - self.previous, now
-        print(f"step {step}/{self.total} | validation loss {loss:.4f} | {format_seconds(seconds)}", flush=True)
-        self._write(step, {"validation_loss": loss}, {"seconds": seconds})
+        print(f"step {step}/{self.total} | {name} loss {loss:.4f} | {format_seconds(seconds)}", flush=True)
+        self._write(step, {f"{name}_loss": loss}, {"seconds": seconds})
 
     def _write(self, step: int, found: dict[str, float], more: dict[str, Any]) -> None:
         """A line of both to log.jsonl, what was `found` to TensorBoard."""
@@ -65,9 +74,13 @@ class StepLog:
         with self._may_fail():
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(name, value, step)
+        for name, value in values.items():
+            if value is not None:
+                self._show(name, value, step)
+
+    def _show(self, name: str, value: float, step: int) -> None:
+        with self._may_fail():
+            self.board.add_scalar(name, value, step)
 
     def close(self) -> None:
         for stream in (self.file, self.board):

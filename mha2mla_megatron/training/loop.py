@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,21 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
+from mha2mla_megatron.architecture import read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import PendingStep, begin_save, load_weights, prepare_root, resume_run
-from mha2mla_megatron.training.config import FinetuneSettings, check_samples
+from mha2mla_megatron.training.config import FinetuneSettings, check_reset, check_samples
 from mha2mla_megatron.training.distillation import Distillation, check_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
+from mha2mla_megatron.training.position import Position
 from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 from mha2mla_megatron.training.step_graph import StepGraph, graph_of
@@ -42,9 +46,13 @@ def finetune(settings: FinetuneSettings) -> None:
     check_layout(architecture, settings.parallel, launched_world_size())
     check_samples(settings, architecture, launched_world_size())
     eod = _end_of_document(settings, side)
-    check_data("data.train", settings.data.train, architecture.vocab_size)
+    # Where something depends on the ends of documents, the files must have the model's.
+    end = eod if settings.data.eod_mask_loss or settings.data.reset_attention_mask else None
+    check_data("data.train", settings.data.train, architecture.vocab_size, settings.data.shares, end)
     if settings.validation.data is not None:
-        check_data("validation.data", settings.validation.data, architecture.vocab_size)
+        check_data("validation.data", settings.validation.data, architecture.vocab_size, eod=end)
+    implementation = settings.implementation if settings.implementation != "auto" else choose_implementation("auto")
+    check_reset(settings, architecture, implementation)
     teacher = None if settings.distillation.teacher is None else check_teacher(settings, architecture)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
@@ -55,8 +63,10 @@ def finetune(settings: FinetuneSettings) -> None:
     model = [chunk.module for chunk in chunks]
     prepare_root(root)
     resumed = resume_run(root, architecture, model, optimizer, schedule)
-    run = {"step": 0, "skipped": 0, "skipped_in_a_row": 0} if resumed is None else resumed
+    run: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0} if resumed is None else resumed
     step = run["step"]
+    # A run saved by an earlier version has no position of its own.
+    position = Position.of(settings, step, run.get("samples", step * settings.global_batch_size))
     if resumed is None:
         load_weights(model, weights, architecture)
         optimizer.reload_model_params()
@@ -65,16 +75,28 @@ def finetune(settings: FinetuneSettings) -> None:
         if resumed is None:
             write_hf_side(side, root)
         save_settings(settings, root / "settings.yaml")
+        for line in position.changes(run.get("order", position.order)):
+            print(f"warning: {root}: {line}", file=sys.stderr, flush=True)
         print(
             f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True
         )
 
     on_first_rank(write_beside, f"save: {root}: cannot be written")
-    batches = _batches(settings, eod, architecture, root, step)
-    validation = _validation(settings, eod, architecture, root, device)
+    data = _Data(settings, eod, architecture.vocab_size, root)
+    batches = sample_batches(
+        data.samples(settings.data.train, position.total, settings.data.shares, 0),
+        position.first,
+        position.total,
+        settings.micro_batch_size,
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+        settings.data.workers,
+    )
+    held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
     # A run saved by an earlier version has no counts of skipped steps.
     guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
-    _train(settings, root, chunks, optimizer, schedule, batches, guard, step, device, distillation, validation, graph)
+    training = settings, root, chunks, optimizer, schedule, batches, guard, position, step, device
+    _train(*training, distillation, held_out, graph)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -86,55 +108,52 @@ def _end_of_document(settings: FinetuneSettings, side: Path) -> int:
     """The id of the token that ends a document, -1 where the model has none."""
     eod = read_config(side).get("eos_token_id")
     eod = eod[0] if isinstance(eod, list) else eod
-    if settings.data.eod_mask_loss and eod is None:
-        raise UserError(f"data.eod_mask_loss: {side / 'config.json'} has no eos_token_id")
+    for key in ("eod_mask_loss", "reset_attention_mask"):
+        if getattr(settings.data, key) and eod is None:
+            raise UserError(f"data.{key}: {side / 'config.json'} has no eos_token_id")
     return -1 if eod is None else eod
 
 
-def _batches(
-    settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, step: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    total = settings.steps * settings.global_batch_size
-    return sample_batches(
-        _dataset(settings.data.train, total, settings, eod, architecture, root),
-        step * settings.global_batch_size,
-        total,
-        settings.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        settings.data.workers,
-    )
+@dataclass(frozen=True)
+class _Data:
+    """The run's datasets."""
 
+    settings: FinetuneSettings
+    eod: int
+    vocab_size: int
+    root: Path
 
-def _validation(
-    settings: FinetuneSettings, eod: int, architecture: Architecture, root: Path, device: torch.device
-) -> Validation | None:
-    wanted = settings.validation
-    if wanted.data is None:
-        return None
-    return Validation(_dataset(wanted.data, wanted.samples, settings, eod, architecture, root), settings, device)
+    def samples(
+        self, blend: str | dict[str, float], count: int, shares: tuple[float, ...], part: int
+    ) -> torch.utils.data.Dataset:
+        data = self.settings.data
+        cache = Path(data.cache) if data.cache else self.root / "cache"
+        on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
+        return build_dataset(
+            blend,
+            data.sequence_length,
+            count,
+            self.settings.seed,
+            data.eod_mask_loss,
+            self.eod,
+            self.vocab_size,
+            cache,
+            shares,
+            part,
+            data.reset_attention_mask,
+        )
 
-
-def _dataset(
-    blend: str | dict[str, float],
-    samples: int,
-    settings: FinetuneSettings,
-    eod: int,
-    architecture: Architecture,
-    root: Path,
-) -> torch.utils.data.Dataset:
-    cache = Path(settings.data.cache) if settings.data.cache else root / "cache"
-    on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
-    return build_dataset(
-        blend,
-        settings.data.sequence_length,
-        samples,
-        settings.seed,
-        settings.data.eod_mask_loss,
-        eod,
-        architecture.vocab_size,
-        cache,
-    )
+    def held_out(self) -> dict[str, torch.utils.data.Dataset]:
+        """The samples for validation and for the test after the last step, where there are any."""
+        wanted, shares = self.settings.validation, self.settings.data.shares
+        found = {}
+        if wanted.data is not None:
+            found["validation"] = self.samples(wanted.data, wanted.samples, (1.0, 0.0, 0.0), 0)
+        elif shares[1] > 0:
+            found["validation"] = self.samples(self.settings.data.train, wanted.samples, shares, 1)
+        if shares[2] > 0:
+            found["test"] = self.samples(self.settings.data.train, wanted.samples, shares, 2)
+        return found
 
 
 def _train(
@@ -145,14 +164,15 @@ def _train(
     schedule: Any,
     batches: Iterator[dict[str, torch.Tensor]],
     guard: NonFiniteSteps,
+    position: Position,
     step: int,
     device: torch.device,
     distillation: Distillation | None,
-    validation: Validation | None,
+    held_out: dict[str, Validation],
     graph: StepGraph | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    log = StepLog(root, settings.steps, step) if torch.distributed.get_rank() == 0 else None
+    log = StepLog(root, settings.steps, step, settings.data.sources) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
     pending: PendingStep | None = None
     for chunk in chunks:
@@ -172,17 +192,24 @@ def _train(
             step += 1
             if log is not None:
                 log.step(step, result, float(lr))
-            if validation is not None and validation.due(step):
-                held_out = validation.measure(chunks)
-                if log is not None:
-                    log.validation(step, held_out)
+            for name, validation in held_out.items():
+                if step == settings.steps or (name == "validation" and validation.due(step)):
+                    loss = validation.measure(chunks)
+                    if log is not None:
+                        log.held_out(step, name, loss)
             stopping = stop.requested()
             saving = step == settings.steps or step % settings.save_interval == 0 or stopping
             if pending is not None and (saving or pending.written()):
                 pending.finish()
                 pending = None
             if saving:
-                run = {"step": step, "skipped": guard.skipped, "skipped_in_a_row": guard.in_a_row}
+                run = {
+                    "step": step,
+                    "skipped": guard.skipped,
+                    "skipped_in_a_row": guard.in_a_row,
+                    "samples": position.at(step),
+                    "order": position.order,
+                }
                 gather_weights(chunks)
                 model = [chunk.module for chunk in chunks]
                 pending = begin_save(

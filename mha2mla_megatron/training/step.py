@@ -40,6 +40,7 @@ class StepResult:
 
     updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite.
     bad_micro_batches: those of this rank whose loss is. parts: means over the same tokens of what makes up the loss.
+    sources: (mean loss, tokens) of each source of a blend; a mean over no tokens is NaN.
     """
 
     loss: float
@@ -48,6 +49,7 @@ class StepResult:
     updated: bool
     bad_micro_batches: tuple[int, ...]
     parts: dict[str, float] = field(default_factory=dict)
+    sources: list[tuple[float, int]] = field(default_factory=list)
 
 
 def build_training_model(
@@ -144,21 +146,23 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     count = settings.global_batch_size // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size())
+    sources = len(settings.data.sources)
     if graph is None:
-        losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
+        losses = run_micro_batches(chunks, batches, count, settings, device, distillation, sources=sources)
     else:
         losses = graph.run(chunks, batches, count, settings, device)
-    means = StepMeans(losses, device)
+    means = StepMeans(losses, device, sources)
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
     # looked at as late as the gradient norm: until then the host is ahead of the GPU.
     only_where(optimizer, lambda: math.isfinite(means.of()["loss"]))
     updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     parts, tokens = means.of(), means.tokens
     loss = parts.pop("loss")
+    by_source = _take_sources(parts, tokens, sources)
     bad: tuple[int, ...] = ()
     if not math.isfinite(loss):
         bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"])))
-    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts)
+    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts, by_source)
 
 
 def run_micro_batches(
@@ -169,10 +173,14 @@ def run_micro_batches(
     device: torch.device,
     distillation: Distillation | None = None,
     forward_only: bool = False,
+    sources: int = 0,
 ) -> list[dict[str, torch.Tensor]]:
-    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`."""
+    """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`.
+
+    sources: of how many sources of a blend the losses are summed apart.
+    """
     return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=device, distillation=distillation),
+        forward_step_func=partial(forward_step, device=device, distillation=distillation, sources=sources),
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
         model=list(chunks),
         num_microbatches=count,
@@ -187,24 +195,40 @@ def forward_step(
     model: torch.nn.Module,
     device: torch.device,
     distillation: Distillation | None = None,
+    sources: int = 0,
 ) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it."""
     found = next(batches)  # and what else the dataset says of a sample
     batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
+    mask = None if "document" not in found else document_mask(found["document"].to(device, non_blocking=True))
+    source = found["source"].to(device, non_blocking=True) if sources else None
     # The rotary tables are split the same way, by Megatron's rotary embedding.
     sharing: Any = parallel_state.get_context_parallel_group()
     batch = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=sharing)
+
+    def summed(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        total, count, sums = masked_loss(batch["loss_mask"], losses)
+        if source is not None:
+            sums |= _sums_by_source(batch["loss_mask"], losses, source, sources)
+        return total, count, sums
+
     if distillation is None:
-        output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-        return output, partial(masked_loss, batch["loss_mask"])
-    teacher = distillation.predict(batch["tokens"], batch["position_ids"])
+        return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]), summed
+    teacher = distillation.predict(batch["tokens"], batch["position_ids"], mask)
 
     def distilled_loss(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         parts = distillation.losses(model, batch["labels"], student, teacher)
-        total, count, sums = masked_loss(batch["loss_mask"], parts.pop("loss"))
+        total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 
-    return model(batch["tokens"], batch["position_ids"], None), distilled_loss
+    return model(batch["tokens"], batch["position_ids"], mask), distilled_loss
+
+
+def document_mask(document: torch.Tensor) -> torch.Tensor:
+    """True where a token must not look: ahead, or into another document. [b, s] -> bool [b, 1, s, s]."""
+    length = document.shape[1]
+    ahead = torch.ones(length, length, dtype=torch.bool, device=document.device).triu(1)
+    return (ahead | (document[:, :, None] != document[:, None, :]))[:, None]
 
 
 def masked_loss(
@@ -222,9 +246,9 @@ class StepMeans:
     They are summed over ranks as this is made, and waited for as they are read.
     """
 
-    def __init__(self, sums: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+    def __init__(self, sums: list[dict[str, torch.Tensor]], device: torch.device, sources: int = 0) -> None:
         # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
-        self.names = list(sums[0]) if sums else ["tokens", "loss"]
+        self.names = list(sums[0]) if sums else ["tokens", "loss", *_source_names(sources)]
         self.total = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         for micro_batch in sums:
             self.total += torch.stack([micro_batch[name].double() for name in self.names])
@@ -243,6 +267,29 @@ class StepMeans:
     def of(self) -> dict[str, float]:
         """Each of the parts, the loss among them."""
         return {name: value / self._values[0] for name, value in zip(self.names[1:], self._values[1:], strict=True)}
+
+
+def _source_names(sources: int) -> list[str]:
+    """Names of the sums of each source's losses, then of its tokens."""
+    return [f"{what} of source {i}" for what in ("loss", "tokens") for i in range(sources)]
+
+
+def _sums_by_source(
+    loss_mask: torch.Tensor, losses: torch.Tensor, source: torch.Tensor, sources: int
+) -> dict[str, torch.Tensor]:
+    """Sums over the samples of each source; loss_mask, losses [b, s], source [b]."""
+    each = torch.stack(((losses.detach().float() * loss_mask).sum(-1), loss_mask.sum(-1)))  # [2, b]
+    sums = torch.zeros(2, sources, device=each.device).index_add_(1, source, each)
+    return dict(zip(_source_names(sources), sums.flatten(), strict=True))
+
+
+def _take_sources(parts: dict[str, float], tokens: int, sources: int) -> list[tuple[float, int]]:
+    """(mean loss, tokens) of each source, from its sums over the tokens of all, which leave `parts`."""
+    values = [parts.pop(name) for name in _source_names(sources)]
+    return [
+        (loss / share if share else math.nan, round(share * tokens))
+        for loss, share in zip(values[:sources], values[sources:], strict=True)
+    ]
 
 
 def _recompute(kind: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.step import BATCH, run_micro_batches
+from mha2mla_megatron.training.step import run_micro_batches
 
 WARMUP = 3
 """Steps that run as they are, in which kernels are compiled and chosen, and communicators made."""
@@ -42,16 +42,17 @@ class StepGraph:
         device: torch.device,
     ) -> list[dict[str, torch.Tensor]]:
         """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`."""
+        sources = len(settings.data.sources)
         for index in range(count):
-            batch = next(batches)
+            batch = {name: value for name, value in next(batches).items() if isinstance(value, torch.Tensor)}
             if self.steps == 0:
-                self.inputs.append({name: batch[name].to(device, copy=True) for name in BATCH})
+                self.inputs.append({name: value.to(device, copy=True) for name, value in batch.items()})
             else:
                 for name, place in self.inputs[index].items():
                     place.copy_(batch[name], non_blocking=True)
         self.steps += 1
         if self.steps <= WARMUP:
-            return run_micro_batches(chunks, iter(self.inputs), count, settings, device)
+            return run_micro_batches(chunks, iter(self.inputs), count, settings, device, sources=sources)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             states: Any = get_all_rng_states()
@@ -59,7 +60,7 @@ class StepGraph:
                 self.graph.register_generator_state(state)
             # Other threads, such as NCCL's watchdog, go on asking the driver for things in the meantime.
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device)
+                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device, sources=sources)
         self.graph.replay()
         return self.sums
 

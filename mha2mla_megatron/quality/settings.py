@@ -1,0 +1,237 @@
+"""Settings of tools/quality_table.py, and the models that they ask for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mha2mla_megatron.calibration.run import CalibrateSettings
+from mha2mla_megatron.convert import ConvertSettings
+from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.evaluation.choices import ChoicesSettings
+from mha2mla_megatron.evaluation.perplexity import PerplexitySettings
+from mha2mla_megatron.files import file_sha256
+from mha2mla_megatron.settings import load_settings, require_keys, to_dict
+from mha2mla_megatron.sweep import conversion_settings, leaves
+from mha2mla_megatron.training.config import FinetuneSettings
+
+KINDS = ("as it is", "fine-tuned", "distilled")
+"""What a model has been through after the conversion, if there was one."""
+
+
+@dataclass(frozen=True)
+class QualitySettings:
+    """Settings of tools/quality_table.py."""
+
+    model: str | None = None
+    """The original: a folder or a hub id."""
+
+    out: str | None = None
+    """Folder of the results: results/*.json, table.md, table.png; what is large goes to work/."""
+
+    calibration_text: str | None = None
+    """For tools/calibrate.py. null: no row needs statistics."""
+
+    calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
+
+    base: dict[str, Any] = field(default_factory=dict)
+    """Conversion settings common to all rows, as of tools/convert_mha_to_mla.py."""
+
+    rows: dict[str, Any] = field(default_factory=dict)
+    """Name -> conversion settings. Beside them `series`, which rows of several cache sizes share and the picture
+    connects (default: the name), `finetune` and `distill`, whether the row is trained so (default: true)."""
+
+    finetune: dict[str, Any] = field(default_factory=dict)
+    """Settings of tools/finetune.py for all runs, but load, save and distillation. Empty: nothing is fine-tuned."""
+
+    distillation: dict[str, Any] = field(default_factory=dict)
+    """weight and temperature of the runs that learn from the original. Empty: no such runs."""
+
+    texts: dict[str, str] = field(default_factory=dict)
+    """Name -> held-out text, for the perplexity."""
+
+    perplexity: PerplexitySettings = field(default_factory=PerplexitySettings)
+
+    tasks: list[str] = field(default_factory=list)
+    """Files of rows, as of tools/evaluate_choices.py."""
+
+    choices: ChoicesSettings = field(default_factory=ChoicesSettings)
+
+    only: list[str] | None = None
+    """Work on these rows alone ("original" is one); all that is there is in the table still. null: all rows."""
+
+    minutes: float | None = None
+    """Stop after so many minutes, in the middle of what is going on; the same command goes on from there."""
+
+    keep_models: bool = False
+    """Leave runs and fine-tuned models in OUT/work once their results are complete; converted ones stay always."""
+
+    def __post_init__(self) -> None:
+        if self.perplexity.output is not None or self.choices.output is not None:
+            raise UserError("perplexity.output, choices.output: results go into OUT/results; leave them unset")
+        names = [task_name(Path(task)) for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks: two of the same folder and name: {', '.join(names)}")
+        if self.rows and not self.texts and not self.tasks:
+            raise UserError("texts, tasks: both empty; there is nothing to measure")
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes: {self.minutes} is not a positive number")
+        if self.distillation and not self.finetune:
+            raise UserError("distillation: given without finetune")
+
+
+class Entry(NamedTuple):
+    """One line of the table. conversion, training: None where there is none.
+
+    conversion_key, key: hashes of all that decides the converted model, and the line.
+    """
+
+    row: str
+    series: str
+    kind: str
+    conversion: ConvertSettings | None
+    training: FinetuneSettings | None
+    conversion_key: str
+    key: str
+
+    @property
+    def name(self) -> str:
+        return self.row if self.kind == KINDS[0] else f"{self.row}, {self.kind}"
+
+    @property
+    def file(self) -> str:
+        """Its name as a file's."""
+        return re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"-(?=\d)", "minus ", self.name)).strip("_")
+
+
+class Work:
+    """Where the large things are, under OUT/work; their names say what they are made of.
+
+    model: hash of the original. statistics: of all that these depend on.
+    """
+
+    def __init__(self, out: Path, model: str, statistics: str) -> None:
+        self.root = out / "work"
+        self.statistics = self.root / f"statistics_{statistics[:12]}.safetensors"
+        self.original = self.root / f"original_{model[:12]}_megatron"
+
+    def converted(self, entry: Entry) -> Path:
+        return self.root / f"converted_{entry.conversion_key[:12]}"
+
+    def run(self, entry: Entry) -> Path:
+        return self.root / f"run_{entry.key[:12]}"
+
+
+def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None) -> tuple[list[Entry], Work]:
+    """Every line of the table, the original first, and where their work is done.
+
+    Raises UserError for settings that any of the tools refuses.
+    """
+    inputs = {"model": model_sha256, "text": text_sha256, "calibrate": to_dict(settings.calibrate)}
+    work = Work(Path(str(settings.out)), model_sha256, hash_of(inputs))
+    trained = _training(settings, work)
+    entries: list[Entry] = []
+    for row, values in {"original": None, **settings.rows}.items():
+        own = dict(values or {})
+        series, fit, distill = (own.pop(k, v) for k, v in (("series", row), ("finetune", True), ("distill", True)))
+        conversion = None
+        if values is not None:
+            known = {"statistics": str(work.statistics)} if settings.calibration_text is not None else {}
+            given = {**known, **dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))}
+            conversion = conversion_settings(row, given)
+        for kind, training in trained.items():
+            wanted = (True, fit, fit and distill and values is not None)[KINDS.index(kind)]
+            if wanted:
+                about = {**inputs, "conversion": _plain(conversion)}
+                keys = hash_of(about), hash_of({**about, "training": _identity(training)})
+                entries.append(Entry(row, str(series), kind, conversion, training, *keys))
+    files = [entry.file for entry in entries]
+    for entry in entries:
+        if files.count(entry.file) > 1:
+            raise UserError(f"rows: '{entry.name}' and another one would share the file {entry.file}.json")
+    for row in settings.only or []:
+        if row not in ("original", *settings.rows):
+            raise UserError(f"only: no row '{row}'; there are: original, {', '.join(settings.rows)}")
+    return entries, work
+
+
+def _training(settings: QualitySettings, work: Work) -> dict[str, FinetuneSettings | None]:
+    """Kind of line -> its training."""
+    found: dict[str, FinetuneSettings | None] = {KINDS[0]: None}
+    if settings.finetune:
+        for key in ("load", "save", "distillation"):
+            if key in settings.finetune:
+                raise UserError(f"finetune.{key}: set for each run; leave it out")
+        found[KINDS[1]] = _finetune_settings(work, settings.finetune)
+    if settings.distillation:
+        teacher = {"teacher": str(work.original), **settings.distillation}
+        found[KINDS[2]] = _finetune_settings(work, {**settings.finetune, "distillation": teacher})
+    for training in found.values():
+        if training is not None:
+            require_keys(training, "data.train")
+    return found
+
+
+def _finetune_settings(work: Work, values: dict[str, Any]) -> FinetuneSettings:
+    work.root.mkdir(parents=True, exist_ok=True)
+    file = work.root / "finetune.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    try:
+        return load_settings(FinetuneSettings, [], file)
+    except UserError as error:
+        raise UserError(f"finetune: {str(error).removeprefix(f'{file}: ')}") from None
+
+
+def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
+    """The settings that weights depend on; the statistics are known by what they are made of."""
+    if conversion is None:
+        return None
+    values = {k: v for k, v in to_dict(conversion).items() if k not in ("device", "max_shard_size", "overwrite")}
+    for part, name in (("partial_rope", "scores"), ("low_rank", "statistics")):
+        if values[part][name] == conversion.statistics:
+            values[part] = {**values[part], name: None}
+    values["statistics"] = conversion.statistics is not None
+    return values
+
+
+def _identity(training: FinetuneSettings | None) -> dict[str, Any] | None:
+    """The settings with the contents of the token files in place of their names."""
+    if training is None:
+        return None
+    values = to_dict(training)
+    for part, key in (("data", "train"), ("validation", "data")):
+        blend = values[part][key]
+        weights = {blend: 1.0} if isinstance(blend, str) else blend or {}
+        values[part][key] = [[file_sha256(Path(f"{prefix}.idx")), weight] for prefix, weight in weights.items()]
+    for key in ("load", "save", "save_interval", "keep_last"):
+        del values[key]
+    del values["data"]["cache"]
+    values["distillation"]["teacher"] = values["distillation"]["teacher"] is not None
+    return values
+
+
+def measurements(settings: QualitySettings) -> dict[str, dict[str, str]]:
+    """Kind (texts, tasks) -> name of a text, or `task_name` -> hash of all that its numbers depend on."""
+    perplexity, choices = settings.perplexity, settings.choices
+    windows = [perplexity.window, perplexity.max_windows, perplexity.dtype, perplexity.bos, perplexity.cache]
+    rows = [choices.max_rows, choices.dtype, choices.bos]
+    return {
+        "texts": {name: hash_of([file_sha256(Path(text)), windows]) for name, text in settings.texts.items()},
+        "tasks": {task_name(Path(task)): hash_of([file_sha256(Path(task)), rows]) for task in settings.tasks},
+    }
+
+
+def task_name(file: Path) -> str:
+    """Folder and name of a task's file: those of several tasks are often called alike."""
+    return f"{file.absolute().parent.name}/{file.name}"
+
+
+def hash_of(values: Any) -> str:
+    """Hex digest of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,183 @@
+"""tools/quality_table.py: the table of a tiny model, against the tools by hand; interrupted, and carried away."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from mha2mla_megatron.quality import stages
+from mha2mla_megatron.training import loop
+from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
+
+STEPS = 6
+TABLE = [
+    "original", "original, fine-tuned", "ours -50 %", "ours -50 %, fine-tuned", "ours -50 %, distilled",
+    "paper -50 %", "paper -50 %, fine-tuned",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, texts, tokens, a task and the table's configuration."""
+    root = tmp_path_factory.mktemp("quality")
+    make_tokenizer(make_llama(root / "model"))
+    rows = [json.dumps({"text": text * 3}) for text in PROSE]
+    (root / "train.jsonl").write_text("\n".join(rows * 4))
+    (root / "heldout.txt").write_text("".join(PROSE) * 3)
+    task = [{"goal": a.strip(), "sol1": b.strip(), "sol2": a.strip(), "label": 0} for a in PROSE for b in PROSE[:3]]
+    (root / "piqa.jsonl").write_text("\n".join(map(json.dumps, task)))
+    run_tool("preprocess_data", root / "train.jsonl", root / "tokens", f"tokenizer={root / 'model'}", "workers=1")
+    config = {
+        "model": f"{root}/model",
+        "calibration_text": f"{root}/train.jsonl",
+        "calibrate": {"samples": 2, "sequence_length": 64, "stored_samples": 4},
+        "base": {"dtype": "float32"},
+        "rows": {
+            "ours -50 %": {"series": "ours", "cache_budget": 0.5, "allocation": {"tokens": 64}},
+            "paper -50 %": {
+                "distill": False,
+                "partial_rope": {"strategy": "uniform", "qk_rope_head_dim": 4},
+                "low_rank": {"method": "joint", "objective": "weights", "kv_lora_rank": 24},
+            },
+        },
+        "texts": {"held out": f"{root}/heldout.txt"},
+        "perplexity": {"window": 64, "dtype": "float32"},
+        "tasks": [f"{root}/piqa.jsonl"],
+        "choices": {"dtype": "float32"},
+        "finetune": {
+            "steps": STEPS, "micro_batch_size": 2, "global_batch_size": 4, "data": {"train": f"{root}/tokens",
+            "sequence_length": 32}, "validation": {"data": f"{root}/tokens", "samples": 4, "interval": 3},
+            "optimizer": {"lr": 1e-3},
+        },
+        "distillation": {"weight": 0.9},
+    }  # fmt: skip
+    (root / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(workspace: Path) -> Path:
+    run_tool("quality_table", workspace / "table.yaml", f"out={workspace / 'out'}", "keep_models=true")
+    return workspace / "out"
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(file.read_text()) for file in (out / "results").glob("*.json")]
+    return {one["name"]: one for one in found}
+
+
+def test_the_table_is_what_the_tools_give(tmp_path: Path, workspace: Path, finished: Path) -> None:
+    """The fine-tuned model of one row, and the original, through the commands by hand."""
+    found = results(finished)
+    assert sorted(found) == sorted(TABLE)
+    assert found["ours -50 %"]["cache_fraction"] <= 0.5 and found["original"]["cache_fraction"] == 1
+    assert found["paper -50 %"]["cache_elements"] == 2 * 4 + 24
+    assert {one["tokens"] for one in found.values()} == {0, STEPS * 4 * 32}
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    words = ["partial_rope.qk_rope_head_dim=4", "low_rank.method=joint", "low_rank.kv_lora_rank=24", "dtype=float32"]
+    run_tool("convert_mha_to_mla", workspace / "model", tmp_path / "mla", "partial_rope.strategy=uniform", *words)
+    run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "megatron")
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(config["finetune"]))
+    run_tool("finetune", tmp_path / "finetune.yaml", f"load={tmp_path / 'megatron'}", f"save={tmp_path / 'run'}")
+    run_tool("convert_megatron_to_hf", tmp_path / "run", tmp_path / "tuned")
+    run_tool(
+        "evaluate_perplexity", workspace / "model", tmp_path / "mla", tmp_path / "tuned", workspace / "heldout.txt",
+        "window=64", "dtype=float32", f"output={tmp_path / 'p.json'}",
+    )  # fmt: skip
+    run_tool("evaluate_choices", tmp_path / "tuned", workspace / "piqa.jsonl", f"output={tmp_path / 'c.json'}")
+    by_hand = json.loads((tmp_path / "p.json").read_text())["results"]
+    for name, one in zip(("original", "paper -50 %", "paper -50 %, fine-tuned"), by_hand, strict=True):
+        assert found[name]["texts"]["held out"].items() >= {k: v for k, v in one.items() if k != "model"}.items()
+    (scored,) = json.loads((tmp_path / "c.json").read_text())["results"]
+    task = found["paper -50 %, fine-tuned"]["tasks"][f"{workspace.name}/piqa.jsonl"]
+    assert [bit == "1" for bit in task["right"]] == scored["right"] and task["acc_norm"] == scored["acc_norm"]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    curves = found["paper -50 %, fine-tuned"]["curves"]
+    assert curves["loss"] == [[128 * line["step"], line["loss"]] for line in log if "loss" in line]
+    assert [tokens for tokens, _ in curves["validation_loss"]] == [3 * 128, 6 * 128]
+    distilled, tuned = found["ours -50 %, distilled"], found["ours -50 %, fine-tuned"]
+    assert distilled["texts"]["held out"]["perplexity"] != tuned["texts"]["held out"]["perplexity"]
+
+    table = (finished / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:-2]] == TABLE
+    ratio = by_hand[2]["perplexity"] / found["original, fine-tuned"]["texts"]["held out"]["perplexity"]
+    assert f"(x {ratio:.4f})" in table[-3] and "± " in table[-3] and "original, fine-tuned" in table[-1]
+    assert (finished / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_is_done_twice_and_results_travel_without_models(
+    tmp_path: Path, workspace: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("done before")
+
+    for stage in ("calibrate", "convert_model", "evaluate_perplexity", "evaluate_choices", "hf_to_megatron"):
+        monkeypatch.setattr(stages, stage, never)
+    shutil.copytree(finished / "results", tmp_path / "out" / "results")
+    done = run_tool("quality_table", workspace / "table.yaml", f"out={tmp_path / 'out'}")
+    assert "Not complete" not in done.stdout
+    assert (tmp_path / "out" / "table.md").read_text() == (finished / "table.md").read_text()
+
+    measured: list[str] = []
+    monkeypatch.setattr(stages, "evaluate_choices", lambda models, *_: measured.extend(models) or never())
+    with pytest.raises(AssertionError):
+        run_tool("quality_table", workspace / "table.yaml", f"out={tmp_path / 'out'}", "choices.max_rows=9")
+    assert measured == [f"{workspace}/model"], "another number of rows is another measurement"
+
+
+def test_time_up_in_the_middle_of_a_training(
+    tmp_path: Path, workspace: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alarm rings in the third step; the next call goes on from it, and ends where an unbroken run does."""
+    train_step, steps = loop.train_step, 0
+
+    def alarmed(*arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps == 3:
+            os.kill(os.getpid(), signal.SIGALRM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(loop, "train_step", alarmed)
+    words = (workspace / "table.yaml", f"out={tmp_path / 'out'}", "minutes=60", "only=[original]")
+    done = run_tool("quality_table", *words)
+    assert "Not complete yet: original, fine-tuned." in done.stdout and steps == 3
+    assert signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    half = results(tmp_path / "out")
+    assert half["original, fine-tuned"]["tokens"] == 3 * 128 and half["original"]["texts"].keys() == {"held out"}
+    assert "original" in (tmp_path / "out" / "table.md").read_text()
+    done = run_tool("quality_table", *words)
+    assert steps == STEPS and "Not complete" not in done.stdout
+    mine, whole = results(tmp_path / "out")["original, fine-tuned"], results(finished)["original, fine-tuned"]
+    assert mine["curves"] == whole["curves"] and mine["texts"] == whole["texts"] and mine["tasks"] == whole["tasks"]
+    assert not list((tmp_path / "out" / "work").glob("run_*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["model=null"], ["model", "not set"]),
+        (["texts={a: /none/a.txt}"], ["/none/a.txt", "no such file"]),
+        (["finetune.load=x"], ["finetune.load", "leave it out"]),
+        (["finetune.stepz=x"], ["finetune", "stepz"]),
+        (["only=[theirs]"], ["only", "theirs", "paper -50 %"]),
+        (["rows.new.cache_budget=7"], ["new", "cache_budget", "7"]),
+        (["minutes=0"], ["minutes"]),
+        (["finetune.data.train=/none/tokens"], ["/none/tokens.idx"]),
+    ],
+    ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
+)
+def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, words: list[str], named: list[str]) -> None:
+    line = refused("quality_table", workspace / "table.yaml", f"out={tmp_path / 'out'}", *words)
+    assert all(part in line for part in named), line
+    assert not (tmp_path / "out" / "results").exists()
