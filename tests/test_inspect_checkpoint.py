@@ -74,7 +74,8 @@ def test_a_run(trained: Path, tmp_path: Path) -> None:
     out = run_tool("inspect_checkpoint", trained, f"output={tmp_path / 'found.json'}").stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["step"], found["saved_steps"], found["layout"]) == (4, [2, 4], LAYOUT)
-    assert found["run"] == {"step": 4, "skipped": 0, "skipped_in_a_row": 0} and found["schedule"]["num_steps"] == 4
+    counts = {"step": 4, "skipped": 0, "skipped_in_a_row": 0}
+    assert counts.items() <= found["run"].items() and found["schedule"]["num_steps"] == 4
     assert found["optimizer_state"] and "optimizer.state.exp_avg_sq.*" in out
     row = next(line for line in out.splitlines() if line.startswith("decoder.layers.*.mlp.linear_fc1.weight"))
     assert row.split() == ["decoder.layers.*.mlp.linear_fc1.weight", "[192,", "64]", "float32", "3", "0.14"]

@@ -63,20 +63,15 @@ def test_bad_settings_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on a CPU; with GPUs the test below says more")
-def test_all_parts_on_a_cpu(tmp_path: Path) -> None:
-    """But reshard, calibrate and kill, which take minutes; the first two are in tests of their own."""
+def test_parts_on_a_cpu(tmp_path: Path) -> None:
+    """The others take minutes; exact and reshard do what tests/test_layouts.py and test_reshard.py do."""
     output = tmp_path / "out.json"
-    parts = "parts=[exact,memory,scaling,save]"
+    parts = "parts=[memory,save]"
     done = run_tool("benchmarks/multi_gpu", *TINY, parts, "time_budget=600", f"output={output}", own_process=True)
     rows = json.loads(output.read_text())["rows"]
     assert [json.loads(line) for line in Path(f"{output}.jsonl").read_text().splitlines()] == rows
     assert "0 FAILED" in done.stdout
-    compared = [row for row in rows if row["part"] == "exact" and row["verdict"] == "ok"]
-    assert {row["layout"] for row in compared} == {"tp2", "tp2+sp", "pp2", "cp2", "dp2 gather"}
-    assert len(compared) == 10
-    assert 0 < max(row["worst"] for row in compared) < 1e-5
-    assert {row["part"] for row in rows if row["verdict"] == "left out"} == {"exact", "memory"}
-    assert sum("efficiency" in row for row in rows) == 6
+    assert {row["part"] for row in rows if row["verdict"] == "left out"} == {"memory"}
     assert sum(row["part"] == "save" for row in rows) == 1
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
 from mha2mla_megatron.layout_plan.shards import count, split_dim
 
@@ -68,10 +67,13 @@ def _tensor_parallel(work: ForwardPass, layers: list[int], first: bool, last: bo
     element, architecture = work.tokens * work.element_size, work.architecture
     forward = backward = 0
     for layer in layers:
-        column = _column_parallel_inputs(architecture, layer)
+        column = _column_parallel_inputs(work, layer)
         row = 2 * architecture.hidden_size
         if work.parallel.uses_sequence_parallel:
             forward, backward = forward + column + row, backward + 2 * column + row
+            if work.recompute == "latent" and architecture.mla is not None:
+                layout = architecture.layout(layer)  # keys and values gather their latents once more
+                backward += layout.kv_down_dim * (layout.factors_key + layout.factors_value)
         else:
             forward, backward = forward + row, backward + column
     if work.recompute == "full":
@@ -84,11 +86,14 @@ def _tensor_parallel(work: ForwardPass, layers: list[int], first: bool, last: bo
     return element * (forward + backward + ends)
 
 
-def _column_parallel_inputs(architecture: Architecture, layer: int) -> int:
-    """Widths of the inputs of a layer's column-parallel projections together: each gathers, or sums, by itself."""
-    h = architecture.hidden_size
+def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:
+    """Widths of what a layer's column-parallel projections gather, or whose gradients they sum: the input of each by
+    itself; where they are fused, the input and all latents once."""
+    architecture, h = work.architecture, work.architecture.hidden_size
     if architecture.mla is None:
         return 2 * h  # linear_qkv, linear_fc1
+    layout = architecture.layout(layer)
+    if work.fused_projections:
+        return 2 * h + layout.kv_down_dim
     own = {"o_proj", "kv_down_proj"}  # row-parallel; on every rank
-    shapes = architecture.layout(layer).projections()
-    return h + sum(columns for name, (_, columns) in shapes.items() if name not in own)
+    return h + sum(columns for name, (_, columns) in layout.projections().items() if name not in own)

@@ -16,6 +16,7 @@ import multi_gpu_agreement as agreement
 import multi_gpu_speed as speed
 import numpy
 from job_worlds import serve_jobs
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from shapes import SHAPES
 from train_step import make_folder
 
@@ -70,7 +71,13 @@ JOBS: dict[str, Any] = {
 
 
 def free_memory() -> None:
-    """Give back what the last job's model took: its wrappers refer to each other, and other processes need room too."""
+    """Give back what the last job's model took, since other processes need room too.
+
+    Its wrappers refer to each other; and Megatron's rotary embedding keeps each of its modules with the angles that it
+    remembers, whose hooks hold the model where `overlap_param_gather` is on.
+    """
+    forward: Any = RotaryEmbedding.forward
+    forward.cache_clear()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
