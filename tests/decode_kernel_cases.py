@@ -94,19 +94,23 @@ EDGES = [
 ]
 
 
+def patch_interpreter() -> None:
+    """NumPy 2.4 no longer turns an array of one element into a loop bound."""
+    import triton.runtime.interpreter as interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_index
+
+
 def compare(count: int, seed: int, interpreted: bool) -> None:
     """Compare `count` cases. The interpreter multiplies the bits of bfloat16, so there that type is left out."""
     if interpreted:
-        import triton.runtime.interpreter as interpreter
-
-        patch_tensor = interpreter._patch_lang_tensor
-
-        def patch_index(tensor: Any, scope: Any) -> None:
-            """NumPy 2.4 no longer turns an array of one element into a loop bound."""
-            patch_tensor(tensor, scope)
-            scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-        interpreter._patch_lang_tensor = patch_index
+        patch_interpreter()
     from mha2mla_megatron.hf.decode_triton_mha2mla import flash_decode
 
     rng = random.Random(seed)

@@ -15,6 +15,7 @@ import torch
 from transformers.cache_utils import Cache, HQQQuantizedLayer, QuantizedCache, QuantizedLayer, QuantoQuantizedLayer
 
 from .latent_cache_mha2mla import LatentQuantizedCache
+from .static_cache_mha2mla import StaticLatentCache
 
 ROWS_PER_BYTE = 8
 """Packing joins at most so many rows (of 1 bit) in a byte, and wants whole bytes."""
@@ -102,18 +103,22 @@ LAYERS: dict[str, Callable[..., QuantizedLayer]] = {"hqq": HQQLatentLayer, "quan
 BACKENDS = ("latent", *LAYERS)
 
 
-def quantized_cache(config: Any, backend: str = "quanto", **settings: Any) -> Cache:
+def quantized_cache(config: Any, backend: str = "quanto", static: bool = False, **settings: Any) -> Cache:
     """The cache that `cache_config` describes; quanto if it names no backend, as in transformers.
 
-    settings: those of `LatentQuantizedCache`, or of transformers' `QuantizedCache` (nbits, axis_key, axis_value,
-    q_group_size, residual_length). Raises ValueError for bad ones, ImportError where the backend is not installed.
+    static: whether it has a fixed size, which only backend latent can.
+    settings: those of `LatentQuantizedCache` (or `StaticLatentCache`), or of transformers' `QuantizedCache` (nbits,
+    axis_key, axis_value, q_group_size, residual_length). Raises ValueError for bad ones, ImportError where the backend
+    is not installed.
     """
     if backend not in BACKENDS:
         raise ValueError(f"cache_config: backend {backend!r} is not one of {', '.join(BACKENDS)}")
+    if static and backend != "latent":
+        raise ValueError(f"cache_config: static, but backend {backend} has no cache of fixed size; latent has")
     settings.pop("config", None)
     try:
         if backend == "latent":
-            return LatentQuantizedCache(config, **settings)
+            return (StaticLatentCache if static else LatentQuantizedCache)(config, **settings)
         cache = QuantizedCache(backend, config, **settings)
         cache.layers[:] = [LAYERS[backend](**settings) for _ in cache.layers]
     except TypeError as error:

@@ -14,8 +14,11 @@ from typing import Any
 
 import torch
 
+from .decode_packed_mha2mla import flash_decode_packed
 from .decode_triton_mha2mla import flash_decode, has_triton
 from .layout_mha2mla import LatentLayout
+from .quantise_triton_mha2mla import packed_kernels_wanted
+from .static_cache_mha2mla import StaticLatentLayer
 
 
 def absorbed_is_cheaper(layout: LatentLayout, new_tokens: int) -> bool:
@@ -97,6 +100,37 @@ def absorbed_attention(
     probabilities = scores.softmax(dim=-1).to(unrotated.dtype)
     context = torch.bmm(probabilities.flatten(1, 2), unrotated[..., values])
     return context.view(batch, heads, length, -1), probabilities
+
+
+def reads_packed(layer: StaticLatentLayer, hidden_states: torch.Tensor, mask: Any) -> bool:
+    """Whether the packed kernel can attend over this layer's cache: one new token of a model on a GPU with Triton, a
+    bool mask, tokens in the cache already, and groups of a power of two."""
+    return (
+        hidden_states.shape[1] == 1
+        and packed_kernels_wanted()
+        and has_triton(hidden_states)
+        and layer.is_initialized
+        and layer.group_size & (layer.group_size - 1) == 0
+        and isinstance(mask, torch.Tensor)
+        and mask.dtype == torch.bool
+        and mask.shape[1:] == (1, 1, layer.max_cache_len)
+        and hidden_states.dtype == layer.dtype
+    )
+
+
+def packed_attention(
+    q_rope: torch.Tensor,
+    q_key: torch.Tensor,
+    layer: StaticLatentLayer,
+    layout: LatentLayout,
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """`absorbed_attention` of one new token over the codes themselves, where `reads_packed` says so."""
+    unrotated, rope = layer.parts
+    return flash_decode_packed(
+        q_rope, q_key, rope, unrotated, layout.key_columns, layout.value_columns, layer.cumulative_length, mask, scaling
+    )
 
 
 def _wide_bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -284,25 +284,34 @@ def _average_rows(
         part = tl.load(at, mask=(rows_n < end)[:, None] & valid_m, other=float("-inf"))
         if SCORES_LATENT:
             part = tl.dot(values, q, part, input_precision=PRECISION)
-        part *= scale
-        new_top = tl.maximum(top, tl.max(part, axis=0))
-        safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible row so far
-        weights = tl.exp2(part - safe_top[None, :])
-        decay = tl.exp2(top - safe_top)
-        total = total * decay + tl.sum(weights, axis=0)
-        acc = tl.dot(tl.trans(values), weights.to(values.dtype), acc * decay[None, :], input_precision=PRECISION)
-        top = new_top
-
-    seen = total > 0
-    acc = acc / tl.where(seen, total, 1.0)[None, :]
+        acc, top, total = _fold_rows(values, part * scale, acc, top, total, PRECISION)
     row = (batch * tl.num_programs(1) + split) * m
-    tl.store(context + (row + rows_m[None, :]) * C + column[:, None], acc, mask=valid_m & (column < C)[:, None])
-    if tile == 0:
-        tl.store(
-            logsumexp + row + rows_m,
-            tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf")),
-            mask=rows_m < m,
-        )
+    _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, tile == 0, C)
+
+
+@_jit
+def _fold_rows(values, part, acc, top, total, PRECISION: tl.constexpr):
+    """One step of the online softmax: acc [BLOCK_C, BLOCK_M], its largest score and its sum of weights, [BLOCK_M], with
+    values [BLOCK_N, BLOCK_C] of scores part [BLOCK_N, BLOCK_M], in units of log 2, added."""
+    new_top = tl.maximum(top, tl.max(part, axis=0))
+    safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible row so far
+    weights = tl.exp2(part - safe_top[None, :])
+    decay = tl.exp2(top - safe_top)
+    total = total * decay + tl.sum(weights, axis=0)
+    acc = tl.dot(tl.trans(values), weights.to(values.dtype), acc * decay[None, :], input_precision=PRECISION)
+    return acc, new_top, total
+
+
+@_jit
+def _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, first_tile, C: tl.constexpr):
+    """A split's context and, from the first tile of columns, the log of its sum of weights."""
+    seen, valid_m = total > 0, rows_m < m
+    acc = acc / tl.where(seen, total, 1.0)[None, :]
+    at = context + (row + rows_m[None, :]) * C + column[:, None]
+    tl.store(at, acc, mask=valid_m[None, :] & (column < C)[:, None])
+    if first_tile:
+        weight = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        tl.store(logsumexp + row + rows_m, weight, mask=valid_m)
 
 
 @_jit

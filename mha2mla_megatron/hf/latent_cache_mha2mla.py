@@ -110,6 +110,24 @@ class LatentQuantizedLayer(DynamicLayer):
             rows.apply(function)
 
 
+def check_settings(
+    config: Any, nbits: int, rope_nbits: int | None, group_size: int, residual_length: int
+) -> tuple[int, int, int, int]:
+    """(nbits, rope_nbits, group_size, residual_length), the second set. Raises ValueError for bad ones."""
+    if not getattr(config, "mha2mla", None):
+        raise ValueError("LatentQuantizedCache: config is not that of a model converted by mha2mla_megatron")
+    if nbits not in NBITS:
+        raise ValueError(f"nbits: {nbits!r} is not one of {', '.join(map(str, NBITS))}")
+    rope_nbits = max(nbits, 4) if rope_nbits is None else rope_nbits
+    if rope_nbits not in ROPE_NBITS:
+        raise ValueError(f"rope_nbits: {rope_nbits!r} is not one of {', '.join(map(str, ROPE_NBITS))}")
+    if not isinstance(group_size, int) or group_size < 4 or group_size % 4:
+        raise ValueError(f"group_size: {group_size!r} is not a positive multiple of 4")
+    if not isinstance(residual_length, int) or residual_length < 0:
+        raise ValueError(f"residual_length: {residual_length!r} is not a number from 0 on")
+    return nbits, rope_nbits, group_size, residual_length
+
+
 class LatentQuantizedCache(Cache):
     """A quantised cache for a converted model. Give it to the model or to generate as `past_key_values`.
 
@@ -129,18 +147,7 @@ class LatentQuantizedCache(Cache):
         group_size: int = 32,
         residual_length: int = 64,
     ) -> None:
-        if not getattr(config, "mha2mla", None):
-            raise ValueError("LatentQuantizedCache: config is not that of a model converted by mha2mla_megatron")
-        if nbits not in NBITS:
-            raise ValueError(f"nbits: {nbits!r} is not one of {', '.join(map(str, NBITS))}")
-        rope_nbits = max(nbits, 4) if rope_nbits is None else rope_nbits
-        if rope_nbits not in ROPE_NBITS:
-            raise ValueError(f"rope_nbits: {rope_nbits!r} is not one of {', '.join(map(str, ROPE_NBITS))}")
-        if not isinstance(group_size, int) or group_size < 4 or group_size % 4:
-            raise ValueError(f"group_size: {group_size!r} is not a positive multiple of 4")
-        if not isinstance(residual_length, int) or residual_length < 0:
-            raise ValueError(f"residual_length: {residual_length!r} is not a number from 0 on")
-        settings = nbits, rope_nbits, group_size, residual_length
+        settings = check_settings(config, nbits, rope_nbits, group_size, residual_length)
         super().__init__(layers=[LatentQuantizedLayer(*settings) for _ in range(config.num_hidden_layers)])
 
     @property

@@ -25,9 +25,18 @@ from transformers.models.smollm3.modeling_smollm3 import (
 
 from .backend_cache_mha2mla import quantized_cache
 from .configuration_mha2mla import MHA2MLALlamaConfig
-from .decode_mha2mla import absorbed_attention, absorbed_is_cheaper, own_group, spread_over_groups, visible_rows
+from .decode_mha2mla import (
+    absorbed_attention,
+    absorbed_is_cheaper,
+    own_group,
+    packed_attention,
+    reads_packed,
+    spread_over_groups,
+    visible_rows,
+)
 from .latent_cache_mha2mla import LatentQuantizedCache
 from .layout_mha2mla import LatentLayout, biased_projections
+from .static_cache_mha2mla import StaticLatentCache, StaticLatentLayer
 
 
 class MHA2MLARMSNorm(nn.Module):
@@ -118,6 +127,19 @@ class MHA2MLAAttention(nn.Module):
         latents, value = (p(hidden_states) if p is not None else None for p in (self.kv_down_proj, self.v_proj))
         unrotated = torch.cat([part for part in (latents, k_nope, value) if part is not None], dim=-1)
         if past_key_values is not None:
+            static = isinstance(past_key_values, StaticLatentCache)
+            packed: Any = past_key_values.layers[self.layer_idx] if static else None
+            if packed is not None and self._reads_packed(packed, hidden_states, attention_mask):
+                packed.append(unrotated, k_rope)
+                output, _ = self._attend_absorbed(
+                    q_rope,
+                    q_nope,
+                    lambda rope, key: (
+                        packed_attention(rope, key, packed, self.layout, attention_mask, self.scaling),
+                        None,
+                    ),
+                )
+                return self.o_proj(output.reshape(batch, length, -1)), None
             # The unrotated part takes the place of keys: a cache reads its length there, and r = 0 leaves k_rope empty.
             cached = past_key_values.update(unrotated.unsqueeze(1), k_rope.unsqueeze(1), self.layer_idx)
             unrotated, k_rope = (part.squeeze(1) for part in cached)
@@ -125,7 +147,13 @@ class MHA2MLAAttention(nn.Module):
             hidden = self.sliding_window is not None and unrotated.shape[1] > self.sliding_window
             mask, usable = visible_rows(attention_mask, length, past_key_values.is_compileable, hidden)
             if usable and self._absorbs(hidden_states, length):
-                output, weights = self._attend_absorbed(q_rope, q_nope, k_rope, unrotated, mask)
+                output, weights = self._attend_absorbed(
+                    q_rope,
+                    q_nope,
+                    lambda rope, key: absorbed_attention(
+                        rope, key, k_rope, unrotated, self.layout, mask, self.scaling, kernel=self._kernel_may_run
+                    ),
+                )
                 return self.o_proj(output.reshape(batch, length, -1)), weights
 
         implementation = str(self.config._attn_implementation)
@@ -177,35 +205,39 @@ class MHA2MLAAttention(nn.Module):
                 return False
         return choice == "absorbed" or absorbed_is_cheaper(self.layout, length)
 
+    @property
+    def _is_eager(self) -> bool:
+        """Eager attention returns probabilities, which no kernel has."""
+        return self.config._attn_implementation == "eager"
+
+    @property
+    def _kernel_may_run(self) -> bool:
+        return self.config.mla_kernel == "auto" and not self._is_eager
+
+    def _reads_packed(self, layer: StaticLatentLayer, hidden_states: torch.Tensor, mask: Any) -> bool:
+        """Whether the new token attends over codes, with no row of the cache dequantised in memory."""
+        return (
+            self._kernel_may_run
+            and reads_packed(layer, hidden_states, mask)
+            and self._absorbs(hidden_states, hidden_states.shape[1])
+        )
+
     def _attend_absorbed(
-        self,
-        q_rope: torch.Tensor,
-        q_nope: torch.Tensor,
-        k_rope: torch.Tensor,
-        unrotated: torch.Tensor,
-        mask: torch.Tensor | None,
+        self, q_rope: torch.Tensor, q_nope: torch.Tensor, attend: Callable
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the cached rows themselves.
 
-        q_rope [b, H, s, r], q_nope [b, H, s, d - r], k_rope [b, t, G r], unrotated [b, t, w], mask as in
-        `absorbed_attention`. Returns the heads' outputs [b, s, H, d], and the probabilities for eager attention.
+        q_rope [b, H, s, r], q_nope [b, H, s, d - r]; attend: their absorbed forms [b, H, s, G r] and [b, H, s, k] to
+        the averaged value columns [b, H, s, v], and probabilities or None. Returns the heads' outputs [b, s, H, d], and
+        the probabilities for eager attention.
         """
-        groups, eager = self.layout.num_key_value_heads, self.config._attn_implementation == "eager"
+        groups = self.layout.num_key_value_heads
         if self.k_up_proj is None:
             q_key = spread_over_groups(q_nope, groups)
         else:
             up = self.k_up_proj.weight.view(groups, self.layout.qk_nope_head_dim, -1)
             q_key = torch.einsum("bgisn,gnc->bgisc", self._by_group(q_nope), up).flatten(1, 2)
-        context, probabilities = absorbed_attention(
-            spread_over_groups(q_rope, groups),
-            q_key,
-            k_rope,
-            unrotated,
-            self.layout,
-            mask,
-            self.scaling,
-            kernel=self.config.mla_kernel == "auto" and not eager,
-        )
+        context, probabilities = attend(spread_over_groups(q_rope, groups), q_key)
         if self.v_up_proj is None:
             value = own_group(context, groups)
         else:
@@ -214,7 +246,7 @@ class MHA2MLAAttention(nn.Module):
             if self.v_up_proj.bias is not None:  # probabilities sum to 1, so a value's bias is the output's
                 value = value + self.v_up_proj.bias.view(groups, 1, 1, self.head_dim)
             value = value.flatten(1, 2)
-        return value.transpose(1, 2), probabilities if eager else None
+        return value.transpose(1, 2), probabilities if self._is_eager else None
 
     def _rope_tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The model's tables [., s, d] at each head's own pairs: [., G, s, r]."""
@@ -276,17 +308,32 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
         """An empty quantised cache for `past_key_values`; settings: nbits and the others of LatentQuantizedCache."""
         return LatentQuantizedCache(self.config, **settings)
 
+    def static_latent_cache(self, max_cache_len: int, **settings: Any) -> StaticLatentCache:
+        """The same of fixed size, for compiled steps: room for max_cache_len tokens."""
+        return StaticLatentCache(self.config, max_cache_len, **settings)
+
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Builds the quantised caches of `generate` itself: transformers' layers fail on many shapes, and know no
         latents."""
         quantized = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
         if not quantized or model_kwargs.get("past_key_values") is not None:
             prepare: Callable = super()._prepare_cache_for_generation  # type: ignore[misc]
-            prepare(generation_config, model_kwargs, *args, **kwargs)
+            prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
-        cache = quantized_cache(self.config, **(generation_config.cache_config or {}))
+        settings = dict(generation_config.cache_config or {})
+        if settings.get("static"):
+            # As for transformers' static cache: never shorter than before, or the compiled step would be made anew.
+            lengths = max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_packed_length", 0)
+            settings.setdefault("max_cache_len", max(lengths))
+            self._packed_length = settings["max_cache_len"]
+        cache = quantized_cache(self.config, **settings)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

@@ -29,7 +29,7 @@ def fit_grid(x: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     low, high = x.amin(-2, keepdim=True), x.amax(-2, keepdim=True)
     levels = 2**nbits - 1
-    best = _to_half((high - low) / levels), _to_half(low)
+    best = to_half((high - low) / levels), to_half(low)
     if nbits == 8:
         return best
     mean, smallest = x.mean(-2, keepdim=True), _squared_error(x, *best, nbits)
@@ -42,7 +42,7 @@ def fit_grid(x: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor]:
             # A group of equal values has no slope; its scale becomes 0 and all its codes with it.
             slope = (centred * (x - mean)).sum(-2, keepdim=True) / centred.square().sum(-2, keepdim=True).clamp(min=0.5)
             scale, zero = slope, mean - slope * codes.mean(-2, keepdim=True)
-        refit = _to_half(scale), _to_half(zero)
+        refit = to_half(scale), to_half(zero)
         error = _squared_error(x, *refit, nbits)
         better = error < smallest
         best = torch.where(better, refit[0], best[0]), torch.where(better, refit[1], best[1])
@@ -63,6 +63,25 @@ def unpack(packed: torch.Tensor, nbits: int) -> torch.Tensor:
     """The inverse of `pack`."""
     shifts = range(0, 8, nbits)
     return torch.stack([(packed >> shift) & (2**nbits - 1) for shift in shifts], dim=-2).flatten(-3, -2)
+
+
+def encode(blocks: torch.Tensor, nbits: int) -> dict[str, torch.Tensor]:
+    """Groups of tokens [*, n, g, w] as `codes`, uint8 [*, n, g / p, w], with `scale` and `zero`, float16 [*, n, 1, w];
+    in 16 bits `codes` alone, float16 [*, n, g, w]."""
+    blocks = blocks.float()
+    if nbits == 16:
+        return {"codes": to_half(blocks)}
+    scale, zero = fit_grid(blocks, nbits)
+    codes = _codes(blocks, scale.float(), zero.float(), nbits).to(torch.uint8)
+    return {"codes": pack(codes, nbits), "scale": scale, "zero": zero}
+
+
+def decode(parts: dict[str, torch.Tensor], nbits: int, dtype: torch.dtype) -> torch.Tensor:
+    """What `encode` returned -> tokens [*, n g, w] in this type."""
+    if nbits == 16:
+        return parts["codes"].flatten(-3, -2).to(dtype)
+    codes = unpack(parts["codes"], nbits).float()
+    return torch.addcmul(parts["zero"].float(), codes, parts["scale"].float()).flatten(-3, -2).to(dtype)
 
 
 class QuantizedRows:
@@ -89,13 +108,7 @@ class QuantizedRows:
 
     def append(self, rows: torch.Tensor) -> None:
         """Quantise rows [*, n g, w] behind what there is."""
-        blocks = rows.unflatten(-2, (-1, self.group_size)).float()
-        if self.nbits == 16:
-            new = {"codes": _to_half(blocks)}
-        else:
-            scale, zero = fit_grid(blocks, self.nbits)
-            codes = _codes(blocks, scale.float(), zero.float(), self.nbits).to(torch.uint8)
-            new = {"codes": pack(codes, self.nbits), "scale": scale, "zero": zero}
+        new = encode(rows.unflatten(-2, (-1, self.group_size)), self.nbits)
         old = self._parts()
         for name, part in new.items():
             setattr(self, name, torch.cat((old[name], part), dim=-3) if old else part)
@@ -104,10 +117,7 @@ class QuantizedRows:
         """All rows [*, t, w], in the type of `like`, rows [*, any, w] of which the leading dims and w are taken."""
         if self.codes is None:
             return like[..., :0, :]
-        if self.scale is None or self.zero is None:
-            return self.codes.flatten(-3, -2).to(like.dtype)
-        codes = unpack(self.codes, self.nbits).float()
-        return torch.addcmul(self.zero.float(), codes, self.scale.float()).flatten(-3, -2).to(like.dtype)
+        return decode(self._parts(), self.nbits, like.dtype)
 
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace every tensor by function(tensor), which may change the first dim only."""
@@ -130,7 +140,7 @@ def _squared_error(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, nbi
     return (x - zero - scale * _codes(x, scale, zero, nbits)).square().sum(-2, keepdim=True)
 
 
-def _to_half(x: torch.Tensor) -> torch.Tensor:
+def to_half(x: torch.Tensor) -> torch.Tensor:
     """float16 has 3 bits more than bfloat16, and no latent comes near its largest number."""
     largest = torch.finfo(torch.float16).max
     return x.clamp(-largest, largest).to(torch.float16)

@@ -1,10 +1,11 @@
-"""Decoding speed and memory of original and converted models, and of the Triton kernel alone, on one GPU.
+"""Decoding speed and memory of original and converted models, and of the Triton kernels alone, on one GPU.
 
     python tools/benchmarks/decode.py [shapes=[1.7B,7B]] [batches=[1,16]] [output=decode.json] [key=value ...]
     python tools/benchmarks/decode.py quick=true      a tiny shape in seconds, on the CPU too
+    python tools/benchmarks/decode.py variants=[]     the kernels alone
 
 Models are random with a real model's shapes, caches are filled with random numbers to the context's length; a row is
-the time of a step that adds one token to every sequence. First the kernel is compared with float64: if it is wrong,
+the time of a step that adds one token to every sequence. First the kernels are compared with float64: if one is wrong,
 nothing is timed. Rows are printed, and written to `output`, one by one; what `time_limit` leaves no time for is named.
 """
 
@@ -14,6 +15,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,13 +29,20 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of, run_tool
 from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
+from mha2mla_megatron.hf.decode_packed_mha2mla import PackedTiles, choose_packed_tiles, flash_decode_packed
 from mha2mla_megatron.hf.decode_triton_mha2mla import Tiles, choose_tiles, device_limits, flash_decode
 from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
+from mha2mla_megatron.hf.packed_tokens_mha2mla import PackedTokens
+from mha2mla_megatron.hf.static_cache_mha2mla import StaticLatentCache
 from mha2mla_megatron.settings import load_settings, to_dict
 
 USAGE = "decode.py [key=value ...]"
 KERNEL_TOLERANCE = 1.6e-2
 """Of bf16, relative to the largest value: roundings of the probabilities and of the output."""
+GROUP, RESIDUAL = 32, 64
+"""Tokens of a group and of the window's least length in a quantised cache: the defaults of `LatentQuantizedCache`."""
+LAUNCHES = 4
+"""Launches of a kernel in one CUDA graph: a graph's own start costs some microseconds."""
 SPARE_BYTES = 3 << 30
 """Left free when the largest batch is estimated: activations, the compiler's workspaces."""
 
@@ -77,6 +86,8 @@ class Variant:
     static: bool
     decode: str = "expanded"
     kernel: str = "torch"
+    nbits: int = 16
+    """Of the latents in the cache; the rotated keys have 4 at least."""
 
 
 VARIANTS = {
@@ -86,6 +97,8 @@ VARIANTS = {
     "absorbed-dynamic": Variant(True, False, "absorbed"),
     "absorbed-static": Variant(True, True, "absorbed"),
     "triton-static": Variant(True, True, "absorbed", "auto"),
+    "int4-static": Variant(True, True, "absorbed", "auto", 4),
+    "int2-static": Variant(True, True, "absorbed", "auto", 2),
 }
 
 
@@ -98,7 +111,8 @@ class DecodeSettings:
     """Percentages of the cache that the converted models save."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
-    """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static."""
+    """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static,
+    int4-static, int2-static (packed caches of fixed size)."""
 
     batches: list[int] = field(default_factory=lambda: [1, 16])
     """Sequences of a step; 0 is the largest batch that fits, which is searched for (static caches only)."""
@@ -117,10 +131,13 @@ class DecodeSettings:
     """The median round counts."""
 
     kernel: bool = True
-    """Time the kernel alone, at these batches and contexts (for 0: at a batch whose cache has 4 GiB)."""
+    """Time the kernels alone, at these batches and contexts (for 0: at a batch whose 16-bit cache has 4 GiB)."""
+
+    kernel_bits: list[int] = field(default_factory=lambda: [16, 4, 2])
+    """Which kernels: 16 (over rows), 8, 4 or 2 (over packed latents)."""
 
     tune: bool = False
-    """Time the kernel with other tiles too, fastest first."""
+    """Time the kernels with other tiles too, fastest first."""
 
     time_limit: float = 540.0
     """Seconds after which no new row is started."""
@@ -136,6 +153,8 @@ class DecodeSettings:
             require_one_of("shapes", name, tuple(SHAPES))
         for name in self.variants:
             require_one_of("variants", name, tuple(VARIANTS))
+        for bits in self.kernel_bits:
+            require_one_of("kernel_bits", bits, (16, 8, 4, 2))
         require_one_of("capture", self.capture, ("compile", "graph", "eager"))
         for key, values, minimum in (("batches", self.batches, 0), ("contexts", self.contexts, 1)):
             for value in values:
@@ -213,75 +232,149 @@ def copy_bandwidth(device: torch.device, quick: bool) -> float:
     return 2000 * source.numel() / ms
 
 
-def kernel_inputs(batch: int, context: int, shape: Shape, rank: int, device: torch.device) -> dict[str, Any]:
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+@dataclass
+class Kernel:
+    """One attention kernel over filled tensors."""
 
-    columns = shape.rope_columns()
-    return {
-        "q_rope": normal(batch, shape.heads, 1, columns),
-        "q_latent": normal(batch, shape.heads, 1, rank),
-        "k_rope": normal(batch, context, columns),
-        "latent": normal(batch, context, rank),
-        "mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device),
-        "scaling": (columns + rank) ** -0.5,
-    }
+    run: Callable[..., torch.Tensor]
+    """Averaged latents [b, H, 1, c], with the chosen tiles or those given as `tiles`."""
+    chosen: Any
+    others: list[Any]
+    nbytes: int
+    """Of the cached tensors that a launch has to read."""
+    q: torch.Tensor
+    rows: Callable[[], torch.Tensor]
+    """[b, t, G r + c]: what is attended to."""
+    inputs: dict[str, Any]
 
 
-def check_kernel(shape: Shape, rank: int, device: torch.device) -> float:
-    """Largest error against float64, relative to the largest value, with left padding and an empty end."""
-    inputs = kernel_inputs(2, 1111, shape, rank, device)
-    inputs["mask"][0, ..., :200] = False
-    inputs["mask"][:, ..., 1000:] = False
-    q, k = (torch.cat((inputs[f"{x}_rope"], inputs[y]), -1).double() for x, y in (("q", "q_latent"), ("k", "latent")))
-    scores = torch.einsum("bhsk,btk->bhst", q, k) * inputs["scaling"]
-    weights = scores.masked_fill(~inputs["mask"], -torch.inf).softmax(-1)
-    exact = torch.einsum("bhst,btc->bhsc", weights, inputs["latent"].double())
-    error = ((flash_decode(**inputs).double() - exact).abs().max() / exact.abs().max()).item()
+def normal(*sizes: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
+
+
+def row_kernel(batch: int, context: int, shape: Shape, rank: int, device: torch.device) -> Kernel:
+    """The kernel over 16-bit rows."""
+    columns, heads = shape.rope_columns(), shape.heads
+    q_rope, q_latent = (normal(batch, heads, 1, width, device=device) for width in (columns, rank))
+    k_rope, latent = (normal(batch, context, width, device=device) for width in (columns, rank))
+    inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
+
+    def run(tiles: Tiles | None = None) -> torch.Tensor:
+        return flash_decode(q_rope, q_latent, k_rope, latent, inputs["mask"], (columns + rank) ** -0.5, tiles)
+
+    chosen = choose_tiles(batch, heads, context, columns, rank, 2, *device_limits(device.index))
+    q = torch.cat((q_rope, q_latent), -1)
+    nbytes = 2 * batch * context * (columns + rank)
+    return Kernel(
+        run, chosen, list(other_tiles(chosen, rank)), nbytes, q, lambda: torch.cat((k_rope, latent), -1), inputs
+    )
+
+
+def packed_kernel(batch: int, context: int, shape: Shape, rank: int, nbits: int, device: torch.device) -> Kernel:
+    """The kernel over packed latents, full of random codes."""
+    columns, heads = shape.rope_columns(), shape.heads
+    q_rope, q_latent = (normal(batch, heads, 1, width, device=device) for width in (columns, rank))
+    like = normal(batch, 0, 1, device=device)
+    parts = [
+        PackedTokens(like.new_empty(batch, 0, width), context, bits, GROUP, RESIDUAL)
+        for width, bits in ((columns, max(nbits, 4)), (rank, nbits))
+    ]
+    for part in parts:
+        fill_packed(part)
+    count = torch.tensor(context, device=device)
+    inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
+    whole = slice(0, rank)
+
+    def run(tiles: PackedTiles | None = None) -> torch.Tensor:
+        mask, scaling = inputs["mask"], (columns + rank) ** -0.5
+        return flash_decode_packed(q_rope, q_latent, *parts, whole, whole, count, mask, scaling, tiles)
+
+    def rows() -> torch.Tensor:
+        newest = [part.window[:, (context - 1) % part.window.shape[1]][:, None].float() for part in parts]
+        return torch.cat([part.dequantize(new, count - 1) for part, new in zip(parts, newest, strict=True)], -1)
+
+    packed = parts[1].blocks * GROUP
+    chosen = choose_packed_tiles(batch, heads, packed, rank, 2, device_limits(device.index)[0])
+    nbytes = sum(part.nbytes for part in parts)
+    q = torch.cat((q_rope, q_latent), -1)
+    return Kernel(run, chosen, list(other_packed_tiles(chosen, rank)), nbytes, q, rows, inputs)
+
+
+def fill_packed(part: PackedTokens) -> None:
+    """Random codes of values of about a normal distribution's spread."""
+    part.codes.random_(0, 256)
+    part.scale.fill_(3.5 / (2**part.nbits - 1))
+    part.zero.uniform_(-2.25, -1.25)
+    part.window.normal_()
+
+
+def make_kernel(bits: int, *case: Any) -> Kernel:
+    *sizes, device = case
+    return row_kernel(*case) if bits == 16 else packed_kernel(*sizes, bits, device)
+
+
+def check_kernel(bits: int, shape: Shape, rank: int, device: torch.device) -> float:
+    """Largest error against float64, relative to the largest value, with left padding and hidden rows at the end."""
+    kernel = make_kernel(bits, 2, 1111, shape, rank, device)
+    mask = kernel.inputs["mask"]
+    mask[0, ..., :200] = False
+    mask[:, ..., 1000:1080] = False
+    q, rows = kernel.q.double(), kernel.rows().double()
+    scores = torch.einsum("bhsk,btk->bhst", q, rows) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    exact = torch.einsum("bhst,btc->bhsc", weights, rows[..., shape.rope_columns() :])
+    error = ((kernel.run().double() - exact).abs().max() / exact.abs().max()).item()
     if not error < KERNEL_TOLERANCE:
-        raise SystemExit(f"the kernel is wrong for {shape}, rank {rank}: error {error:.2e}")
+        raise SystemExit(f"the {bits}-bit kernel is wrong for {shape}, rank {rank}: error {error:.2e}")
     return error
 
 
 def time_kernel(settings: DecodeSettings, report: Report, device: torch.device, copy: float) -> None:
-    """The kernel alone, its second pass and the reading of the mask included, against the bandwidth of a copy."""
+    """The kernels alone, all their passes and the reading of the mask included, against the bandwidth of a copy."""
     cases = [(SHAPES[name], name, saving) for name in settings.shapes for saving in settings.savings]
-    for shape, name, saving in cases:
-        error = check_kernel(shape, shape.rank(saving), device)
-        report.add("kernel", {"shape": name, "saving": saving, "error": error})
-    for shape, name, saving in cases:
-        for context in settings.contexts:
-            row_bytes = 2 * (shape.rope_columns() + shape.rank(saving)) * context
-            for batch in sorted({batch or max(1, (4 << 30) // row_bytes) for batch in settings.batches}):
-                if report.has_time(f"kernel {name} {saving} batch {batch} context {context}"):
-                    head = {"shape": name, "saving": saving, "batch": batch, "context": context}
-                    for row in time_tiles(kernel_inputs(batch, context, shape, shape.rank(saving), device), settings):
-                        rate = batch * row_bytes / row["ms"] / 1e6
+    for (shape, name, saving), bits in itertools.product(cases, settings.kernel_bits):
+        error = check_kernel(bits, shape, shape.rank(saving), device)
+        report.add("kernel", {"shape": name, "saving": saving, "bits": bits, "error": error})
+    for (shape, name, saving), context in itertools.product(cases, settings.contexts):
+        rank = shape.rank(saving)
+        row_bytes = 2 * (shape.rope_columns() + rank) * context
+        for batch in sorted({batch or max(1, (4 << 30) // row_bytes) for batch in settings.batches}):
+            for bits in settings.kernel_bits:
+                what = f"{name}, {saving}, {bits} bits, batch {batch} context {context}"
+                if report.has_time(f"kernel {what}"):
+                    head = {"shape": name, "saving": saving, "bits": bits, "batch": batch, "context": context}
+                    kernel = make_kernel(bits, batch, context, shape, rank, device)
+                    for row in time_tiles(kernel, settings, report, device):
+                        rate = kernel.nbytes / row["ms"] / 1e6
                         speed = {"GB/s": rate, "of copy": 1e9 * rate / copy}
                         report.add("kernel", {**head, **speed, **row})
+                    del kernel
+                    free_memory()
 
 
-def time_tiles(inputs: dict[str, Any], settings: DecodeSettings) -> list[dict[str, Any]]:
+def time_tiles(kernel: Kernel, settings: DecodeSettings, report: Report, device: torch.device) -> list[dict[str, Any]]:
     """Times of the chosen tiles and, when tuning, of the eight fastest of all."""
-    device, (batch, heads, _, rank) = inputs["latent"].device, inputs["q_latent"].shape
-    _, context, columns = inputs["k_rope"].shape
-    chosen = choose_tiles(batch, heads, context, columns, rank, 2, *device_limits(device.index))
-    expected = flash_decode(**inputs, tiles=chosen)
+    expected = kernel.run(kernel.chosen)
     rows = []
-    for tiles in [chosen, *(other_tiles(chosen, rank) if settings.tune else ())]:
+    for tiles in [kernel.chosen, *(kernel.others if settings.tune else ())]:
+        if rows and not report.has_time(f"tiles from {tiles} on"):
+            break
         try:
-            result = flash_decode(**inputs, tiles=tiles)
+            result = kernel.run(tiles)
         except Exception as failure:  # a tile may need more registers or shared memory than there are
             print(f"  {tiles}: {str(failure).splitlines()[0]}", flush=True)
             continue
-        if (result - expected).abs().max() > KERNEL_TOLERANCE * expected.abs().max():
-            raise SystemExit(f"the kernel is wrong with {tiles}")
+        if not (result - expected).abs().max() < KERNEL_TOLERANCE * expected.abs().max():
+            print(f"  wrong: {tiles}", flush=True)
+            continue
 
-        graph = torch.cuda.CUDAGraph()  # without one, small batches would time the launches
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            flash_decode(**inputs, tiles=tiles)
+            for _ in range(LAUNCHES):
+                kernel.run(tiles)
         ms, spread = milliseconds(graph.replay, settings.steps, settings.rounds, device)
-        rows.append({"ms": ms, "spread": spread, "chosen": "yes" if tiles == chosen else "no", "tiles": str(tiles)})
+        chosen = "yes" if tiles == kernel.chosen else "no"
+        rows.append({"ms": ms / LAUNCHES, "spread": spread, "chosen": chosen, "tiles": str(tiles)})
     fastest = sorted(rows, key=lambda row: row["ms"])[:8]
     return fastest if rows[0] in fastest else [*fastest, rows[0]]
 
@@ -299,6 +392,23 @@ def other_tiles(chosen: Tiles, rank: int) -> Iterator[Tiles]:
         )
         if tiles != chosen and block_c <= whole and block_c * block_m <= 128 * 32 * warps:
             yield tiles
+
+
+def other_packed_tiles(chosen: PackedTiles, rank: int) -> Iterator[PackedTiles]:
+    """The same work cut in other ways: scored in other tiles, or averaged in others."""
+    for score in ((128, 64, 4, 3), (128, 128, 4, 3), (64, 128, 4, 3), (64, 64, 4, 4), (128, 64, 4, 2)):
+        names = ("score_n", "score_k", "score_warps", "score_stages")
+        yield dataclasses.replace(chosen, **dict(zip(names, score, strict=True)))
+    for splits in (max(1, chosen.splits // 2), 2 * chosen.splits):
+        yield dataclasses.replace(chosen, splits=splits)
+    whole = 1 << (max(16, rank) - 1).bit_length()
+    cuts = [
+        (64, 128, 4, 3), (64, 256, 4, 2), (64, 256, 4, 4), (128, 128, 4, 2), (128, 256, 8, 2), (64, 512, 8, 2),
+        (64, 512, 8, 3), (64, 64, 4, 3),
+    ]  # fmt: skip
+    for block_n, block_c, warps, stages in cuts:
+        if block_c <= whole:
+            yield dataclasses.replace(chosen, block_n=block_n, block_c=block_c, warps=warps, stages=stages)
 
 
 def make_model(shape: Shape, saving: float | None, device: torch.device, context: int) -> Any:
@@ -326,22 +436,38 @@ def cache_widths(shape: Shape, saving: float | None) -> tuple[tuple[int, int], t
     return (1, shape.rank(saving)), (1, shape.rope_columns())
 
 
-def fill_cache(
-    model: Any, shape: Shape, saving: float | None, static: bool, batch: int, context: int, room: int
-) -> Any:
-    """A cache of `context` random tokens, with room for more where it is static."""
-    cache: Any = StaticCache(config=model.config, max_cache_len=context + room) if static else DynamicCache()
+def fill_cache(model: Any, shape: Shape, saving: float | None, variant: Variant, batch: int, tokens: int) -> Any:
+    """A cache of random tokens; where it is static, `tokens` is what there is room for."""
+    static: dict[str, Any] = {"config": model.config, "max_cache_len": tokens}
+    cache: Any = DynamicCache() if not variant.static else StaticCache(**static)
+    if variant.nbits < 16:
+        cache = StaticLatentCache(**static, nbits=variant.nbits)
     parts = cache_widths(shape, saving)
     for layer in range(shape.layers):
-        if static:
+        if variant.static:
             empty = (torch.empty(batch, n, 0, width, dtype=model.dtype, device=model.device) for n, width in parts)
             cache.layers[layer].lazy_initialization(*empty)
+        if variant.nbits < 16:
+            for part in cache.layers[layer].parts:
+                fill_packed(part)
+            cache.layers[layer].empty = False
+        elif variant.static:
             cache.layers[layer].keys.normal_()
             cache.layers[layer].values.normal_()
         else:
-            full = (torch.randn(batch, n, context, w, dtype=model.dtype, device=model.device) for n, w in parts)
+            full = (torch.randn(batch, n, tokens, w, dtype=model.dtype, device=model.device) for n, w in parts)
             cache.update(*full, layer)
     return cache
+
+
+def formula_bytes(shape: Shape, saving: float | None, nbits: int, tokens: int) -> float:
+    """What a sequence's cache of so many tokens takes, all layers, scales and the window included."""
+    (heads, key_width), (_, value_width) = cache_widths(shape, saving)
+    if nbits == 16:
+        return 2 * tokens * shape.layers * heads * (key_width + value_width)
+    packed, window = max(0, (tokens - RESIDUAL) // GROUP) * GROUP, min(tokens, RESIDUAL + GROUP)
+    bits = sum(width * (b + 32 / GROUP) for width, b in ((key_width, nbits), (value_width, max(nbits, 4))))
+    return shape.layers * (packed * bits / 8 + window * 2 * (key_width + value_width))
 
 
 class Step:
@@ -349,7 +475,7 @@ class Step:
 
     def __init__(self, model: Any, cache: Any, context: int, batch: int, capture: str) -> None:
         self.model, self.cache, self.context = model, cache, context
-        self.static = isinstance(cache, StaticCache)
+        self.static = isinstance(cache, StaticCache | StaticLatentCache)
         self.tokens = torch.ones(batch, 1, dtype=torch.long, device=model.device)
         self.forward: Callable[..., Any] = model.forward
         self.graph: Any = None
@@ -401,7 +527,8 @@ def weight_bytes(model: Any) -> int:
 
 def cache_bytes(cache: Any) -> int:
     """Bytes allocated for the cache: of the storages, not of views into them."""
-    parts = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    packed = isinstance(cache, StaticLatentCache)
+    parts = [part for layer in cache.layers for part in (layer.tensors if packed else (layer.keys, layer.values))]
     return sum(part.untyped_storage().nbytes() for part in parts)
 
 
@@ -414,16 +541,17 @@ def time_step(
     if variant.converted:
         model.config.mla_decode, model.config.mla_kernel = variant.decode, variant.kernel
     allocated = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-    cache = fill_cache(model, shape, saving, variant.static, batch, context, room)
+    tokens = context + room if variant.static else context
+    cache = fill_cache(model, shape, saving, variant, batch, tokens)
     allocated = torch.cuda.memory_allocated() - allocated if device.type == "cuda" else cache_bytes(cache)
-    tokens = batch * (context + room if variant.static else context)
-    elements = sum(heads * columns for heads, columns in cache_widths(shape, saving))
     step = Step(model, cache, context, batch, settings.capture)
     ms, spread = milliseconds(step, settings.steps, settings.rounds, device, before=step.rewind)
-    read = weight_bytes(model) + 2 * batch * context * shape.layers * elements
+    read = weight_bytes(model) + batch * formula_bytes(shape, saving, variant.nbits, context)
+    formula = batch * formula_bytes(shape, saving, variant.nbits, tokens)
     row = {
         "ms": ms, "spread": spread, "tokens/s": 1000 * batch / ms, "of copy": 1000 * read / ms / copy,
-        "cache GB": allocated / 1e9, "cache/formula": allocated / (2 * tokens * shape.layers * elements),
+        "cache GB": allocated / 1e9, "cache/formula": allocated / formula,
+        "saved %": 100 * (1 - allocated / (batch * formula_bytes(shape, None, 16, tokens))),
     }  # fmt: skip
     if device.type == "cuda":
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -435,8 +563,7 @@ def largest_batch(model: Any, shape: Shape, saving: float | None, variant: Varia
     if model.device.type != "cuda":
         return 2
     free, _ = torch.cuda.mem_get_info()
-    elements = sum(heads * columns for heads, columns in cache_widths(shape, saving))
-    per_sequence = 2 * shape.layers * elements * (context + settings.steps + 8)
+    per_sequence = int(formula_bytes(shape, saving, variant.nbits, context + settings.steps + 8))
     # A step's logits, and the float32 partial results of a layer's splits.
     per_sequence += 4 * (2 * shape.vocabulary + 8 * shape.heads * (shape.rank(saving) if saving else shape.head_dim))
     return max(1, (free - SPARE_BYTES) // per_sequence)
@@ -449,7 +576,7 @@ def time_steps(settings: DecodeSettings, report: Report, device: torch.device, c
                 variant
                 for variant in settings.variants
                 if VARIANTS[variant].converted == (saving is not None)
-                and (VARIANTS[variant].kernel == "torch" or device.type == "cuda")
+                and (VARIANTS[variant].kernel == "torch" or device.type == "cuda" or VARIANTS[variant].nbits < 16)
             ]
             if not names or not report.has_time(f"{name}, {saving or 'original'}"):
                 continue
@@ -519,6 +646,7 @@ def plot(report: Report) -> None:
 
 
 def main(argv: list[str]) -> None:
+    os.environ.setdefault("MHA2MLA_PACKED_KERNELS", "1")  # what is timed is compared with float64 first
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=DecodeSettings)
     settings = load_settings(DecodeSettings, overrides, file)
     if settings.quick:
@@ -532,7 +660,7 @@ def main(argv: list[str]) -> None:
     report.save(copy_bytes_per_second=copy)
     print(f"\n{report.result['device']}: a copy moves {copy / 1e9:,.0f} GB/s")
     if settings.kernel and device.type == "cuda":
-        print("\nThe kernel alone:")
+        print("\nThe kernels alone:")
         time_kernel(settings, report, device, copy)
     print("\nDecoding steps:")
     time_steps(settings, report, device, copy)
