@@ -32,8 +32,9 @@ def make_cache(model: str, config: Any, kind: str, options: Mapping[str, int]) -
     if kind == "full":
         return DynamicCache()
     word, nbits = re.split(r"(?=\d)", kind)
+    settings: dict[str, Any] = {"nbits": int(nbits), **options}
     try:
-        return quantized_cache(config, BACKENDS[word], nbits=int(nbits), **options)
+        return quantized_cache(config, BACKENDS[word], **settings)
     except (ValueError, ImportError) as error:
         raise UserError(f"{model}: cache={kind}: {first_line(error)}") from None
 
