@@ -23,6 +23,7 @@ from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.errors import UserError, require_one_of, run_tool
 from mha2mla_megatron.layout_plan.settings import GIB, PlanSettings
 from mha2mla_megatron.layout_plan.stages import StagePlan, plan_stages
+from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
 from mha2mla_megatron.model.parallel import initialize_parallel
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.config import DataSettings
@@ -43,10 +44,10 @@ class MemorySettings:
     """Which are built: tiny, 135M, 1.7B (those of train_step.py, with their batches)."""
 
     recompute: list[str] = field(default_factory=lambda: ["none", "full"])
-    """Which kinds of recomputing are run: none, selective, full."""
+    """Which kinds of recomputing are run: none, latent (converted only), selective, full."""
 
     implementations: list[str] = field(default_factory=lambda: ["transformer_engine"])
-    """Which are run: transformer_engine, local."""
+    """Which are run, of those of tools/finetune.py."""
 
     output: str | None = None
     """A JSON file for the numbers."""
@@ -54,8 +55,8 @@ class MemorySettings:
     def __post_init__(self) -> None:
         for key, valid in (
             ("shapes", tuple(SHAPES)),
-            ("recompute", ("none", "selective", "full")),
-            ("implementations", ("transformer_engine", "local")),
+            ("recompute", ("none", "latent", "selective", "full")),
+            ("implementations", IMPLEMENTATIONS),
         ):
             for word in getattr(self, key):
                 require_one_of(key, word, valid)
@@ -106,7 +107,7 @@ def main(argv: list[str]) -> None:
     for name in settings.shapes:
         for implementation in settings.implementations:
             for recompute in settings.recompute:
-                for converted in (False, True):
+                for converted in (False, True) if recompute != "latent" else (True,):
                     shape, architecture = SHAPES[name], make_architecture(SHAPES[name], model_name(converted))
                     run = PlanSettings(
                         micro_batch_size=shape.micro_batch_size, global_batch_size=shape.micro_batch_size, gpus=1,
