@@ -124,3 +124,11 @@ def make_tokenizer(folder: Path, vocab_size: int = 256, alphabet: str = "", **ch
     tokens = {f"{token.strip('<>')}_token": token for token in special}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{**tokens, **changes}).save_pretrained(folder)
     return folder
+
+
+def make_pair(folder: Path) -> tuple[Path, Path]:
+    """A tiny Llama with a tokenizer, and its conversion (joint latents): folder/original, folder/mla."""
+    original = make_tokenizer(make_llama(folder / "original"))
+    words = ["partial_rope.qk_rope_head_dim=8", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
+    run_tool("convert_mha_to_mla", original, folder / "mla", *words)
+    return original, folder / "mla"

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.conftest import make_llama, make_tokenizer, refused, run_tool
+from tests.conftest import make_llama, make_pair, make_tokenizer, refused, run_tool
 
 WINDOW = 33
 SCORES = ("kl", "top1", "logit_error", "nll_a", "nll_b", "nll_difference")
@@ -21,11 +21,7 @@ SCORES = ("kl", "top1", "logit_error", "nll_a", "nll_b", "nll_difference")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    original = make_tokenizer(make_llama(folder / "original"))
-    words = ["partial_rope.qk_rope_head_dim=8", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
-    run_tool("convert_mha_to_mla", original, folder / "mla", *words)
-    return original, folder / "mla"
+    return make_pair(tmp_path_factory.mktemp("models"))
 
 
 def reference(folders: tuple[Path, Path], text: Path, windows: int, bos: bool) -> list[list[dict[str, float]]]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mha2mla_megatron.evaluation.context_length import ContextSettings
 from mha2mla_megatron.evaluation.long_context import plan_runs
-from tests.conftest import make_llama, make_tokenizer, refused, run_tool
+from tests.conftest import make_llama, make_pair, make_tokenizer, refused, run_tool
 
 LENGTHS, PREDICTED = (16, 24, 48), 8
 WORDS = ["lengths=[48,16,24]", f"predicted={PREDICTED}", "cache_chunk=5", "max_windows=4"]
@@ -22,11 +22,7 @@ WORDS = ["lengths=[48,16,24]", f"predicted={PREDICTED}", "cache_chunk=5", "max_w
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    original = make_tokenizer(make_llama(folder / "original"))
-    words = ["partial_rope.qk_rope_head_dim=8", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
-    run_tool("convert_mha_to_mla", original, folder / "mla", *words)
-    return original, folder / "mla"
+    return make_pair(tmp_path_factory.mktemp("models"))
 
 
 def reference(folder: Path, text: Path, length: int, bos: bool) -> list[float]:

@@ -13,10 +13,10 @@ Shape letters: w windows, L tokens of context (the predicted ones included).
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,11 +27,10 @@ from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.errors import UserError, require_at_least
 from mha2mla_megatron.evaluation.cached_perplexity import make_cache, window_nll_through
 from mha2mla_megatron.evaluation.journal import append_lines, claim, cut_torn_line, read_lines
-from mha2mla_megatron.evaluation.long_context import LongContextSettings, Plan, Run, plan_runs, running
+from mha2mla_megatron.evaluation.long_context import LongContextSettings, Plan, Run, plan_runs, running, write_results
 from mha2mla_megatron.evaluation.means import Mean, mean
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, cut_windows
 from mha2mla_megatron.evaluation.table import format_markdown
-from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import to_dict
 
@@ -115,19 +114,14 @@ def evaluate_context(models: Sequence[str], text: Path, target: Path, settings: 
     _measure(plan, windows, [place for place in wanted if place not in found], journal, settings)
     measured = _read(journal)
     rows = _rows(plan, {place: measured[place] for place in wanted}, len(windows))
-    with new_files([target / name for name in ("results.md", "results.png", "results.json")], overwrite=True) as files:
-        table, picture, file = files
-        table.write_text(format_rows(rows) + "\n", encoding="utf-8")
-        draw(rows, picture)
-        report = {
-            "text": str(text),
-            "text_sha256": digest,
-            "windows": len(windows),
-            "settings": to_dict(settings),
-            "results": [_entry(row) for row in rows],
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        }
-        write_json(file, report)
+    report = {
+        "text": str(text),
+        "text_sha256": digest,
+        "windows": len(windows),
+        "settings": to_dict(settings),
+        "results": [_entry(row) for row in rows],
+    }
+    write_results(target, format_rows(rows), partial(draw, rows), report)
     return rows
 
 

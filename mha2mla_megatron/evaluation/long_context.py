@@ -5,8 +5,9 @@ A run is one model with one kind of cache. All runs see the same tokens, so thei
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +17,7 @@ from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache
 from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
+from mha2mla_megatron.files import new_files, write_json
 
 SHORTEST = 2048
 """Where the lengths begin that are taken if none are given."""
@@ -154,3 +156,13 @@ def _lengths(limits: Mapping[str, int | None], settings: LongContextSettings) ->
                 "beyond=true goes there all the same"
             )
     return lengths
+
+
+def write_results(target: Path, table: str, draw: Callable[[Path], None], report: dict[str, Any]) -> None:
+    """results.md, results.png (`draw` makes it) and results.json (the report and versions) in `target`, all or none."""
+    with new_files([target / name for name in ("results.md", "results.png", "results.json")], overwrite=True) as files:
+        markdown, picture, file = files
+        markdown.write_text(table + "\n", encoding="utf-8")
+        draw(picture)
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        write_json(file, {**report, "versions": versions})

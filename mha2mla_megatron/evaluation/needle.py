@@ -11,9 +11,9 @@ then fed through a copy of that cache.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,10 @@ from mha2mla_megatron.evaluation.cache import fork, stored_bytes
 from mha2mla_megatron.evaluation.cached_perplexity import make_cache, prefill
 from mha2mla_megatron.evaluation.haystack import ADJECTIVES, NOUNS, Haystack, HaystackMaker, score_choices
 from mha2mla_megatron.evaluation.journal import append_lines, claim, cut_torn_line, read_lines
-from mha2mla_megatron.evaluation.long_context import LongContextSettings, Plan, Run, plan_runs, running
+from mha2mla_megatron.evaluation.long_context import LongContextSettings, Plan, Run, plan_runs, running, write_results
 from mha2mla_megatron.evaluation.means import Mean, mean
 from mha2mla_megatron.evaluation.perplexity import encode_text
 from mha2mla_megatron.evaluation.table import format_markdown
-from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.settings import to_dict
 
@@ -154,19 +153,14 @@ def evaluate_needle(models: Sequence[str], text: Path, target: Path, settings: N
     _answer(plan, questions, [place for place in wanted if place not in found], journal, settings)
     answers = _read(journal)
     results = Results(plan.runs, plan.lengths, depths, settings.samples, {place: answers[place] for place in wanted})
-    with new_files([target / name for name in ("results.md", "results.png", "results.json")], overwrite=True) as files:
-        table, picture, file = files
-        table.write_text(format_results(results) + "\n", encoding="utf-8")
-        draw(results, picture)
-        report = {
-            "text": str(text),
-            "text_sha256": digest,
-            "settings": to_dict(settings),
-            "chance": 1 / settings.choices,
-            "results": _entries(results),
-            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
-        }
-        write_json(file, report)
+    report = {
+        "text": str(text),
+        "text_sha256": digest,
+        "settings": to_dict(settings),
+        "chance": 1 / settings.choices,
+        "results": _entries(results),
+    }
+    write_results(target, format_results(results), partial(draw, results), report)
     return results
 
 

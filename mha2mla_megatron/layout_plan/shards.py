@@ -53,7 +53,7 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> li
         prefixes += ["decoder.final_layernorm.", "output_layer."] if stage == stages - 1 else []
         found.append(
             {
-                name: _split(name, shape, tp)
+                name: rank_shape(name, shape, tp)
                 for name, shape in shapes.items()
                 if name.startswith(tuple(prefixes)) and not name.endswith("rope_pairs")  # whole numbers, no parameter
             }
@@ -66,6 +66,7 @@ def count(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _split(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+def rank_shape(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, ...]:
+    """The shape of one tensor-parallel rank's part of this Megatron tensor."""
     dim = split_dim(name, shape)
     return tuple(size // tp if i == dim else size for i, size in enumerate(shape))

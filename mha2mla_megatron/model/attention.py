@@ -125,6 +125,11 @@ class MHA2MLASelfAttention(Attention):
         """
         return super().forward(*args, rotary_pos_emb=self.rotary_tables(rotary_pos_emb), **kwargs)
 
+    @property
+    def own_pairs(self) -> torch.Tensor:
+        """The rows of `rope_pairs` for this process's key heads, int64 [G/tp, r/2]; for r > 0."""
+        return self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
+
     def rotary_tables(self, rotary_pos_emb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Angles of this process's query heads [S, 1, H/tp, r] and key heads [S, 1, G/tp, r]; None where r = 0.
 
@@ -132,8 +137,7 @@ class MHA2MLASelfAttention(Attention):
         """
         if rotary_pos_emb is None or self.layout.qk_rope_head_dim == 0:
             return None
-        pairs = self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
-        angles = rotary_pos_emb[:, :, 0, : self.layout.head_dim // 2][..., pairs]
+        angles = rotary_pos_emb[:, :, 0, : self.layout.head_dim // 2][..., self.own_pairs]
         keys = torch.cat((angles, angles), dim=-1)
         group_size = self.layout.num_attention_heads // self.layout.num_key_value_heads
         return keys.repeat_interleave(group_size, dim=2), keys

@@ -68,10 +68,10 @@ class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
 
     @property
     def pairs(self) -> torch.Tensor:
-        """Those of this process's key heads, int64 [G/tp, r/2]."""
+        """`own_pairs`, and an empty [G/tp, 0] where nothing rotates."""
         if self.shape.rope_dim == 0:
             return torch.empty(self.shape.key_heads, 0, dtype=torch.int64, device=self.linear_q.weight.device)
-        return self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return self.own_pairs
 
 
 class _Rotation(torch.autograd.Function):

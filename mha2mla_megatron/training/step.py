@@ -17,7 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.layout_plan.shards import rank_shape
 from mha2mla_megatron.model.implementation import choose_implementation, uses_transformer_engine
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.config import FinetuneSettings
@@ -146,11 +148,11 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     count = settings.global_batch_size // (settings.micro_batch_size * parallel_state.get_data_parallel_world_size())
-    sources = len(settings.data.sources)
     if graph is None:
-        losses = run_micro_batches(chunks, batches, count, settings, device, distillation, sources=sources)
+        losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
     else:
         losses = graph.run(chunks, batches, count, settings, device)
+    sources = len(settings.data.sources)
     means = StepMeans(losses, device, sources)
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
     # looked at as late as the gradient norm: until then the host is ahead of the GPU.
@@ -173,12 +175,12 @@ def run_micro_batches(
     device: torch.device,
     distillation: Distillation | None = None,
     forward_only: bool = False,
-    sources: int = 0,
 ) -> list[dict[str, torch.Tensor]]:
     """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`.
 
-    sources: of how many sources of a blend the losses are summed apart.
+    In training the losses of each source of a blend are summed apart, too.
     """
+    sources = 0 if forward_only else len(settings.data.sources)
     return get_forward_backward_func()(
         forward_step_func=partial(forward_step, device=device, distillation=distillation, sources=sources),
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
@@ -311,23 +313,12 @@ def _fp8(settings: FinetuneSettings, architecture: Architecture, dtype: torch.dt
             f"fp8: needs implementation transformer_engine and dtype bfloat16, and this is {implementation}, "
             f"{str(dtype).removeprefix('torch.')}; valid: null"
         )
-    for name, shape in architecture.tensor_shapes().items():
-        if name.startswith("model.layers.") and name.endswith("proj.weight"):
-            sides = _sides_of_a_process(name, shape, settings.parallel.tensor_model_parallel_size)
-            if any(side % FP8_MULTIPLE for side in sides):
-                found = " x ".join(map(str, sides))
-                raise UserError(f"fp8: {name} is {found} on each process; valid: multiples of {FP8_MULTIPLE}")
+    for name, shape in megatron_shapes(architecture).items():
+        sides = rank_shape(name, shape, settings.parallel.tensor_model_parallel_size)
+        if ".linear_" in name and len(sides) == 2 and any(side % FP8_MULTIPLE for side in sides):
+            found = " x ".join(map(str, sides))
+            raise UserError(f"fp8: {name} is {found} on each process; valid: multiples of {FP8_MULTIPLE}")
     tokens = settings.data.sequence_length * settings.micro_batch_size
     if tokens % FP8_MULTIPLE:
         raise UserError(f"fp8: a micro batch has {tokens} tokens; valid: a multiple of {FP8_MULTIPLE}")
     return {"fp8": "hybrid", "fp8_recipe": {"delayed": "delayed", "current": "tensorwise"}[settings.fp8]}
-
-
-def _sides_of_a_process(name: str, shape: tuple[int, ...], tp: int) -> tuple[int, int]:
-    """Rows and columns of its part of a projection: of its rows, of its columns, or all of it."""
-    rows, columns = shape
-    if name.endswith("kv_down_proj.weight"):
-        return rows, columns
-    if name.endswith((".o_proj.weight", ".down_proj.weight")):
-        return rows, columns // tp
-    return rows // tp, columns

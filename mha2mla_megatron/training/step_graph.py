@@ -42,7 +42,6 @@ class StepGraph:
         device: torch.device,
     ) -> list[dict[str, torch.Tensor]]:
         """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`."""
-        sources = len(settings.data.sources)
         for index in range(count):
             batch = {name: value for name, value in next(batches).items() if isinstance(value, torch.Tensor)}
             if self.steps == 0:
@@ -52,7 +51,7 @@ class StepGraph:
                     place.copy_(batch[name], non_blocking=True)
         self.steps += 1
         if self.steps <= WARMUP:
-            return run_micro_batches(chunks, iter(self.inputs), count, settings, device, sources=sources)
+            return run_micro_batches(chunks, iter(self.inputs), count, settings, device)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             states: Any = get_all_rng_states()
@@ -60,7 +59,7 @@ class StepGraph:
                 self.graph.register_generator_state(state)
             # Other threads, such as NCCL's watchdog, go on asking the driver for things in the meantime.
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device, sources=sources)
+                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device)
         self.graph.replay()
         return self.sums
 

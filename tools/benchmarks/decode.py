@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,9 @@ from mha2mla_megatron.hf.packed_tokens_mha2mla import PackedTokens
 from mha2mla_megatron.hf.static_cache_mha2mla import StaticLatentCache
 from mha2mla_megatron.settings import load_settings, to_dict
 
+sys.path.insert(0, str(Path(__file__).parent))
+from shapes import ModelShape
+
 USAGE = "decode.py [key=value ...]"
 KERNEL_TOLERANCE = 1.6e-2
 """Of bf16, relative to the largest value: roundings of the probabilities and of the output."""
@@ -48,19 +52,7 @@ SPARE_BYTES = 3 << 30
 
 
 @dataclass(frozen=True)
-class Shape:
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    groups: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
+class Shape(ModelShape):
     def rope_columns(self) -> int:
         """G r with r = d/8."""
         return self.groups * self.head_dim // 8

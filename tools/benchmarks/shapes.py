@@ -11,8 +11,8 @@ from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeCon
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A model's shape and the batch that fills the GPU with it."""
+class ModelShape:
+    """A model's shape."""
 
     hidden: int
     intermediate: int
@@ -21,12 +21,18 @@ class Shape:
     groups: int
     vocabulary: int
     tied: bool
-    sequence_length: int
-    micro_batch_size: int
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+
+@dataclass(frozen=True)
+class Shape(ModelShape):
+    """And the batch that fills the GPU with it."""
+
+    sequence_length: int
+    micro_batch_size: int
 
     @property
     def tokens(self) -> int:
