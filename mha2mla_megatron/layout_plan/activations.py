@@ -37,8 +37,11 @@ class ForwardPass:
     transformer_engine: bool
     """Flash attention, rotation and loss in one kernel each."""
 
+    fused_rotation: bool
+    """A converted layer's rotation in one kernel, which takes angles and keeps no tables."""
+
     fused_projections: bool
-    """A converted layer's rotation in one kernel too, which takes angles and keeps no tables."""
+    """Its way from input to queries, keys and values in one function, which gathers input and latents once."""
 
     fused: bool
     """RMSNorm and SwiGLU in one kernel each, as on a GPU; on a CPU each of their steps keeps its own result."""
@@ -121,7 +124,7 @@ class ForwardPass:
         """Cosines and sines for queries and keys, the same for all samples: one for all heads, or one a head."""
         heads, groups = self._heads
         if self.architecture.mla is not None:
-            if self.fused_projections:
+            if self.fused_rotation:
                 return 0
             width = (heads + groups) * self.architecture.layout(layer).qk_rope_head_dim
         else:

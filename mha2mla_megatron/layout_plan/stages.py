@@ -10,7 +10,7 @@ from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
 from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.shards import count, stage_layers, stage_parameters
 from mha2mla_megatron.layout_plan.traffic import step_traffic
-from mha2mla_megatron.model.implementation import fuses_projections, uses_transformer_engine
+from mha2mla_megatron.model.implementation import fuses_projections, rotates_fused, uses_transformer_engine
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,10 @@ def plan_stages(architecture: Architecture, settings: PlanSettings) -> list[Stag
         settings.recompute,
         # Its fused attention is for 16-bit types.
         transformer_engine=half and uses_transformer_engine(settings.planned_implementation),
-        fused_projections=fuses_projections(settings.planned_implementation, architecture.qk_norm),
+        fused_rotation=rotates_fused(settings.planned_implementation, architecture.qk_norm),
+        fused_projections=fuses_projections(
+            settings.planned_implementation, architecture.qk_norm, settings.fp8 is not None
+        ),
         fused=settings.device == "cuda",
     )
     found = []
