@@ -158,5 +158,5 @@ def test_benchmark_on_the_gpu(tmp_path: Path, capture: str) -> None:
     words = ["quick=true", "batches=[2]", "contexts=[2000]", f"capture={capture}", f"output={output}"]
     run_tool("benchmarks/decode", *words, own_process=True)
     result = json.loads(output.read_text())
-    assert len(result["steps"]) == 2 + 2 * 4
+    assert len(result["steps"]) == 2 + 2 * 6  # the original's, and at each saving rows and packed
     assert all(abs(row["cache/formula"] - 1) < 0.02 for row in result["steps"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ import torch.multiprocessing
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.data.dataset import build_dataset
-from tests.conftest import refused, run_tool
-from tests.distributed.kl_worker import TEMPERATURE, split_kl
+from tests.conftest import ROOT, refused, run_tool
+from tests.distributed.losses_worker import TEMPERATURE, split_losses
 from tests.finetune_cases import (
     BATCH,
     EOD,
@@ -65,6 +68,14 @@ def distilled(workspace: Path) -> Path:
     return finetune(workspace, "mla", workspace / "distilled", *SCHEDULE, *words)
 
 
+def kernel_cases(count: int, seed: int, **environment: str) -> str:
+    """In a process of their own: Triton reads whether to interpret as it is imported."""
+    command = [sys.executable, "-m", "tests.vocab_parallel_cases", str(count), str(seed)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def steps_of(root: Path) -> list[dict[str, Any]]:
     return [line for line in read_log(root) if "loss" in line]
 
@@ -81,16 +92,19 @@ def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits.double()
 
 
-def test_the_kl_of_split_logits_is_torchs(tmp_path: Path) -> None:
+def test_losses_of_split_logits_are_torchs(tmp_path: Path) -> None:
     """float64, logits of which some are far out: forward and gradient on 1, 2 and 4 processes."""
     generator = torch.Generator().manual_seed(0)
     student, other = (30 * torch.randn((3, 5, 24), generator=generator, dtype=torch.float64) for _ in range(2))
-    upstream = torch.randn((3, 5), generator=generator, dtype=torch.float64)
-    torch.save((student, other, upstream), tmp_path / "inputs.pt")
-    torch.multiprocessing.spawn(split_kl, (tmp_path,), nprocs=4)
+    labels = torch.randint(0, 24, (3, 5), generator=generator)
+    upstream = torch.randn((2, 3, 5), generator=generator, dtype=torch.float64)
+    torch.save((student, other, labels, upstream), tmp_path / "inputs.pt")
+    torch.multiprocessing.spawn(split_losses, (tmp_path,), nprocs=4)
     whole = student.clone().requires_grad_()
     log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (whole, other))
-    expected = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    kl = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    lm = torch.nn.functional.cross_entropy(whole.transpose(1, 2), labels, reduction="none")
+    expected = torch.stack((lm, kl))
     (expected * upstream).sum().backward()
     for size in (1, 2, 4):
         found = [torch.load(tmp_path / f"{size}.{rank}.pt") for rank in range(4)]
@@ -98,6 +112,10 @@ def test_the_kl_of_split_logits_is_torchs(tmp_path: Path) -> None:
             torch.testing.assert_close(found[first][0], expected.detach(), rtol=1e-12, atol=1e-12)
             gradient = torch.cat([found[first + part][1] for part in range(size)], -1)
             torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_kernels_of_the_losses_in_the_interpreter() -> None:
+    assert kernel_cases(60, 0, TRITON_INTERPRET="1") == "60 cases\n"
 
 
 def test_the_loss_and_its_parts_are_those_of_transformers(workspace: Path, distilled: Path, tmp_path: Path) -> None:

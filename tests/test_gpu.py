@@ -46,12 +46,21 @@ def test_context_parallelism_trains_like_one_gpu(tmp_path: Path, model: str) -> 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("model", ["original", "mla"])
-def test_a_graph_trains_like_single_kernels(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "teacher"), [("original", None), ("mla", None), ("mla", "original")])
+def test_a_graph_trains_like_single_kernels(tmp_path: Path, model: str, teacher: str | None) -> None:
     """Sums of bf16 gradients run in another order from run to run, by far less than one wrong batch shows."""
     workspace = make_workspace(tmp_path)
-    words = ["implementation=transformer_engine", "steps=10", "save_interval=5", "optimizer.warmup_steps=1"]
+    words = [f"distillation.teacher={workspace / teacher}-megatron"] if teacher else []
+    words += ["implementation=transformer_engine", "steps=10", "save_interval=5", "optimizer.warmup_steps=1"]
     expected = losses(finetune(workspace, model, tmp_path / "plain", *words, own_process=True))
     graphed = losses(finetune(workspace, model, tmp_path / "graph", *words, "cuda_graph=true", own_process=True))
     assert len(graphed) == 10
     assert graphed == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernels_of_the_distillation_loss() -> None:
+    command = [sys.executable, "-m", "tests.vocab_parallel_cases", "200", "1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "200 cases\n"), done.stderr

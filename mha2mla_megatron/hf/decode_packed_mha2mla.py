@@ -50,13 +50,15 @@ QUERY_SHARE = 1 / 64
 
 def _unpack(shift: int, mask: int) -> Any:
     """PTX: the codes of one place in four bytes, each with the upper byte of 1024 in float16 beside it."""
-    text = f"""{{
-        .reg .b32 codes;
-        shr.u32 codes, $2, {shift};
-        and.b32 codes, codes, {mask};
-        prmt.b32 $0, codes, 0x64646464, 0x4140;
-        prmt.b32 $1, codes, 0x64646464, 0x4342;
-    }}"""
+    lines = (
+        ".reg .b32 codes",
+        f"shr.u32 codes, $2, {shift}",
+        f"and.b32 codes, codes, {mask}",
+        "prmt.b32 $0, codes, 0x64646464, 0x4140",
+        "prmt.b32 $1, codes, 0x64646464, 0x4342",
+    )
+    # In one line: torch.compile copies kernels and their constants into a string of its own.
+    text = f"{{ {' '.join(f'{line};' for line in lines)} }}"
     return None if tl is None else tl.constexpr(text)
 
 
@@ -257,6 +259,7 @@ def _average_packed(
     tile, split, batch = tl.program_id(0) % V_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows_m = (tl.program_id(0) // V_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = (rows_m < m)[None, :]
+    factor = tl.cast(factor, tl.float32)  # torch.compile passes 64 bits
     packed_rows = blocks * GROUP
     scores += batch * (packed_rows + WINDOW) * m
     packed = _packed_tokens(tl.load(length).to(tl.int32), RESIDUAL, GROUP)

@@ -264,6 +264,7 @@ def _average_rows(
     begin, end = 0, t
     if HAS_BOUNDS:
         begin, end = tl.load(bounds + 2 * batch), tl.load(bounds + 2 * batch + 1)
+    scale = tl.cast(scale, tl.float32)  # torch.compile passes 64 bits
     # Splits are whole blocks, of the rows that a sequence has and not of those that the cache could hold.
     length = tl.cdiv(tl.cdiv(end - begin, tl.num_programs(1)), BLOCK_N) * BLOCK_N
     begin += split * length

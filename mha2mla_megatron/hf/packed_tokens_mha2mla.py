@@ -107,7 +107,7 @@ class PackedTokens:
         rows = self.window[:, position % self.window.shape[1]]
         fresh = self._to_window(new)[:, (position - tokens).clamp(0, new.shape[1] - 1)]
         rows = torch.where((position < tokens)[:, None], rows, fresh)
-        parts = encode(rows.unflatten(1, (most, self.group_size)), self.nbits)
+        parts = encode(rows.view(len(rows), most, self.group_size, rows.shape[-1]), self.nbits)
         for name, part in parts.items():
             target = self._parts()[name]
             target.index_copy_(1, block, torch.where(wanted[:, None, None], part, target[:, block]))

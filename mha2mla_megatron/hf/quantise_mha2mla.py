@@ -52,7 +52,8 @@ def fit_grid(x: torch.Tensor, nbits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def pack(codes: torch.Tensor, nbits: int) -> torch.Tensor:
     """Codes uint8 [*, g, w] -> bytes [*, g / p, w]: p consecutive tokens of a channel, the first in the lowest bits."""
-    grouped = codes.unflatten(-2, (-1, 8 // nbits))
+    *rest, g, w = codes.shape
+    grouped = codes.view(*rest, g * nbits // 8, 8 // nbits, w)
     packed = grouped[..., 0, :].clone()
     for i in range(1, grouped.shape[-2]):
         packed |= grouped[..., i, :] << (i * nbits)

@@ -253,15 +253,13 @@ class FinetuneSettings:
             )
 
     def _check_cuda_graph(self) -> None:
-        """What changes from step to step on the host cannot be in a graph; pipelines and teachers are not tried yet."""
+        """What changes from step to step on the host cannot be in a graph; pipelines are not tried yet."""
         for key, found, valid in (
             ("parallel.pipeline_model_parallel_size", self.parallel.pipeline_model_parallel_size, 1),
             ("parallel.overlap_param_gather", self.parallel.overlap_param_gather, False),
-            ("distillation.teacher", self.distillation.teacher, None),
         ):
             if found != valid:
-                shown = {None: "null", False: "false"}.get(valid, valid)
-                raise UserError(f"{key}: {found} is not possible with cuda_graph; valid: {shown}")
+                raise UserError(f"{key}: {found} is not possible with cuda_graph; valid: {str(valid).lower()}")
 
     @property
     def warmup_steps(self) -> int:

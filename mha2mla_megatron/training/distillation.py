@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.utils import unwrap_model
 
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
@@ -16,7 +15,7 @@ from mha2mla_megatron.model.parallel import check_layout, launched_world_size
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings, check_samples
-from mha2mla_megatron.training.vocab_parallel_kl import vocab_parallel_kl
+from mha2mla_megatron.training.vocab_parallel_losses import vocab_parallel_losses
 
 
 class Distillation:
@@ -37,18 +36,13 @@ class Distillation:
         with torch.no_grad():
             return self.model(tokens, position_ids, mask)
 
-    def losses(
-        self, model: torch.nn.Module, labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
+    def losses(self, labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each token's `loss` and its parts `lm_loss` and `kl`, [b, s] all; labels [b, s], logits [b, s, V/tp] both.
 
         loss = (1 - weight) lm_loss + weight kl, with kl = temperature^2 KL(teacher || student).
         """
-        # Megatron's cross entropy takes [s, b, V/tp] and writes into it.
-        logits = student.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        lm_loss = unwrap_model(model).compute_language_model_loss(labels, logits).float()  # type: ignore[union-attr]
         group: Any = parallel_state.get_tensor_model_parallel_group()
-        kl = vocab_parallel_kl(student, teacher, self.settings.temperature, group)
+        lm_loss, kl = vocab_parallel_losses(student, teacher, labels, self.settings.temperature, group)
         weight = self.settings.weight
         return {"loss": (1 - weight) * lm_loss + weight * kl, "lm_loss": lm_loss, "kl": kl}
 

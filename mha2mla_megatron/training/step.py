@@ -151,7 +151,7 @@ def train_step(
     if graph is None:
         losses = run_micro_batches(chunks, batches, count, settings, device, distillation)
     else:
-        losses = graph.run(chunks, batches, count, settings, device)
+        losses = graph.run(chunks, batches, count, settings, device, distillation)
     sources = len(settings.data.sources)
     means = StepMeans(losses, device, sources)
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
@@ -219,7 +219,7 @@ def forward_step(
     teacher = distillation.predict(batch["tokens"], batch["position_ids"], mask)
 
     def distilled_loss(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        parts = distillation.losses(model, batch["labels"], student, teacher)
+        parts = distillation.losses(batch["labels"], student, teacher)
         total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 

@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.step import run_micro_batches
 
 WARMUP = 3
@@ -40,6 +41,7 @@ class StepGraph:
         count: int,
         settings: FinetuneSettings,
         device: torch.device,
+        distillation: Distillation | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`."""
         for index in range(count):
@@ -51,7 +53,7 @@ class StepGraph:
                     place.copy_(batch[name], non_blocking=True)
         self.steps += 1
         if self.steps <= WARMUP:
-            return run_micro_batches(chunks, iter(self.inputs), count, settings, device)
+            return run_micro_batches(chunks, iter(self.inputs), count, settings, device, distillation)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             states: Any = get_all_rng_states()
@@ -59,7 +61,7 @@ class StepGraph:
                 self.graph.register_generator_state(state)
             # Other threads, such as NCCL's watchdog, go on asking the driver for things in the meantime.
             with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device)
+                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device, distillation)
         self.graph.replay()
         return self.sums
 

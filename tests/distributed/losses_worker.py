@@ -7,21 +7,23 @@ from pathlib import Path
 import torch
 import torch.distributed
 
-from mha2mla_megatron.training.vocab_parallel_kl import vocab_parallel_kl
+from mha2mla_megatron.training.vocab_parallel_losses import vocab_parallel_losses
 
 TEMPERATURE = 2.0
 
 
-def split_kl(rank: int, folder: Path) -> None:
-    """The KL of inputs.pt and its gradient with the vocabulary over 1, 2 and 4 processes, into SIZE.RANK.pt."""
+def split_losses(rank: int, folder: Path) -> None:
+    """Both losses of inputs.pt and their gradient, the vocabulary over 1, 2 and 4 processes, into SIZE.RANK.pt."""
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), 4)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=4)
-    student, teacher, upstream = torch.load(folder / "inputs.pt")
+    student, teacher, labels, upstream = torch.load(folder / "inputs.pt")
     for size in (1, 2, 4):
         group, _ = torch.distributed.new_subgroups(size)
         mine = student.chunk(size, -1)[rank % size].clone().requires_grad_()
-        kl = vocab_parallel_kl(mine, teacher.chunk(size, -1)[rank % size], TEMPERATURE, group)
-        (kl * upstream).sum().backward()
-        torch.save((kl.detach(), mine.grad), folder / f"{size}.{rank}.pt")
+        found = torch.stack(
+            vocab_parallel_losses(mine, teacher.chunk(size, -1)[rank % size], labels, TEMPERATURE, group)
+        )
+        (found * upstream).sum().backward()
+        torch.save((found.detach(), mine.grad), folder / f"{size}.{rank}.pt")
     torch.distributed.destroy_process_group()

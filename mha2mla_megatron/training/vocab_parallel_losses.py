@@ -1,0 +1,131 @@
+"""Cross entropy with the text and divergence from a teacher, of logits that stay split over the vocabulary.
+
+Logits are the largest tensors of a step by far: at a vocabulary of 49152 those of 32768 tokens are 3.2 GB in bf16. So
+both losses, and later their common gradient, come from one reading of both models' logits, and nothing of that size is
+kept beside them. The processes exchange seven numbers a token.
+
+On a GPU each pass is one Triton kernel (`vocab_parallel_triton.py`); the same in plain torch stands here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+def vocab_parallel_losses(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    group: ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(cross entropy, T^2 KL(p || q)) of each token, where p = softmax(teacher / T) and q = softmax(student / T).
+
+    student, teacher: logits [..., V/tp] of this process's part of the vocabulary. labels: int64 [...], of the whole
+    vocabulary. group: the tp processes that share it (None: all there are). The results [...] are float32, or float64
+    of float64 logits, and the same on all of them; their gradient goes to the student alone. T^2 keeps the gradient's
+    size whatever the temperature (Hinton et al., arXiv 1503.02531, section 2).
+    """
+    return _VocabParallelLosses.apply(student, teacher, labels, temperature, group)  # type: ignore[no-any-return]
+
+
+class _VocabParallelLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        labels: torch.Tensor,
+        temperature: float,
+        group: ProcessGroup | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = student.shape[-1]
+        rows = [x.reshape(-1, columns) for x in (student, teacher)]
+        own_labels = labels.flatten() - columns * torch.distributed.get_rank(group)
+        highest, sums = _passes(student)[0](*rows, own_labels, temperature)
+        if torch.distributed.get_world_size(group) > 1:
+            local = highest.clone()
+            torch.distributed.all_reduce(highest, ReduceOp.MAX, group)
+            _move_to(sums, local - highest, temperature)
+            torch.distributed.all_reduce(sums, ReduceOp.SUM, group)
+        total, total_q, total_p, difference, at_label = sums
+        cross_entropy = total.log() - (at_label - highest[0])
+        divergence = (difference / total_p + (total_q.log() - total_p.log())) * temperature**2
+        ctx.save_for_backward(*rows, own_labels, highest, sums)
+        ctx.temperature, ctx.shape = temperature, student.shape
+        return cross_entropy.view(labels.shape), divergence.view(labels.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        student, teacher, labels, highest, sums = ctx.saved_tensors
+        upstream = torch.stack([gradient.flatten() for gradient in grad_outputs])
+        gradient = _passes(student)[1](student, teacher, labels, highest, sums, upstream, ctx.temperature)
+        return gradient.view(ctx.shape), None, None, None, None
+
+
+def _passes(logits: torch.Tensor) -> tuple[Any, Any]:
+    """(forward, backward) over rows of logits, for this device and type."""
+    if logits.is_cuda and logits.dtype != torch.float64:
+        from mha2mla_megatron.training import vocab_parallel_triton  # builds of torch for the CPU have no Triton
+
+        return vocab_parallel_triton.sum_columns, vocab_parallel_triton.logits_gradient
+    return sum_columns, logits_gradient
+
+
+def sum_columns(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the losses are made of, over this process's columns. student, teacher [n, v], labels [n], from 0 to v - 1
+    where they are in this part.
+
+    Returns highest [2, n], the largest logits s' of the student and t' of the teacher, and sums [5, n]: of
+    exp(s - s'), exp((s - s') / T), exp((t - t') / T), the last times ((t - t') - (s - s')) / T, and the student's logit
+    at the label, 0 if it is in another part. All float32, or float64 of float64 logits.
+    """
+    s, t = _exact(student), _exact(teacher)
+    highest = torch.stack((s.amax(-1), t.amax(-1)))
+    at_label = s.gather(1, labels.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
+    at_label = torch.where((labels >= 0) & (labels < s.shape[1]), at_label, 0)
+    s, t = s - highest[0, :, None], t - highest[1, :, None]
+    p = (t / temperature).exp()
+    difference = (p * (t - s)).sum(-1) / temperature
+    return highest, torch.stack((s.exp().sum(-1), (s / temperature).exp().sum(-1), p.sum(-1), difference, at_label))
+
+
+def _move_to(sums: torch.Tensor, moved: torch.Tensor, temperature: float) -> None:
+    """Make `sums` relative to other maxima, in place. moved: old ones minus new ones, [2, n]."""
+    s, t = moved
+    sums[3] += sums[2] * (t - s) / temperature
+    sums[0] *= s.exp()
+    sums[1] *= (s / temperature).exp()
+    sums[2:4] *= (t / temperature).exp()
+
+
+def logits_gradient(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    highest: torch.Tensor,
+    sums: torch.Tensor,
+    upstream: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The gradient by the student's logits [n, v], in their type, from those of cross entropy and divergence [2, n].
+
+    Of the cross entropy: softmax(student) - onehot(label). Of T^2 KL: T (q - p).
+    """
+    s, t = _exact(student) - highest[0, :, None], _exact(teacher) - highest[1, :, None]
+    total, total_q, total_p = sums[:3, :, None]
+    gradient = s.exp() / total
+    inside = ((labels >= 0) & (labels < s.shape[1])).nonzero()[:, 0]
+    gradient[inside, labels[inside]] -= 1
+    gradient *= upstream[0, :, None]
+    q, p = (s / temperature).exp() / total_q, (t / temperature).exp() / total_p
+    return gradient.add_((q - p) * (temperature * upstream[1, :, None])).to(student.dtype)
+
+
+def _exact(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
