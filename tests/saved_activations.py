@@ -10,10 +10,10 @@ import torch
 
 
 class SavedActivations:
-    """Bytes of all storages kept at once, those of the model's parameters left out; `peak` is the largest seen."""
+    """Bytes of all storages kept at once, those of the models' parameters left out; `peak` is the largest seen."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.left_out = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    def __init__(self, *models: torch.nn.Module) -> None:
+        self.left_out = {part.untyped_storage().data_ptr() for model in models for part in model.parameters()}
         self.uses: Counter[int] = Counter()
         self.bytes = self.peak = 0
 

@@ -18,7 +18,8 @@ from mha2mla_megatron.architecture import read_architecture
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from mha2mla_megatron.model.parallel import check_layout
 from mha2mla_megatron.settings import load_settings
-from mha2mla_megatron.training.config import FinetuneSettings, check_samples
+from mha2mla_megatron.training.checks import check_samples
+from mha2mla_megatron.training.config import FinetuneSettings
 from tests.conftest import ROOT, make_llama, make_tokenizer, run_tool
 from tests.finetune_cases import finetune, losses, read_log, run_words, write_tokens
 

@@ -14,7 +14,8 @@ from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.convert import ConvertSettings
 from mha2mla_megatron.model.parallel import check_layout
 from mha2mla_megatron.settings import load_settings
-from mha2mla_megatron.training.config import FinetuneSettings, check_samples
+from mha2mla_megatron.training.checks import check_samples
+from mha2mla_megatron.training.config import FinetuneSettings
 from tests.conftest import ROOT, make_llama, run_tool
 
 RECIPES = ROOT / "examples" / "recipes"

@@ -4,8 +4,9 @@ The accounting is that of Korthikanti et al., "Reducing Activation Recomputation
 (arXiv 2205.05198), section 4, for SwiGLU, grouped queries, latents, rotary tables and no dropout. docs/planning.md has
 the formulas, and says which tensors of which kernel they count.
 
-Shape letters: S sequence, B micro batch, h hidden size, H query heads, G key/value heads, d head dim, r rotary dims
-kept per head, c latent width, m MLP width, V vocabulary, t tensor-parallel size, e bytes of a weight.
+Shape letters: S sequence, s the part of it that a context-parallel process holds, B micro batch, h hidden size, H query
+heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width, m MLP width, V vocabulary, t
+tensor-parallel size, e bytes of a weight.
 """
 
 from __future__ import annotations
@@ -46,22 +47,50 @@ class ForwardPass:
     fused: bool
     """RMSNorm and SwiGLU in one kernel each, as on a GPU; on a CPU each of their steps keeps its own result."""
 
+    fp8: bool
+    """The layers' projections keep their inputs in 8 bits, each its own copy."""
+
+    distilled: bool
+    """The loss is made of the logits of two models."""
+
+    @property
+    def positions(self) -> int:
+        """s."""
+        return self.sequence_length // self.parallel.context_parallel_size
+
     @property
     def tokens(self) -> int:
-        return self.sequence_length * self.micro_batch_size
+        """s B."""
+        return self.positions * self.micro_batch_size
+
+    @cached_property
+    def split_tokens(self) -> int:
+        """Of which this rank holds what is between the layers: s B, divided by t with sequence parallelism."""
+        share = self.parallel.tensor_model_parallel_size if self.parallel.uses_sequence_parallel else 1
+        return self.tokens // share
 
     @cached_property
     def hidden(self) -> int:
-        """Hidden states between two layers: [S, B, h], of which sequence parallelism leaves each rank 1/t."""
-        share = self.parallel.tensor_model_parallel_size if self.parallel.uses_sequence_parallel else 1
-        return self.tokens * self.architecture.hidden_size * self.element_size // share
+        """Hidden states between two layers."""
+        return self.split_tokens * self.architecture.hidden_size * self.element_size
+
+    @cached_property
+    def keys_and_values(self) -> int:
+        """Of this rank's tokens: [s, B, G/t, d] both."""
+        _, groups = self._heads
+        return 2 * self.tokens * groups * self.architecture.head_dim * self.element_size
+
+    @property
+    def gathers_keys(self) -> bool:
+        """With context parallelism: keys and values of all tokens at once, and not part by part in a ring."""
+        return not self.transformer_engine or self.parallel.cp_comm_type == "all_gather"
 
     def saved(self, layers: Iterable[int]) -> dict[str, int]:
         """Kept by these layers: `attention`, `mlp`, and, where they are recomputed whole, only `layer_inputs`: hidden
-        states and the angles [S, d], in float32, that all layers read."""
+        states and the angles [s, d], in float32, that all layers read."""
         layers = list(layers)
         if self.recompute == "full":
-            angles = self.sequence_length * self.architecture.head_dim * FLOAT32
+            angles = self.positions * self.architecture.head_dim * FLOAT32 if layers else 0
             return {"attention": 0, "mlp": 0, "layer_inputs": len(layers) * self.hidden + angles}
         attention = sum(self._attention(layer, self.recompute == "selective") for layer in layers)
         return {"attention": attention, "mlp": len(layers) * self._mlp, "layer_inputs": 0}
@@ -69,21 +98,35 @@ class ForwardPass:
     @cached_property
     def output_saved(self) -> int:
         """Kept by the final norm, the output layer and the loss: its probabilities, or with Transformer Engine logits
-        and three numbers a token."""
+        and three numbers a token.
+
+        With a teacher both models' logits.
+        """
         per_logit, per_token = (self.element_size, 3 * FLOAT32) if self.transformer_engine else (FLOAT32, 9)
-        return self._norm + self.tokens * per_token + self._logits * per_logit
+        if self.distilled:
+            per_logit = 2 * self.element_size
+        return self._norm + self.hidden + self.tokens * per_token + self._logits * per_logit
 
     def working(self, layers: Iterable[int], last: bool, largest_weight: int) -> int:
-        """Needed beyond what is kept when most is in use: as the loss is formed (on the last stage), or in the backward
-        pass of the largest layer, by when logits are gone.
+        """Needed beyond what is kept when most is in use: as the loss or its gradient is formed (in the chunk that
+        does), or in the backward pass of the largest layer, by when logits are gone.
 
         largest_weight: numbers in it; its gradient stands by itself before it is added to the float32 sum.
+
+        With a teacher the loss takes logits of the student in another order, or the gradient; without a kernel for it
+        three times the logits in float32, and the gradient if that is another type.
         """
-        backward = max(self._backward(layer) for layer in layers)
+        backward = max((self._backward(layer) for layer in layers), default=0)
         if last:
-            gradient = 0 if self.element_size == FLOAT32 and not self.transformer_engine else self.element_size
-            backward = max(self._logits * gradient, backward - self.output_saved)
-        return backward + largest_weight * self.element_size
+            in_place = self.element_size == FLOAT32 and not self.transformer_engine
+            gradient = 0 if in_place else self._logits * self.element_size
+            backward = max(gradient, backward - self.output_saved)
+        backward += largest_weight * self.element_size
+        if last and self.distilled:
+            copies = 0 if self.fused else 3 * FLOAT32
+            gradient = self.element_size if self.fused or self.element_size < FLOAT32 else 0
+            return max(backward, self._logits * (copies + gradient))
+        return backward
 
     @cached_property
     def _logits(self) -> int:
@@ -91,16 +134,22 @@ class ForwardPass:
 
     @cached_property
     def _norm(self) -> int:
-        """Input and output of an RMSNorm, one number a token; unfused also the normalised input, all in float32."""
-        per_element = 2 * self.element_size if self.fused else 2 * FLOAT32 + self.element_size
-        numbers = self.hidden // self.element_size
-        return numbers * per_element + numbers // self.architecture.hidden_size * FLOAT32
+        """Input of an RMSNorm, one number a token; unfused input and normalised input, all in float32. Its output is
+        kept by those that read it."""
+        per_element = self.element_size if self.fused else 2 * FLOAT32
+        return self.split_tokens * (self.architecture.hidden_size * per_element + FLOAT32)
+
+    def _read(self, numbers: int, readers: int = 1) -> int:
+        """A tensor that `readers` projections read and keep: one for all of them, or a copy each in 8 bits."""
+        return numbers * (readers if self.fp8 else self.element_size)
 
     @cached_property
     def _mlp(self) -> int:
-        """Norm, gate and up [2m], their product [m]; unfused also silu(gate) and a copy of up."""
-        width = self.architecture.intermediate_size // self.parallel.tensor_model_parallel_size
-        return self._norm + self.tokens * (3 if self.fused else 5) * width * self.element_size
+        """Norm and what gate and up read, gate and up [2m], their product [m]; unfused also silu(gate) and a copy of
+        up."""
+        width = self.tokens * self.architecture.intermediate_size // self.parallel.tensor_model_parallel_size
+        steps = (2 if self.fused else 4) * width * self.element_size
+        return self._norm + self._read(self.split_tokens * self.architecture.hidden_size) + steps + self._read(width)
 
     @cached_property
     def _heads(self) -> tuple[int, int]:
@@ -109,16 +158,25 @@ class ForwardPass:
         return self.architecture.num_attention_heads // tp, self.architecture.num_key_value_heads // tp
 
     def _attention(self, layer: int, recompute_core: bool) -> int:
-        """Norm, latents, rotary tables, what the core keeps, and its result [H d]."""
+        """Norm, latents, rotary tables, norms of heads, what the core keeps, and its result [H d]."""
         heads, _ = self._heads
-        core = self._core_inputs if recompute_core else self._core
-        result = self.tokens * heads * self.architecture.head_dim * self.element_size
-        return self._norm + self._latents(layer) + self._rotary_tables(layer) + core + result
+        result = self.tokens * heads * self.architecture.head_dim
+        if recompute_core or not self.fp8:
+            core = (self._core_inputs if recompute_core else self._core(layer)) + self._read(result)
+        else:  # flash attention keeps its result in 16 bits, the projection after it in 8
+            core = self._core(layer) + result * self.element_size + self._read(result)
+        return self._norm + self._latents(layer) + self._rotary_tables(layer) + self._head_norms(recompute_core) + core
 
     def _latents(self, layer: int) -> int:
+        """What the projections to queries, keys and values read: the normalised input and the latents."""
+        h = self.architecture.hidden_size
         if self.architecture.mla is None:
-            return 0
-        return self.hidden // self.architecture.hidden_size * self.architecture.layout(layer).kv_down_dim
+            return self._read(self.split_tokens * h)
+        layout = self.architecture.layout(layer)
+        if not self.fp8:
+            return self.split_tokens * (h + layout.kv_down_dim) * self.element_size
+        read = sum(columns for name, (_, columns) in layout.projections().items() if name != "o_proj")
+        return self._read(self.split_tokens * read)
 
     def _rotary_tables(self, layer: int) -> int:
         """Cosines and sines for queries and keys, the same for all samples: one for all heads, or one a head."""
@@ -129,7 +187,28 @@ class ForwardPass:
             width = (heads + groups) * self.architecture.layout(layer).qk_rope_head_dim
         else:
             width = 0 if self.transformer_engine else 2 * self.architecture.head_dim
-        return 2 * self.sequence_length * width * self.element_size
+        return 2 * self.positions * width * self.element_size
+
+    def _head_norms(self, recompute_core: bool) -> int:
+        """Of queries and keys, before rotation: input, normalised input where the norm is plain torch, as the converted
+        layer's own is on a GPU too, and one float32 number a head and token."""
+        if not self.architecture.qk_norm:
+            return 0
+        heads, groups = self._heads
+        d, e, normed = self.architecture.head_dim, self.element_size, heads + groups
+        if self.architecture.mla is not None:
+            widths = normed * (2 * FLOAT32 + e if e < FLOAT32 else 2 * FLOAT32)  # made float32 twice, and rounded
+        elif self.transformer_engine:
+            widths = normed * e
+        elif e < FLOAT32 and not self.fused:
+            widths = normed * 2 * FLOAT32
+        else:
+            # Inputs are views of the whole projection, but for a query that has to be copied out of it; the core may
+            # keep that too, for its value.
+            query = heads if heads > groups > 1 else 0
+            kept_anyway = recompute_core or (heads == groups and self.parallel.context_parallel_size == 1)
+            widths = (query + (0 if kept_anyway else heads + 2 * groups)) * e + (0 if self.fused else normed * FLOAT32)
+        return self.tokens * (widths * d + normed * FLOAT32)
 
     @cached_property
     def _core_inputs(self) -> int:
@@ -138,38 +217,56 @@ class ForwardPass:
         value = groups if self.architecture.mla is not None else heads + 2 * groups
         return self.tokens * (heads + groups + value) * self.architecture.head_dim * self.element_size
 
-    @cached_property
-    def _core(self) -> int:
-        """Flash: query, key, value, one number a query. Else keys and values repeated for each query head, and the
-        softmax [B, H, S, S] in float32, its copy in bf16, and the causal mask."""
+    def _core(self, layer: int) -> int:
+        """Flash: query, key, value, one number a query. Else keys and values of all tokens, repeated for each query
+        head, and the softmax [B, H, s, S] in float32, its copy in bf16, and the causal mask."""
         heads, groups = self._heads
         d, e = self.architecture.head_dim, self.element_size
+        query = self.tokens * heads * d * e
         if self.transformer_engine:
-            kept = 0 if self.recompute == "latent" else 2 * groups
-            return self.tokens * ((heads + kept) * d * e + heads * FLOAT32)
-        inputs = self.tokens * 3 * heads * d * e if heads > groups else self._core_inputs
-        return inputs + self._scores * (FLOAT32 if e == FLOAT32 else FLOAT32 + e) + self.sequence_length**2
+            return query + self._keys_and_values_kept(layer) + self.tokens * heads * FLOAT32
+        everything = self.tokens * self.parallel.context_parallel_size
+        if heads > groups or self.parallel.context_parallel_size > 1:
+            inputs = query + 2 * everything * heads * d * e
+        elif self.architecture.mla is None:
+            inputs = self._core_inputs
+        else:
+            inputs = query + self._keys_and_values_kept(layer)
+        softmax = self._scores * (FLOAT32 if e == FLOAT32 else FLOAT32 + e)
+        return inputs + softmax + self.positions * self.sequence_length
+
+    def _keys_and_values_kept(self, layer: int) -> int:
+        """By the core, as they are. recompute=latent keeps the rotated part of a key that has another, and rebuilds the
+        rest; a ring keeps keys and values in a buffer of its own, which is not rebuilt."""
+        if self.recompute != "latent" or (self.parallel.context_parallel_size > 1 and not self.gathers_keys):
+            return self.keys_and_values
+        layout, (_, groups) = self.architecture.layout(layer), self._heads
+        key = layout.qk_rope_head_dim if layout.factors_key else layout.head_dim
+        value = 0 if layout.factors_value else layout.head_dim
+        return self.tokens * groups * (key + value) * self.element_size
 
     @cached_property
     def _scores(self) -> int:
-        """B H S S / t."""
+        """B H s S / t."""
         return self.tokens * self.sequence_length * self._heads[0]
 
     def _backward(self, layer: int) -> int:
         """Gradients that are there at once in the backward pass of a layer, its gathered input under sequence
-        parallelism, and what it recomputes."""
+        parallelism, keys, values and their gradients under way under context parallelism, and what it recomputes."""
         heads, groups = self._heads
-        e, tp = self.element_size, self.parallel.tensor_model_parallel_size
+        e, tp, cp = self.element_size, self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
         stream = 2 * self.tokens * self.architecture.hidden_size * e
         mlp = 3 * self.tokens * self.architecture.intermediate_size // tp * e
         attention = 2 * self.tokens * (heads + 2 * groups) * self.architecture.head_dim * e
         if not self.transformer_engine:
             attention += self._scores * (2 * FLOAT32 + e)
+        if cp > 1:
+            attention += self.keys_and_values * (2 * cp if self.gathers_keys else 4)
         gathered = stream // 2 if self.parallel.uses_sequence_parallel else 0
-        recomputed = {
-            "none": 0,
-            "latent": 2 * self.tokens * groups * self.architecture.head_dim * e,
-            "selective": self._core - self._core_inputs,
-            "full": self._attention(layer, False) + self._mlp,
-        }[self.recompute]
+        if self.recompute == "latent":
+            recomputed = self.keys_and_values - self._keys_and_values_kept(layer)
+        elif self.recompute == "selective":
+            recomputed = self._core(layer) - self._core_inputs
+        else:
+            recomputed = self._attention(layer, False) + self._mlp if self.recompute == "full" else 0
         return stream + max(mlp, attention) + gathered + max(recomputed, 0)

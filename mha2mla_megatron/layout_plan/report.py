@@ -9,13 +9,19 @@ from typing import Any
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
-from mha2mla_megatron.layout_plan.settings import GIB, PlanSettings, planned_architecture
+from mha2mla_megatron.layout_plan.settings import (
+    GIB,
+    PlanSettings,
+    check_planned,
+    planned_architecture,
+    planned_teacher,
+)
 from mha2mla_megatron.layout_plan.stages import most_used, plan_stages
 from mha2mla_megatron.layout_plan.suggest import suggest
-from mha2mla_megatron.model.parallel import check_layout
-from mha2mla_megatron.training.config import check_samples
 
-MEMORY_COLUMNS = ("parameters", "gradients", "optimizer", "attention", "mlp", "layer_inputs", "output")
+HELD = ("parameters", "gradients", "optimizer", "teacher")
+KEPT = ("attention", "mlp", "layer_inputs", "output")
+AT_ONCE = {"others_in_flight": "the others", "sent_on": "sent on", "working": "working", "total": "total"}
 
 
 def make_plan(settings: PlanSettings) -> dict[str, Any]:
@@ -25,15 +31,18 @@ def make_plan(settings: PlanSettings) -> dict[str, Any]:
     Raises UserError for a model, a layout or batch sizes that cannot be.
     """
     architecture = planned_architecture(settings)
-    check_layout(architecture, settings.parallel, settings.gpus)
-    check_samples(settings, architecture, settings.gpus)
-    stages = plan_stages(architecture, settings)
-    suggestion, nearest = suggest(architecture, settings)
+    teacher = planned_teacher(settings)
+    check_planned(settings, architecture, teacher)
+    stages = plan_stages(architecture, settings, teacher)
+    suggestion, nearest = suggest(architecture, settings, teacher)
     found = {
         "model": dataclasses.asdict(architecture),
+        "teacher": None if teacher is None else dataclasses.asdict(teacher),
         "layout": settings.parallel.sizes(settings.gpus),
+        "pipeline_model_parallel_layout": settings.parallel.pipeline_model_parallel_layout,
         "sequence_parallel": settings.parallel.uses_sequence_parallel,
         "dtype": settings.planned_dtype,
+        "fp8": settings.fp8,
         "implementation": settings.planned_implementation,
         "recompute": settings.recompute,
         "sequence_length": settings.data.sequence_length,
@@ -58,8 +67,8 @@ def require_fit(found: dict[str, Any], settings: PlanSettings) -> None:
     if found["suggestion"] is None:
         nearest = found["nearest"]
         raise UserError(
-            f"nothing fits into {_room(settings)} on {settings.gpus} GPUs; nearest is {_layout(nearest)}, which needs "
-            f"{_gib(nearest['total'])} GiB: more gpus, more gpu_memory, or a smaller micro_batch_size or "
+            f"nothing fits into {_room(settings)} on {settings.gpus} GPUs; nearest is {_candidate(nearest)}, which "
+            f"needs {_gib(nearest['total'])} GiB: more gpus, more gpu_memory, or a smaller micro_batch_size or "
             "data.sequence_length would help"
         )
 
@@ -67,28 +76,30 @@ def require_fit(found: dict[str, Any], settings: PlanSettings) -> None:
 def format_plan(found: dict[str, Any], settings: PlanSettings) -> str:
     """Tables of memory and messages, and the suggestion."""
     layout, stages = found["layout"], found["stages"]
+    held = [key for key in HELD if key != "teacher" or found["teacher"] is not None]
     memory = [
         (
             str(stage["stage"]),
             str(stage["layers"]),
             f"{stage['parameter_count'] / 1e6:.1f}",
-            *(_gib(stage[key]) for key in MEMORY_COLUMNS),
+            *(_gib(stage[key]) for key in (*held, *KEPT)),
             str(stage["in_flight"]),
-            *(_gib(stage[key]) for key in ("others_in_flight", "working", "total")),
+            *(_gib(stage[key]) for key in AT_ONCE),
         )
         for stage in stages
     ]
     headings = (
-        "stage", "layers", "M weights", *(key.replace("_", " ") for key in MEMORY_COLUMNS), "in flight", "the others",
-        "working", "total",
+        "stage", "layers", "M weights", *(key.replace("_", " ") for key in (*held, *KEPT)), "in flight",
+        *AT_ONCE.values(),
     )  # fmt: skip
     kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["sent"]))
     traffic = [(kind, *(_gib(stage["sent"].get(kind, 0)) for stage in stages)) for kind in kinds]
     return "\n".join(
         (
-            _model(found["model"]),
-            f"layout: tensor {layout['tensor']}{' + sequence' if found['sequence_parallel'] else ''}, pipeline "
-            f"{layout['pipeline']}, data {layout['data']} on {layout['processes']} GPUs; {found['dtype']}, "
+            f"model: {_model(found['model'])}",
+            *([] if found["teacher"] is None else [f"teacher: {_model(found['teacher'])}"]),
+            f"layout: {_layout(dataclasses.asdict(settings.parallel))}, data {layout['data']} on {layout['processes']} "
+            f"GPUs; {found['dtype']}{'' if found['fp8'] is None else f' and fp8 {found["fp8"]}'}, "
             f"{found['implementation']}, recompute {found['recompute']}",
             f"step: {found['global_batch_size']} samples of {found['sequence_length']} tokens, "
             f"{found['micro_batches']} micro-batches of {found['micro_batch_size']} on each rank; "
@@ -115,7 +126,7 @@ def _model(model: dict[str, Any]) -> str:
             f"kv_lora_rank {low_rank['kv_lora_rank']})"
         )
     return (
-        f"model: {model['num_layers']} layers, hidden size {model['hidden_size']}, "
+        f"{model['num_layers']} layers, hidden size {model['hidden_size']}, "
         f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key/value heads of "
         f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']}; {conversion}"
     )
@@ -132,17 +143,31 @@ def _verdict(found: dict[str, Any], settings: PlanSettings) -> list[str]:
         reason = f"nothing fits with recompute={settings.recompute}; with full, {reason}"
     return [
         *lines,
-        f"suggestion: {_layout(best)}, data {best['copies']}: needs {_gib(best['total'])} GiB "
+        f"suggestion: {_candidate(best)}, data {best['copies']}: needs {_gib(best['total'])} GiB "
         f"(pipeline bubble {best['bubble']:.1%})",
         f"why: {reason}",
     ]
 
 
-def _layout(found: dict[str, Any]) -> str:
-    return (
-        f"tensor {found['tensor_model_parallel_size']}{' + sequence' if found['sequence_parallel'] else ''}, "
-        f"pipeline {found['pipeline_model_parallel_size']}, recompute {found['recompute']}"
-    )
+def _candidate(found: dict[str, Any]) -> str:
+    return f"{_layout(found)}, recompute {found['recompute']}"
+
+
+def _layout(parallel: dict[str, Any]) -> str:
+    """parallel: keys of ParallelConfig."""
+    tp, sequence = parallel["tensor_model_parallel_size"], parallel["sequence_parallel"]
+    words = [
+        f"tensor {tp}{' + sequence' if sequence and tp > 1 else ''}",
+        f"pipeline {parallel['pipeline_model_parallel_size']}",
+    ]
+    for key, word, plain in (
+        ("virtual_pipeline_model_parallel_size", "virtual", 1),
+        ("pipeline_model_parallel_layout", "stages", None),
+        ("context_parallel_size", "context", 1),
+    ):
+        if parallel[key] != plain:
+            words.append(f"{word} {parallel[key]}")
+    return ", ".join(words)
 
 
 def _room(settings: PlanSettings) -> str:

@@ -11,17 +11,14 @@ from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_arc
 from mha2mla_megatron.checkpoint.megatron import HF_FOLDER
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.layout_plan.schedule import idle_part
+from mha2mla_megatron.model.frequencies import inverse_frequencies
+from mha2mla_megatron.model.parallel import check_layout
 from mha2mla_megatron.settings import load_settings
+from mha2mla_megatron.training.checks import check_graph, check_kernels, check_reset, check_samples, check_teacher
 from mha2mla_megatron.training.config import FinetuneSettings
 
 GIB = 2**30
-
-UNPLANNED = {
-    "virtual_pipeline_model_parallel_size": 1,
-    "pipeline_model_parallel_layout": None,
-    "context_parallel_size": 1,
-}
-"""Forms of parallelism that the formulas leave out, and their values where they are off."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +69,6 @@ class PlanSettings(FinetuneSettings):
         if not 0 <= self.reserve < self.gpu_memory:
             raise UserError(f"reserve: {self.reserve:g} GiB is not between 0 and gpu_memory {self.gpu_memory:g}")
         require_one_of("device", self.device, ("cuda", "cpu"))
-        for key, plain in UNPLANNED.items():
-            if getattr(self.parallel, key) != plain:
-                raise UserError(f"parallel.{key}: {getattr(self.parallel, key)} is not planned for yet; valid: {plain}")
-        if self.distillation.teacher is not None:
-            raise UserError("distillation.teacher: a teacher's memory is not planned for yet; valid: null")
         if self.device == "cpu" and self.implementation not in ("auto", "local"):
             raise UserError(f"implementation: {self.implementation} needs device=cuda; valid with device=cpu: local")
 
@@ -101,16 +93,19 @@ class PlanSettings(FinetuneSettings):
         return self.gpus // self.parallel.model_parallel_size
 
     @property
+    def replicas(self) -> int:
+        """Ranks that hold the same part of the model, and share its optimizer: data- and context-parallel ones."""
+        return self.data_size * self.parallel.context_parallel_size
+
+    @property
     def micro_batches(self) -> int:
         """Forward passes of each rank in a step."""
         return self.global_batch_size // (self.micro_batch_size * self.data_size)
 
     @property
     def bubble(self) -> float:
-        """Part of a step in which a pipeline stage waits, (p - 1)/(m + p - 1) for m micro-batches on p stages: 1F1B of
-        Narayanan et al. (arXiv 2104.04473)."""
-        waits = self.parallel.pipeline_model_parallel_size - 1
-        return waits / (self.micro_batches + waits)
+        """Part of a step in which a pipeline stage waits."""
+        return idle_part(self.parallel, self.micro_batches)
 
 
 def planned_architecture(settings: PlanSettings) -> Architecture:
@@ -118,7 +113,7 @@ def planned_architecture(settings: PlanSettings) -> Architecture:
     if settings.model is None and settings.load is None:
         raise UserError("model is not set; give model=FOLDER, with a config.json, or load=CHECKPOINT")
     path = Path(settings.model) if settings.model is not None else Path(str(settings.load)) / HF_FOLDER
-    architecture = read_architecture(path.parent if path.name == "config.json" else path)
+    architecture = _read_config_at(path)
     given = MHA2MLAConfig(settings.partial_rope, settings.low_rank)
     mla = given
     if settings.conversion is not None:
@@ -139,3 +134,33 @@ def planned_architecture(settings: PlanSettings) -> Architecture:
         raise UserError(f"{path}: is converted already; leave out conversion, partial_rope and low_rank")
     mla = architecture.resolve(mla)
     return dataclasses.replace(architecture, model_type=MLA_MODEL_TYPE, mla=mla)
+
+
+def planned_teacher(settings: PlanSettings) -> Architecture | None:
+    """The shapes of distillation.teacher: a Megatron checkpoint, or a folder with a config.json, or that file."""
+    if settings.distillation.teacher is None:
+        return None
+    path = Path(settings.distillation.teacher)
+    try:
+        return _read_config_at(path / HF_FOLDER if (path / HF_FOLDER).is_dir() else path)
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from None
+
+
+def check_planned(settings: PlanSettings, architecture: Architecture, teacher: Architecture | None) -> None:
+    """Refuse, as UserError, what tools/finetune.py refuses of this model at these settings and on so many GPUs."""
+    check_layout(architecture, settings.parallel, settings.gpus)
+    check_samples(settings, architecture, settings.gpus)
+    check_reset(settings, architecture, settings.planned_implementation)
+    check_kernels(settings, architecture, settings.planned_implementation, settings.planned_dtype)
+    check_graph(settings, settings.device)
+    if teacher is not None:
+        check_teacher(settings, teacher, architecture, settings.gpus)
+
+
+def _read_config_at(path: Path) -> Architecture:
+    """Refuses a rope scaling that training refuses."""
+    architecture = read_architecture(path.parent if path.name == "config.json" else path)
+    if architecture.rope_parameters["rope_type"] != "default":
+        inverse_frequencies(architecture)  # asks transformers, which takes seconds to import
+    return architecture

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
-from mha2mla_megatron.model.parallel import ParallelConfig
+from mha2mla_megatron.model.parallel import ParallelConfig, layers_of_chunks
 
 COLUMN_PARALLEL = (
     "word_embeddings", "output_layer", "linear_qkv", "linear_q", "linear_k_rope", "linear_k_up", "linear_k_nope",
@@ -21,10 +22,25 @@ ROW_PARALLEL = ("linear_proj", "linear_fc2")
 """Layers whose weight is split by columns; each rank holds the whole bias."""
 
 
-def stage_layers(architecture: Architecture, parallel: ParallelConfig, stage: int) -> range:
-    """The layers of one pipeline stage, both counted from 0."""
-    number = architecture.num_layers // parallel.pipeline_model_parallel_size
-    return range(stage * number, (stage + 1) * number)
+@dataclass(frozen=True)
+class Chunk:
+    """What a pipeline stage computes without waiting for another one; it has one, or several with virtual stages."""
+
+    layers: range
+    """Counted from 0; there may be none."""
+
+    first: bool
+    """It has the embedding."""
+
+    last: bool
+    """It has the final norm, the output layer and the loss."""
+
+
+def stage_chunks(architecture: Architecture, parallel: ParallelConfig) -> list[list[Chunk]]:
+    """The chunks of each pipeline stage, in the order in which a sample goes through them."""
+    stages, layers = parallel.pipeline_model_parallel_size, layers_of_chunks(architecture.num_layers, parallel)
+    chunks = [Chunk(held, i == 0, i == len(layers) - 1) for i, held in enumerate(layers)]
+    return [chunks[stage::stages] for stage in range(stages)]
 
 
 def split_dim(name: str, shape: tuple[int, ...]) -> int | None:
@@ -47,10 +63,10 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> li
     if architecture.tie_word_embeddings and stages > 1:
         shapes["output_layer.weight"] = shapes["embedding.word_embeddings.weight"]
     found = []
-    for stage in range(stages):
-        prefixes = [f"decoder.layers.{layer}." for layer in stage_layers(architecture, parallel, stage)]
-        prefixes += ["embedding."] if stage == 0 else []
-        prefixes += ["decoder.final_layernorm.", "output_layer."] if stage == stages - 1 else []
+    for chunks in stage_chunks(architecture, parallel):
+        prefixes = [f"decoder.layers.{layer}." for chunk in chunks for layer in chunk.layers]
+        prefixes += ["embedding."] if any(chunk.first for chunk in chunks) else []
+        prefixes += ["decoder.final_layernorm.", "output_layer."] if any(chunk.last for chunk in chunks) else []
         found.append(
             {
                 name: rank_shape(name, shape, tp)
@@ -59,6 +75,12 @@ def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> li
             }
         )
     return found
+
+
+def fp8_copies(shapes: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of the 8-bit copies that Transformer Engine keeps of the layers' matrices: each as it is and transposed,
+    since Hopper multiplies only so."""
+    return 2 * count({name: shape for name, shape in shapes.items() if ".linear_" in name and len(shape) == 2})
 
 
 def count(shapes: dict[str, tuple[int, ...]]) -> int:

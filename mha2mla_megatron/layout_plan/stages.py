@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
+from mha2mla_megatron.layout_plan.schedule import backward_passes
 from mha2mla_megatron.layout_plan.settings import PlanSettings
-from mha2mla_megatron.layout_plan.shards import count, stage_layers, stage_parameters
-from mha2mla_megatron.layout_plan.traffic import step_traffic
+from mha2mla_megatron.layout_plan.shards import Chunk, count, fp8_copies, stage_chunks, stage_parameters
+from mha2mla_megatron.layout_plan.traffic import step_traffic, teacher_traffic
 from mha2mla_megatron.model.implementation import fuses_projections, rotates_fused, uses_transformer_engine
 
 
@@ -21,19 +24,31 @@ class StagePlan:
     layers: int
     parameter_count: int
     parameters: int
+    """Weights, and their copies in 8 bits."""
+
     gradients: int
     optimizer: int
+    teacher: int
+    """Weights of the frozen teacher."""
+
     attention: int
-    """Kept by one micro-batch for its backward pass, as are the next three."""
+    """Kept by one micro-batch in all chunks of the stage for its backward pass, as are the next three."""
 
     mlp: int
     layer_inputs: int
     output: int
+    chunks: list[int]
+    """The sum of these four in each chunk."""
+
     in_flight: int
-    """Micro-batches whose activations are there at once."""
+    """Forward passes whose activations are there at once when most is in use: of micro-batches, or with virtual stages
+    of micro-batches through one chunk each."""
 
     others_in_flight: int
-    """Activations of all of them but one."""
+    """Activations of all of them but those of one micro-batch in all chunks."""
+
+    sent_on: int
+    """Outputs of chunks, which stay until their gradients come back."""
 
     working: int
     """Temporary tensors at the moment when most is in use."""
@@ -43,51 +58,75 @@ class StagePlan:
     """Kind of message -> bytes that the rank sends in a step."""
 
 
-def plan_stages(architecture: Architecture, settings: PlanSettings) -> list[StagePlan]:
-    """Every pipeline stage of a layout that divides the model."""
+def plan_stages(
+    architecture: Architecture, settings: PlanSettings, teacher: Architecture | None = None
+) -> list[StagePlan]:
+    """Every pipeline stage of a layout that divides the model. teacher: that of settings.distillation, if there is one;
+    it has no pipeline."""
     parallel = settings.parallel
-    stages = parallel.pipeline_model_parallel_size
-    half = settings.planned_dtype == "bfloat16"
-    work = ForwardPass(
-        architecture,
-        parallel,
-        settings.data.sequence_length,
-        settings.micro_batch_size,
-        2 if half else FLOAT32,
-        settings.recompute,
-        # Its fused attention is for 16-bit types.
-        transformer_engine=half and uses_transformer_engine(settings.planned_implementation),
-        fused_rotation=rotates_fused(settings.planned_implementation, architecture.qk_norm),
-        fused_projections=fuses_projections(
-            settings.planned_implementation, architecture.qk_norm, settings.fp8 is not None
-        ),
-        fused=settings.device == "cuda",
-    )
+    work = _forward_pass(architecture, settings)
+    element, half = work.element_size, work.element_size < FLOAT32
     found = []
     for stage, parameters in enumerate(stage_parameters(architecture, parallel)):
-        first, last = stage == 0, stage == stages - 1
-        layers, number = stage_layers(architecture, parallel, stage), count(parameters)
-        kept = {**work.saved(layers), "output": work.output_saved if last else 0}
-        # 1F1B starts with as many forward passes as there are stages from here on.
-        in_flight = min(stages - stage, settings.micro_batches)
-        others = (in_flight - 1) * sum(kept.values())
-        if not last:
-            others += in_flight * work.hidden  # what was sent on stays until its gradient comes back
-        parts = {
-            "parameters": number * work.element_size,
+        chunks, number = stage_chunks(architecture, parallel)[stage], count(parameters)
+        kept = [_kept(work, chunk) for chunk in chunks]
+        sizes = [sum(of.values()) for of in kept]
+        outputs = [0 if chunk.last else work.hidden for chunk in chunks]
+        largest = max(map(math.prod, parameters.values()))
+        moments = [
+            {
+                "in_flight": sum(in_flight),
+                "others_in_flight": math.sumprod(in_flight, sizes) - sum(sizes),
+                "sent_on": math.sumprod(in_flight, outputs),
+                "working": work.working(chunks[backward].layers, chunks[backward].last, largest),
+            }
+            for in_flight, backward in dict.fromkeys(backward_passes(parallel, stage, settings.micro_batches))
+        ]
+        most = max(moments, key=lambda now: now["others_in_flight"] + now["sent_on"] + now["working"])
+        in_flight = most.pop("in_flight")
+        parts: dict[str, Any] = {
+            "parameters": number * element + (fp8_copies(parameters) if work.fp8 else 0),
             "gradients": number * FLOAT32,
             # Both moments and, where the weights are not float32 themselves, the master weights.
-            "optimizer": math.ceil(number / settings.data_size) * (3 if half else 2) * FLOAT32,
-            **kept,
-            "others_in_flight": others,
-            "working": work.working(layers, last, max(map(math.prod, parameters.values()))),
+            "optimizer": math.ceil(number / settings.replicas) * (3 if half else 2) * FLOAT32,
+            "teacher": 0 if teacher is None else count(stage_parameters(teacher, parallel)[0]) * element,
+            **{part: sum(of[part] for of in kept) for part in kept[0]},
+            **most,
         }
-        sent = step_traffic(work, layers, parameters, first, last, settings.micro_batches, settings.data_size)
-        total = sum(parts.values())
-        found.append(StagePlan(stage, len(layers), number, in_flight=in_flight, total=total, sent=sent, **parts))
+        sent = step_traffic(work, chunks, parameters, settings.micro_batches, settings.replicas)
+        if teacher is not None:
+            taught = _forward_pass(teacher, dataclasses.replace(settings, recompute="none", fp8=None))
+            sent |= teacher_traffic(taught, settings.micro_batches)
+        parts |= {"chunks": sizes, "in_flight": in_flight, "total": sum(parts.values()), "sent": sent}
+        found.append(StagePlan(stage, sum(len(chunk.layers) for chunk in chunks), number, **parts))
     return found
 
 
 def most_used(stages: list[StagePlan]) -> int:
     """Bytes of the rank that needs most."""
     return max(stage.total for stage in stages)
+
+
+def _forward_pass(architecture: Architecture, settings: PlanSettings) -> ForwardPass:
+    half = settings.planned_dtype == "bfloat16"
+    implementation, fp8 = settings.planned_implementation, settings.fp8 is not None
+    return ForwardPass(
+        architecture,
+        settings.parallel,
+        settings.data.sequence_length,
+        settings.micro_batch_size,
+        2 if half else FLOAT32,
+        settings.recompute,
+        # Its fused attention is for 16-bit types.
+        transformer_engine=half and uses_transformer_engine(implementation),
+        fused_rotation=rotates_fused(implementation, architecture.qk_norm),
+        fused_projections=fuses_projections(implementation, architecture.qk_norm, fp8),
+        fused=settings.device == "cuda",
+        fp8=fp8,
+        distilled=settings.distillation.teacher is not None,
+    )
+
+
+def _kept(work: ForwardPass, chunk: Chunk) -> dict[str, int]:
+    """By one micro-batch in one chunk."""
+    return {**work.saved(chunk.layers), "output": work.output_saved if chunk.last else 0}

@@ -7,48 +7,75 @@ In a group of n a ring all-gather or reduce-scatter of N bytes has each rank sen
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
-from mha2mla_megatron.layout_plan.shards import count, split_dim
+from mha2mla_megatron.layout_plan.shards import HEAD_NORMS, Chunk, count, split_dim, stage_chunks
 
 
 def step_traffic(
     work: ForwardPass,
-    layers: Iterable[int],
+    chunks: Sequence[Chunk],
     parameters: dict[str, tuple[int, ...]],
-    first: bool,
-    last: bool,
     micro_batches: int,
-    data_size: int,
+    replicas: int,
 ) -> dict[str, int]:
     """What each rank of a pipeline stage sends in a step; only the kinds that the layout has.
 
-    layers, parameters: those of the stage. first, last: whether it is the first or last one. data_size: ranks that hold
-    the same part of the model.
+    chunks, parameters: those of the stage. replicas: ranks that hold the same part of the model and so sum its
+    gradients, those that share a sequence among them.
     """
     parallel = work.parallel
     tp, staged = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size > 1
+    first, last = chunks[0].first, chunks[-1].last
     sent: dict[str, int] = {}
     if tp > 1:
-        ring = _tensor_parallel(work, list(layers), first, last) * micro_batches
+        ring = sum(sum(_tensor_parallel(work, chunk)) for chunk in chunks) * micro_batches
         if parallel.uses_sequence_parallel:
             sent["tensor: all-gather and reduce-scatter"] = _share(ring, tp)
-            whole = {name: shape for name, shape in parameters.items() if split_dim(name, shape) is None}
-            sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * count(whole), tp)
         else:
             sent["tensor: all-reduce"] = _share(2 * ring, tp)
+        if partial := _partial_gradients(parameters, parallel.uses_sequence_parallel):
+            sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * partial, tp)
         if last:
-            sent["tensor: loss"] = _share(2 * 3 * FLOAT32 * work.tokens * micro_batches, tp)
+            numbers = 7 if work.distilled else 3  # two maxima and five sums for both losses
+            sent["tensor: loss"] = _share(2 * numbers * FLOAT32 * work.tokens * micro_batches, tp)
+    if parallel.context_parallel_size > 1 and (layers := sum(len(chunk.layers) for chunk in chunks)):
+        sent["context: keys and values"] = sum(_context_parallel(work)) * layers * micro_batches
     if staged:
-        sent["pipeline: send"] = ((not first) + (not last)) * work.hidden * micro_batches
+        neighbours = sum((not chunk.first) + (not chunk.last) for chunk in chunks)
+        sent["pipeline: send"] = neighbours * work.hidden * micro_batches
         if work.architecture.tie_word_embeddings and (first or last):
             name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
             sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(parameters[name])
-    if data_size > 1:
-        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(parameters), data_size)
-        sent["data: all-gather of parameters"] = _share(work.element_size * count(parameters), data_size)
+    if replicas > 1:
+        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(parameters), replicas)
+        sent["data: all-gather of parameters"] = _share(work.element_size * count(parameters), replicas)
     return sent
+
+
+def teacher_traffic(work: ForwardPass, micro_batches: int) -> dict[str, int]:
+    """What the teacher's forward passes send in a step on each rank, with no pipeline."""
+    (chunks,) = stage_chunks(work.architecture, work.parallel)
+    (chunk,) = chunks
+    tp, sent = work.parallel.tensor_model_parallel_size, {}
+    if tp > 1:
+        forward, _ = _tensor_parallel(work, chunk)
+        ring = forward if work.parallel.uses_sequence_parallel else 2 * forward
+        sent["tensor: the teacher's forward pass"] = _share(ring * micro_batches, tp)
+    if work.parallel.context_parallel_size > 1:
+        forward, _ = _context_parallel(work)
+        sent["context: the teacher's keys and values"] = forward * len(chunk.layers) * micro_batches
+    return sent
+
+
+def _partial_gradients(parameters: dict[str, tuple[int, ...]], sequence_parallel: bool) -> int:
+    """Numbers of the parameters that every tensor-parallel rank has whole, but sees only a part of the gradient of:
+    under sequence parallelism that of its tokens, and for norms of heads that of its heads."""
+    whole = {name: shape for name, shape in parameters.items() if split_dim(name, shape) is None}
+    return count(
+        {name: shape for name, shape in whole.items() if sequence_parallel or name.split(".")[-2] in HEAD_NORMS}
+    )
 
 
 def _share(size: int, ranks: int) -> int:
@@ -56,9 +83,9 @@ def _share(size: int, ranks: int) -> int:
     return size * (ranks - 1) // ranks
 
 
-def _tensor_parallel(work: ForwardPass, layers: list[int], first: bool, last: bool) -> int:
+def _tensor_parallel(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
     """Bytes of all tensors that one micro-batch has summed over the group, or, under sequence parallelism, gathered or
-    reduce-scattered.
+    reduce-scattered, in its forward and in its backward pass through one chunk.
 
     A row-parallel layer's output is summed in the forward pass, a column-parallel one's gradient in the backward pass.
     With sequence parallelism each sum is a reduce-scatter, a column-parallel layer gathers its input in both passes,
@@ -66,12 +93,12 @@ def _tensor_parallel(work: ForwardPass, layers: list[int], first: bool, last: bo
     """
     element, architecture = work.tokens * work.element_size, work.architecture
     forward = backward = 0
-    for layer in layers:
+    for layer in chunk.layers:
         column = _column_parallel_inputs(work, layer)
         row = 2 * architecture.hidden_size
         if work.parallel.uses_sequence_parallel:
             forward, backward = forward + column + row, backward + 2 * column + row
-            if work.recompute == "latent" and architecture.mla is not None:
+            if work.recompute == "latent":
                 layout = architecture.layout(layer)  # keys and values gather their latents once more
                 backward += layout.kv_down_dim * (layout.factors_key + layout.factors_value)
         else:
@@ -80,10 +107,21 @@ def _tensor_parallel(work: ForwardPass, layers: list[int], first: bool, last: bo
         backward += forward
     h = architecture.hidden_size
     if work.parallel.uses_sequence_parallel:
-        ends = 2 * h * first + 3 * h * last
+        forward, backward = forward + h * (chunk.first + chunk.last), backward + h * (chunk.first + 2 * chunk.last)
     else:
-        ends = h * first + h * last
-    return element * (forward + backward + ends)
+        forward, backward = forward + h * chunk.first, backward + h * chunk.last
+    return element * forward, element * backward
+
+
+def _context_parallel(work: ForwardPass) -> tuple[int, int]:
+    """Bytes that a layer's attention sends in the forward and in the backward pass of a micro-batch: n - 1 times its
+    own keys and values, whether in a ring or gathered, and in the backward pass their gradients as often.
+
+    Transformer Engine fetches keys and values in the backward pass again, the local attention only where it recomputes.
+    """
+    once = (work.parallel.context_parallel_size - 1) * work.keys_and_values
+    again = work.transformer_engine + (work.recompute in ("selective", "full"))
+    return once, once * (1 + again)
 
 
 def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:

@@ -6,6 +6,7 @@ import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -173,6 +174,22 @@ def _check_pipeline_layout(layout: str, layers: int, pp: int, vpp: int) -> None:
         raise UserError(f"{key} has {found} layers t, the model has num_hidden_layers {layers}")
     if whole != [LayerType.embedding, *[LayerType.decoder] * layers, LayerType.loss]:
         raise UserError(f"{key}: not one E first, then {layers} layers t, then one L")
+
+
+def layers_of_chunks(num_layers: int, parallel: ParallelConfig) -> list[range]:
+    """The layers, from 0, of each chunk of a layout that `check_layout` has passed, in the order in which a sample goes
+    through them. Chunk i is on stage i modulo the number of stages; the first one has the embedding too, the last one
+    the final norm and the output layer."""
+    number = parallel.pipeline_model_parallel_size * parallel.virtual_pipeline_model_parallel_size
+    counts = [num_layers // number] * number
+    if parallel.pipeline_model_parallel_layout is not None:
+        from megatron.core.transformer.enums import LayerType
+        from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+        chunks = PipelineParallelLayerLayout.parse_str_to_list(parallel.pipeline_model_parallel_layout)
+        counts = [chunk.count(LayerType.decoder) for chunk in chunks]
+    ends = list(accumulate(counts))
+    return [range(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def check_batches(

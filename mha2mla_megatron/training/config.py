@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mha2mla_megatron.data.blend import blend_weights, source_names
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
-from mha2mla_megatron.model.parallel import ParallelConfig, check_batches
-
-if TYPE_CHECKING:
-    from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.model.parallel import ParallelConfig
 
 
 @dataclass(frozen=True)
@@ -278,39 +275,3 @@ def _check_blend(key: str, value: Any) -> None:
         blend_weights(key, value)
     elif value is not None and not isinstance(value, str):
         raise UserError(f"{key}: give one prefix or a mapping prefix -> weight")
-
-
-def check_reset(settings: FinetuneSettings, architecture: Architecture, implementation: str) -> None:
-    """Refuse data.reset_attention_mask where no attention takes its mask. implementation: the one that will run."""
-    if not settings.data.reset_attention_mask:
-        return
-    reasons = {
-        f"implementation {implementation}, whose fast kernels take no such mask; valid: local": implementation
-        != "local",
-        f"parallel.context_parallel_size {settings.parallel.context_parallel_size}; valid: 1": (
-            settings.parallel.context_parallel_size > 1
-        ),
-        "a model with sliding windows, whose mask Megatron makes itself": bool(architecture.window_layers),
-    }
-    for reason, true in reasons.items():
-        if true:
-            raise UserError(f"data.reset_attention_mask: not possible with {reason}")
-
-
-def check_samples(settings: FinetuneSettings, architecture: Architecture, world_size: int) -> None:
-    """Refuse samples that the layout cannot be fed with, or that are longer than the model's context.
-
-    Raises UserError naming the two numbers.
-    """
-    check_batches(
-        settings.parallel,
-        world_size,
-        settings.data.sequence_length,
-        settings.micro_batch_size,
-        settings.global_batch_size,
-    )
-    if settings.data.sequence_length > architecture.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length: {settings.data.sequence_length} is more than the model's context "
-            f"{architecture.max_position_embeddings}"
-        )

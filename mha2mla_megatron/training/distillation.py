@@ -11,10 +11,11 @@ from megatron.core import parallel_state
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.parallel import check_layout, launched_world_size
+from mha2mla_megatron.model.parallel import launched_world_size
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
-from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings, check_samples
+from mha2mla_megatron.training.checks import check_teacher
+from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings
 from mha2mla_megatron.training.vocab_parallel_losses import vocab_parallel_losses
 
 
@@ -47,7 +48,7 @@ class Distillation:
         return {"loss": (1 - weight) * lm_loss + weight * kl, "lm_loss": lm_loss, "kl": kl}
 
 
-def check_teacher(settings: FinetuneSettings, student: Architecture) -> tuple[Architecture, Path]:
+def find_teacher(settings: FinetuneSettings, student: Architecture) -> tuple[Architecture, Path]:
     """(architecture, step folder) of the teacher; reads no weights.
 
     Raises UserError for a teacher that is missing, has another vocabulary, or cannot take the run's layout or samples.
@@ -55,15 +56,9 @@ def check_teacher(settings: FinetuneSettings, student: Architecture) -> tuple[Ar
     try:
         side, weights = locate_checkpoint(Path(str(settings.distillation.teacher)))
         teacher = read_architecture(side)
-        check_layout(teacher, settings.parallel, launched_world_size())
-        check_samples(settings, teacher, launched_world_size())
     except UserError as error:
         raise UserError(f"distillation.teacher: {error}") from None
-    if teacher.vocab_size != student.vocab_size:
-        raise UserError(
-            f"distillation.teacher: {settings.distillation.teacher}: has a vocabulary of {teacher.vocab_size}, "
-            f"the model has {student.vocab_size}"
-        )
+    check_teacher(settings, teacher, student, launched_world_size())
     return teacher, weights
 
 

@@ -21,8 +21,9 @@ from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.training.checkpoint import PendingStep, begin_save, load_weights, prepare_root, resume_run
-from mha2mla_megatron.training.config import FinetuneSettings, check_reset, check_samples
-from mha2mla_megatron.training.distillation import Distillation, check_teacher, load_teacher
+from mha2mla_megatron.training.checks import check_reset, check_samples
+from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.nonfinite import NonFiniteSteps
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -53,7 +54,7 @@ def finetune(settings: FinetuneSettings) -> None:
         check_data("validation.data", settings.validation.data, architecture.vocab_size, eod=end)
     implementation = settings.implementation if settings.implementation != "auto" else choose_implementation("auto")
     check_reset(settings, architecture, implementation)
-    teacher = None if settings.distillation.teacher is None else check_teacher(settings, architecture)
+    teacher = None if settings.distillation.teacher is None else find_teacher(settings, architecture)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
     graph = graph_of(settings, device)

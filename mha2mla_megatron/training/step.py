@@ -17,11 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.checkpoint.mapping import megatron_shapes
-from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.layout_plan.shards import rank_shape
-from mha2mla_megatron.model.implementation import choose_implementation, uses_transformer_engine
+from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
+from mha2mla_megatron.training.checks import check_kernels
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.optimizer import only_where
@@ -31,9 +29,6 @@ if TYPE_CHECKING:
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 """What a step reads of each micro batch, [b, s] all of them."""
-
-FP8_MULTIPLE = 16
-"""Of which the sides of 8-bit matrices must be a multiple."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +54,11 @@ def build_training_model(
 ) -> list[DistributedDataParallel]:
     """This rank's chunks of the model, in bf16 with float32 gradients or wholly in float32, ready for training.
 
-    There is one chunk, or several with virtual pipeline stages.
+    There is one chunk, or several with virtual pipeline stages. Raises UserError for a `recompute` or `fp8` that the
+    model's layers cannot have.
     """
+    implementation = choose_implementation(settings.implementation)
+    check_kernels(settings, architecture, implementation, str(dtype).removeprefix("torch."))
     config = transformer_config(
         architecture,
         settings.parallel,
@@ -70,7 +68,7 @@ def build_training_model(
         # Says to Transformer Engine's loss that it must not look at its numbers.
         cuda_graph_impl="full_iteration" if settings.cuda_graph else "none",
         **_recompute(settings.recompute),
-        **_fp8(settings, architecture, dtype),
+        **_fp8(settings.fp8),
     )
     parallel, count = settings.parallel, settings.parallel.virtual_pipeline_model_parallel_size
     ddp = DistributedDataParallelConfig(
@@ -84,7 +82,7 @@ def build_training_model(
     chunks = []
     for index in range(count):
         stage = index if count > 1 else None
-        model = build_on_device(architecture, config, settings.implementation, device, stage)
+        model = build_on_device(architecture, config, implementation, device, stage)
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
         _accumulate_in_place(chunks[-1])
@@ -116,15 +114,11 @@ def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
 
 
 def _rebuild_keys_and_values(chunk: DistributedDataParallel) -> None:
-    """What recompute=latent asks of each layer. Raises UserError where there is no layer of the fused path."""
-    layers: list[Any] = [module for module in chunk.modules() if hasattr(module, "rebuild_keys_and_values")]
-    if not layers:
-        raise UserError(
-            "recompute: latent needs a converted model whose attention takes the fused path (implementation "
-            "transformer_engine or local_fused, no norms on queries and keys, fp8 null); valid: none, selective, full"
-        )
-    for layer in layers:
-        layer.rebuild_keys_and_values()
+    """What recompute=latent asks of each layer."""
+    module: Any
+    for module in chunk.modules():
+        if hasattr(module, "rebuild_keys_and_values"):
+            module.rebuild_keys_and_values()
 
 
 def gather_weights(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -303,22 +297,7 @@ def _recompute(kind: str) -> dict[str, Any]:
     }[kind]
 
 
-def _fp8(settings: FinetuneSettings, architecture: Architecture, dtype: torch.dtype) -> dict[str, Any]:
-    """Raises UserError for a model, batch or implementation that 8-bit products cannot have."""
-    if settings.fp8 is None:
+def _fp8(kind: str | None) -> dict[str, Any]:
+    if kind is None:
         return {}
-    implementation = choose_implementation(settings.implementation)
-    if not uses_transformer_engine(implementation) or dtype != torch.bfloat16:
-        raise UserError(
-            f"fp8: needs implementation transformer_engine and dtype bfloat16, and this is {implementation}, "
-            f"{str(dtype).removeprefix('torch.')}; valid: null"
-        )
-    for name, shape in megatron_shapes(architecture).items():
-        sides = rank_shape(name, shape, settings.parallel.tensor_model_parallel_size)
-        if ".linear_" in name and len(sides) == 2 and any(side % FP8_MULTIPLE for side in sides):
-            found = " x ".join(map(str, sides))
-            raise UserError(f"fp8: {name} is {found} on each process; valid: multiples of {FP8_MULTIPLE}")
-    tokens = settings.data.sequence_length * settings.micro_batch_size
-    if tokens % FP8_MULTIPLE:
-        raise UserError(f"fp8: a micro batch has {tokens} tokens; valid: a multiple of {FP8_MULTIPLE}")
-    return {"fp8": "hybrid", "fp8_recipe": {"delayed": "delayed", "current": "tensorwise"}[settings.fp8]}
+    return {"fp8": "hybrid", "fp8_recipe": {"delayed": "delayed", "current": "tensorwise"}[kind]}

@@ -12,7 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.tensor_parallel.random import get_all_rng_states
 
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.training.checks import check_graph
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.step import run_micro_batches
@@ -74,8 +74,7 @@ def graph_of(settings: FinetuneSettings, device: torch.device) -> StepGraph | No
     """
     if not settings.cuda_graph:
         return None
-    if device.type != "cuda":
-        raise UserError(f"cuda_graph: needs a GPU, and this runs on {device}; valid here: false")
+    check_graph(settings, device.type)
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)

@@ -89,10 +89,14 @@ def sum_columns(
     highest = torch.stack((s.amax(-1), t.amax(-1)))
     at_label = s.gather(1, labels.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
     at_label = torch.where((labels >= 0) & (labels < s.shape[1]), at_label, 0)
-    s, t = s - highest[0, :, None], t - highest[1, :, None]
-    p = (t / temperature).exp()
-    difference = (p * (t - s)).sum(-1) / temperature
-    return highest, torch.stack((s.exp().sum(-1), (s / temperature).exp().sum(-1), p.sum(-1), difference, at_label))
+    s = s - highest[0, :, None]
+    t = t - highest[1, :, None]
+    p = (t / temperature).exp_()
+    total_p = p.sum(-1)
+    difference = p.mul_(t.sub_(s)).sum(-1) / temperature
+    del p, t
+    total_q = (s / temperature).exp_().sum(-1)
+    return highest, torch.stack((s.exp_().sum(-1), total_q, total_p, difference, at_label))
 
 
 def _move_to(sums: torch.Tensor, moved: torch.Tensor, temperature: float) -> None:
@@ -119,12 +123,12 @@ def logits_gradient(
     """
     s, t = _exact(student) - highest[0, :, None], _exact(teacher) - highest[1, :, None]
     total, total_q, total_p = sums[:3, :, None]
-    gradient = s.exp() / total
+    p, q = t.div_(temperature).exp_().div_(total_p), (s / temperature).exp_().div_(total_q)
+    of_kl = q.sub_(p).mul_(temperature * upstream[1, :, None])
+    gradient = s.exp_().div_(total)
     inside = ((labels >= 0) & (labels < s.shape[1])).nonzero()[:, 0]
     gradient[inside, labels[inside]] -= 1
-    gradient *= upstream[0, :, None]
-    q, p = (s / temperature).exp() / total_q, (t / temperature).exp() / total_p
-    return gradient.add_((q - p) * (temperature * upstream[1, :, None])).to(student.dtype)
+    return gradient.mul_(upstream[0, :, None]).add_(of_kl).to(student.dtype)
 
 
 def _exact(logits: torch.Tensor) -> torch.Tensor:

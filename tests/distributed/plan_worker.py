@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node N -m tests.distributed.plan_worker FOLDER
 
-runs every case of FOLDER/cases.json, a list of {"name", "config", "settings"}, in one world, and leaves NAME.RANK.json.
+runs every case of FOLDER/cases.json, a list of {"name", "config", "teacher", "settings"}, in one world, and leaves
+NAME.RANK.json. A teacher is a config too, or null.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mha2mla_megatron.architecture import parse_architecture
 from mha2mla_megatron.model.parallel import initialize_parallel, shut_down_parallel
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
 from tests.saved_activations import SavedActivations, random_batch
@@ -52,6 +54,7 @@ class Messages(TorchDispatchMode):
             parallel_state.get_data_parallel_group(with_context_parallel=True): "data",
             parallel_state.get_pipeline_model_parallel_group(): "pipeline",
             parallel_state.get_tensor_model_parallel_group(): "tensor",
+            parallel_state.get_context_parallel_group(): "context",
         }
         self.groups = {group.group_name: name for group, name in self.groups.items() if group is not None}
 
@@ -76,26 +79,32 @@ class Messages(TorchDispatchMode):
             self.other[name] += size
 
 
-def measure(config: dict[str, Any], words: list[str]) -> dict[str, Any]:
+def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | None) -> dict[str, Any]:
     settings = load_settings(FinetuneSettings, words)
     architecture = parse_architecture(config, "case")
     device = initialize_parallel(settings.parallel)
     dtype = getattr(torch, settings.dtype)
-    (model,) = build_training_model(architecture, settings, dtype, device)
-    optimizer, _ = build_optimizer([model], settings, dtype)
-    model.train()
+    chunks = build_training_model(architecture, settings, dtype, device)
+    optimizer, _ = build_optimizer(chunks, settings, dtype)
+    for chunk in chunks:
+        chunk.train()
+    distillation, held = None, list[torch.nn.Module](chunks)
+    if teacher is not None:
+        distillation = Distillation(parse_architecture(teacher, "teacher"), settings, dtype, device)
+        held.append(distillation.model)
     batch = random_batch(settings.micro_batch_size, settings.data.sequence_length, architecture.vocab_size)
-    saved = SavedActivations(model)
+    saved = SavedActivations(*held)
     with Messages() as messages, saved.recorded():
-        train_step([model], optimizer, iter([batch] * 100), settings, device)
+        train_step(chunks, optimizer, iter([batch] * 100), settings, device, distillation)
     inner = optimizer.chained_optimizers[0] if hasattr(optimizer, "chained_optimizers") else optimizer
     parameters = [p for group in inner.optimizer.param_groups for p in group["params"]]
     moments = [t for p in parameters for t in inner.optimizer.state[p].values() if getattr(t, "ndim", 0) > 0]
     masters = parameters if dtype == torch.bfloat16 else []
-    buffers = [*model.buffers, *model.expert_parallel_buffers]
+    buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
-        "shapes": sorted(tuple(p.shape) for p in model.parameters()),
+        "shapes": sorted(tuple(p.shape) for chunk in chunks for p in chunk.parameters()),
+        "teacher": sum(p.nbytes for p in held[-1].parameters()) if teacher is not None else 0,
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "buckets": sum(len(b.buckets) for b in buffers),
         "optimizer": sum(t.nbytes for t in [*moments, *masters]),
@@ -107,7 +116,7 @@ def measure(config: dict[str, Any], words: list[str]) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     for case in json.loads((folder / "cases.json").read_text()):
-        found = measure(case["config"], case["settings"])
+        found = measure(case["config"], case["settings"], case["teacher"])
         (folder / f"{case['name']}.{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
         gc.collect()
     shut_down_parallel()

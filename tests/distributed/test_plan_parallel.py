@@ -15,14 +15,23 @@ import pytest
 import torch
 
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+from mha2mla_megatron.layout_plan.schedule import backward_passes
+from mha2mla_megatron.model.parallel import ParallelConfig
 from tests.conftest import ROOT, run_tool
 from tests.megatron_cases import original_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's kernels keep")
 
-TP, PP, SP = (
+TP, PP, SP, VPP, CP, STAGES = (
     f"parallel.{key}"
-    for key in ("tensor_model_parallel_size=2", "pipeline_model_parallel_size=2", "sequence_parallel=true")
+    for key in (
+        "tensor_model_parallel_size=2",
+        "pipeline_model_parallel_size=2",
+        "sequence_parallel=true",
+        "virtual_pipeline_model_parallel_size=2",
+        "context_parallel_size=2",
+        "pipeline_model_parallel_layout",
+    )
 )
 SETTINGS = ("implementation=local", "micro_batch_size=2", "global_batch_size=16", "data.sequence_length=32")
 CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
@@ -32,6 +41,15 @@ CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
         "tp2-sp-full": ("joint", (TP, SP, "dtype=float32", "recompute=full")),
         "pp2": ("joint", (PP, "dtype=float32")),
         "dp2": ("original", ("dtype=bfloat16",)),
+        "pp2-vpp2": ("joint", (PP, VPP, "dtype=bfloat16")),
+        "pp2-uneven": ("original", (PP, f"{STAGES}=Et*3|tL", "dtype=float32")),
+        "pp2-vpp2-uneven": ("split", (PP, VPP, f"{STAGES}=E|tt|tt|L", "dtype=float32")),
+        "cp2": ("original", (CP, "dtype=float32")),
+        "cp2-selective": ("joint", (CP, "dtype=float32", "recompute=selective")),
+        "cp2-norms-teacher": ("qwen3", (CP, "dtype=bfloat16")),
+        "tp2-sp-teacher": ("joint", (TP, SP, "dtype=bfloat16")),
+        "tp2-norms": ("qwen3", (TP, "dtype=float32")),
+        "tp2-norms-teacher": ("value", (TP, "dtype=float32")),
     },
     4: {
         "tp2-pp2": ("original", (TP, PP, "dtype=float32")),
@@ -49,28 +67,41 @@ PADDING = 128
 
 
 def model_config(kind: str) -> dict[str, Any]:
-    """Original: biases, tied. Converted: r and c differ in every layer; joint tied, split not."""
+    """Original: biases, tied. qwen3: norms on queries and keys. Converted: r and c differ in every layer; joint is
+    tied, split is not, and value has norms."""
     sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
     if kind == "original":
         return original_config(**sizes, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    if kind == "qwen3":
+        return {**original_config(**sizes), "model_type": "qwen3"}
     mla = MHA2MLAConfig(
         PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), LowRankConfig(method=kind, kv_lora_rank=[24, 17, 20, 9])
     )
-    config = original_config(**sizes, tie_word_embeddings=kind == "joint")
+    config = original_config(**sizes, tie_word_embeddings=kind == "joint", qk_norm=kind == "value")
     return {**config, "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
+
+
+def write_model(folder: Path, config: dict[str, Any]) -> None:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_step(tmp_path: Path, processes: int) -> None:
     (tmp_path / "run.yaml").write_text("")
+    teacher = model_config("original")
+    write_model(tmp_path / "teacher", teacher)
     cases = []
     for name, (kind, words) in CASES[processes].items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(model_config(kind)))
-        cases.append({"name": name, "config": model_config(kind), "settings": [*SETTINGS, *words]})
+        write_model(tmp_path / name, model_config(kind))
+        settings = [*SETTINGS, *words]
+        if name.endswith("teacher"):
+            settings.append(f"distillation.teacher={tmp_path / 'teacher'}")
+        case = {"name": name, "config": model_config(kind), "settings": settings}
+        cases.append({**case, "teacher": teacher if name.endswith("teacher") else None})
         run_tool(
-            "plan", tmp_path / "run.yaml", f"model={tmp_path / name}", f"gpus={processes}", "device=cpu", *SETTINGS,
-            *words, f"output={tmp_path / name}.plan.json",
+            "plan", tmp_path / "run.yaml", f"model={tmp_path / name}", f"gpus={processes}", "device=cpu", *settings,
+            f"output={tmp_path / name}.plan.json",
         )  # fmt: skip
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -91,10 +122,17 @@ def check_rank(plan: dict[str, Any], real: dict[str, Any], where: str) -> None:
     assert 0 <= real["gradients"] - stage["gradients"] <= 4 * padding, where
     # Megatron cuts each bucket, padding and all, into equal shards.
     assert abs(real["optimizer"] - stage["optimizer"]) <= 12 * padding, where
+    assert stage["teacher"] == real["teacher"], where
     assert not real["other"], where
     check_sent(stage["sent"], real["sent"], 4 * padding, where)
     if plan["recompute"] == "none":
-        kept = stage["in_flight"] * sum(stage[key] for key in ("attention", "mlp", "layer_inputs", "output"))
+        # Most is kept at some backward pass, not always the one at which most is in use.
+        parallel = ParallelConfig(
+            pipeline_model_parallel_size=plan["layout"]["pipeline"],
+            virtual_pipeline_model_parallel_size=plan["layout"]["virtual pipeline"],
+        )
+        in_flight = (now for now, _ in backward_passes(parallel, real["stage"], plan["micro_batches"]))
+        kept = max(sum(map(math.prod, zip(now, stage["chunks"], strict=True))) for now in in_flight)
         # Left out by the plan: token ids and the loss mask, 12 bytes of the 4000 and more of each token.
         assert kept == pytest.approx(real["saved"], rel=0.01), where
 
