@@ -75,6 +75,18 @@ def test_parts_on_a_cpu(tmp_path: Path) -> None:
     assert sum(row["part"] == "save" for row in rows) == 1
 
 
+@pytest.mark.slow
+def test_saves_are_timed() -> None:
+    done = run_tool("benchmarks/save", "shape=tiny", "layers=1", "processes=[1]", "saves=2", own_process=True)
+    names, row = (line.split(" | ") for line in done.stdout.splitlines())
+    found = dict(zip(names, map(float, row), strict=True))
+    assert found["processes"] == 1 and 0.05 < found["GiB"] < 0.2
+    assert (
+        0 < found["later s"] < found["blocking s"]
+        and abs(found["ratio"] - found["later s"] / found["blocking s"]) < 0.1
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than 2 GPUs")
 def test_layouts_agree_with_one_gpu(tmp_path: Path) -> None:

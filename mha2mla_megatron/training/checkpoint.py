@@ -21,9 +21,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor, serialization
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,6 +36,8 @@ from mha2mla_megatron.checkpoint.megatron import TorchDistReader, check_coverage
 from mha2mla_megatron.checkpoint.rotation import delete_older, partial_folder, publish_step, remove_leftovers
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.training.host_copies import HostCopies
+from mha2mla_megatron.training.own_shards import own_weights
 from mha2mla_megatron.training.together import describe_os_error, on_every_rank, on_first_rank
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -122,49 +125,82 @@ class PendingStep:
                 print(f"warning: {describe_os_error(error, context)}", file=sys.stderr)
 
 
-def begin_save(
-    root: Path,
-    iteration: int,
-    model: Sequence[torch.nn.Module],
-    optimizer: MegatronOptimizer,
-    schedule: OptimizerParamScheduler,
-    run: dict[str, Any],
-    layout: dict[str, int],
-    keep_last: int | None,
-    in_background: bool,
-) -> PendingStep:
-    """Start writing one step, whose `finish` must be called before the next one is started.
+class StepSaver:
+    """Saves the steps of one run; what does not change between them is made for the first ones only.
 
-    model: its chunks. run: plain values to find again on resuming (step, steps left out). layout: the parallel sizes.
-    in_background: copy the tensors to the host's memory and write them while training changes them.
-
-    Raises UserError where it cannot be written; the steps that are there stay.
+    model: its chunks. layout: the parallel sizes. in_background: write while training changes the tensors, from copies
+    whose memory is kept.
     """
-    folder = partial_folder(root, iteration)
 
-    def begin() -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    def __init__(
+        self,
+        root: Path,
+        model: Sequence[torch.nn.Module],
+        optimizer: MegatronOptimizer,
+        schedule: OptimizerParamScheduler,
+        layout: dict[str, int],
+        keep_last: int | None,
+        in_background: bool,
+    ) -> None:
+        self.root, self.model, self.optimizer, self.schedule = root, model, optimizer, schedule
+        self.layout, self.keep_last, self.in_background = layout, keep_last, in_background
+        self.copies = HostCopies(kept=in_background)
+        # It plans anew until two plans in a row were the same.
+        self.strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
+        self.planned = False
+        _start_writers_helper()
 
-    with _cleaned_up(root, folder):
-        on_first_rank(begin, _context(root, iteration))
-    _start_writers_helper()
-    model_state = _model_state(model)
-    state = {
-        **model_state,
-        "optimizer": optimizer.sharded_state_dict(model_state, metadata=METADATA),
-        "schedule": schedule.state_dict(),
-        "run": run,
-    }
-    request: Any = dist_checkpointing.save(
-        state, str(folder), content_metadata=METADATA, async_sharded_save=True, async_strategy="mcore"
-    )
-    failed: list[str] = []
-    thread = None
-    if in_background:
-        thread = threading.Thread(target=_write, args=(_copied(request), failed))
-        thread.start()
-    return PendingStep(root, iteration, layout, keep_last, request, failed, thread)
+    def begin(self, iteration: int, run: dict[str, Any]) -> PendingStep:
+        """Start writing one step, whose `finish` must be called before the next one is started.
+
+        run: plain values to find again on resuming (step, steps left out).
+
+        Raises UserError where it cannot be written; the steps that are there stay.
+        """
+        folder = partial_folder(self.root, iteration)
+
+        def make_folder() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+        with _cleaned_up(self.root, folder):
+            on_first_rank(make_folder, _context(self.root, iteration))
+        request: Any = dist_checkpointing.save(
+            self._copied_state(run),
+            str(folder),
+            self.strategy,
+            # The pieces are the same ones each time.
+            validate_access_integrity=not self.planned,
+            content_metadata=METADATA,
+            async_sharded_save=True,
+            async_strategy="mcore",
+        )
+        self.planned = True
+        failed: list[str] = []
+        thread = None
+        if self.in_background:
+            thread = threading.Thread(target=_write, args=(request, failed))
+            thread.start()
+        return PendingStep(self.root, iteration, self.layout, self.keep_last, request, failed, thread)
+
+    def _copied_state(self, run: dict[str, Any]) -> dict[str, Any]:
+        """All that a step holds; the tensors that this process writes are copies in its host's memory."""
+        model_state = _model_state(self.model)
+        state = {
+            **own_weights(model_state, self.optimizer),
+            "optimizer": self.optimizer.sharded_state_dict(model_state, metadata=METADATA),
+            "schedule": self.schedule.state_dict(),
+            "run": run,
+        }
+        apply_factories(state)
+        pieces = [
+            piece for piece in nested_values(state)
+            if isinstance(piece, ShardedTensor) and is_main_replica(piece.replica_id)
+        ]  # fmt: skip
+        copies = self.copies.take([piece.data.detach() for piece in pieces])  # type: ignore[union-attr]
+        for piece, copy in zip(pieces, copies, strict=True):
+            piece.data = copy
+        return state
 
 
 def resume_run(
@@ -235,25 +271,13 @@ def _cleaned_up(root: Path, folder: Path) -> Iterator[None]:
         raise UserError(f"{error}; {last}") from None
 
 
-def _copied(request: Any) -> Any:
-    """The request with its tensors copied to the host's memory in their place, so that it holds nothing of a GPU's."""
-    if request.async_fn is None:  # this process has nothing to write
-        return request
-    for _, _, (_, tensors) in request.async_fn_args[1]:
-        tensors[:] = [(item, tensor.to("cpu", copy=True)) for item, tensor in tensors]
-    return request._replace(preload_fn=None)
-
-
 def _write(request: Any, failed: list[str]) -> None:
     """Write this process's tensors; why that failed goes to `failed`."""
     if request.async_fn is None:
         return
-    arguments = list(request.async_fn_args)
-    if request.preload_fn is not None:
-        arguments[1] = request.preload_fn()
     with _write_failures(failed):
         try:
-            request.async_fn(*arguments, **request.async_fn_kwargs)
+            request.async_fn(*request.async_fn_args, **request.async_fn_kwargs)
         except AssertionError as error:  # of Megatron's, where its first file of several fails
             failed.append(first_line(error))
 

@@ -20,7 +20,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
-from mha2mla_megatron.training.checkpoint import PendingStep, begin_save, load_weights, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import PendingStep, StepSaver, load_weights, prepare_root, resume_run
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
@@ -175,6 +175,8 @@ def _train(
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     log = StepLog(root, settings.steps, step, settings.data.sources) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
+    model = [chunk.module for chunk in chunks]
+    saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async)
     pending: PendingStep | None = None
     for chunk in chunks:
         chunk.train()
@@ -212,10 +214,7 @@ def _train(
                     "order": position.order,
                 }
                 gather_weights(chunks)
-                model = [chunk.module for chunk in chunks]
-                pending = begin_save(
-                    root, step, model, optimizer, schedule, run, layout, settings.keep_last, settings.save_async
-                )
+                pending = saver.begin(step, run)
                 if not settings.save_async or stopping or step == settings.steps:
                     pending.finish()
                     pending = None

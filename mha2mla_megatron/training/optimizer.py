@@ -14,6 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.own_shards import save_own_shards
 
 
 def build_optimizer(
@@ -38,7 +39,7 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, chunks)  # type: ignore[arg-type]
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
-            _save_every_bucket_in_its_place(part)
+            save_own_shards(part)
     _leave_out_what_is_not_finite(optimizer)
     for inner in _torch_adams(optimizer):
         _make_resumable(inner)
@@ -88,34 +89,6 @@ def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
 
     optimizer.get_grad_norm = get_grad_norm
     optimizer.step_with_ready_grads = step_with_ready_grads
-
-
-def _save_every_bucket_in_its_place(optimizer: DistributedOptimizer) -> None:
-    """Let Megatron's distributed optimizer save the state of a buffer of several buckets (megatron-core 0.19).
-
-    It gathers a buffer without the padding at the end of each bucket, but then looks parameters up at their places in
-    the padded buffer, so that all that follow a padded bucket are saved shifted. So: the gathered state gets the
-    padding back.
-    """
-    gather: Any = optimizer.get_parameter_state_dp_zero
-
-    def gather_padded(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        state = gather(*args, **kwargs)
-        if state is None:
-            return None
-        for index, buffer in enumerate(optimizer.buffers):
-            if all(bucket.numel_unpadded == bucket.grad_data.numel() for bucket in buffer.buckets[:-1]):
-                continue
-            for tensors in state[index].values():
-                for name, dense in tensors.items():
-                    if isinstance(dense, torch.Tensor):
-                        sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-                        tensors[name] = dense.new_zeros(buffer.numel)
-                        for bucket, part in zip(buffer.buckets, dense.split(sizes), strict=True):
-                            tensors[name][bucket.offset : bucket.offset + len(part)] = part
-        return state
-
-    optimizer.get_parameter_state_dp_zero = gather_padded
 
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterable[torch.optim.Optimizer]:

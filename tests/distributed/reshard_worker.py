@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from mha2mla_megatron.architecture import parse_architecture
-from mha2mla_megatron.training.checkpoint import begin_save, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.pieces import fill, state_pieces
 from mha2mla_megatron.training.step import gather_weights, train_step
@@ -23,20 +23,28 @@ SAVED, MORE = 2, 3
 
 
 def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSettings) -> None:
-    """Train, save to folder/`name` in between, and go on; leaves folder/NAME.RANK.pt."""
+    """Train, save to folder/`name` after each step, and go on while the last one is written; leaves
+    folder/NAME.RANK.pt.
+
+    The third save is the first that plans nothing any more.
+    """
     architecture = parse_architecture(config, name)
     chunks, optimizer, schedule, device = build(architecture, settings)
     fill(chunks, optimizer, torch.load(folder / "weights.pt").__getitem__)
     schedule.step(0)
-    before = _losses(0, SAVED, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
-    gather_weights(chunks)
-    state = state_pieces(chunks, optimizer)
     prepare_root(folder / name)
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    run = {"step": SAVED}
-    begin_save(folder / name, SAVED, _model(chunks), optimizer, schedule, run, layout, None, False).finish()
-    after = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
-    _write({"losses": before + after, "state": state}, folder / name)
+    saver = StepSaver(folder / name, _model(chunks), optimizer, schedule, layout, 1, True)
+    losses = []
+    for step in range(SAVED):
+        saver.begin(step, {"step": step}).finish()
+        losses += _losses(step, 1, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    gather_weights(chunks)
+    state = state_pieces(chunks, optimizer)
+    pending = saver.begin(SAVED, {"step": SAVED})
+    losses += _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    pending.finish()
+    _write({"losses": losses, "state": state}, folder / name)
 
 
 def load(name: str, source: str, config: dict[str, Any], folder: Path, settings: FinetuneSettings) -> None:

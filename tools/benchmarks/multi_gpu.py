@@ -450,12 +450,14 @@ class Plan:
 
         def report(found: dict[str, Any]) -> None:
             plain, busy = statistics.median(found["plain"]), found["while_writing"]
-            begin, finish = 1000 * found["begin"], 1000 * found["finish"]
-            slower = sum(busy) - plain * len(busy)
+            begins, saves = [1000 * seconds for seconds in found["begin"]], len(found["begin"])
+            begin, finish = begins[-1], 1000 * found["finish"][-1]
+            slower = (sum(busy) - plain * len(busy)) / saves
             stall = begin + finish + slower
             text = (
                 f"{found['bytes'] / 2**30:.2f} GiB; step {plain:.1f} ms; blocking save "
-                f"{1000 * found['blocking']:.0f} ms; async: begin {begin:.0f} ms, {len(busy)} steps of "
+                f"{1000 * found['blocking']:.0f} ms; async: begin {begin:.0f} ms (first {begins[0]:.0f} ms, "
+                f"a copy {1000 * found['copy']:.0f} ms), {len(busy) // saves} steps of "
                 f"{statistics.median(busy) if busy else 0:.1f} ms in "
                 f"{found['writing']:.1f} s of writing, finish {finish:.0f} ms; stall in all {stall:.0f} ms"
                 f"{'' if found['written'] else ' (still writing then)'}"
@@ -467,9 +469,9 @@ class Plan:
 
         arguments = dict(
             shape=shape, converted=True, implementation=self.fast, parallel=parallel(**layout),
-            folder=str(self.folder / "stall"), layers=layers, steps=self.settings.steps,
+            folder=str(self.folder / "stall"), layers=layers, steps=self.settings.steps, saves=2,
         )  # fmt: skip
-        self.add("save", self.size, "save_stall", name, model, report, 50, arguments)
+        self.add("save", self.size, "save_stall", name, model, report, 80, arguments)
 
     def kill(self) -> None:
         self._prepare("kill", "make_run", 15, folder=str(self.folder / "kill"))

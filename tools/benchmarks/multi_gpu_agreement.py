@@ -20,7 +20,7 @@ from shapes import SHAPES, make_architecture, model_name
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.data.dataset import sample_batches
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
-from mha2mla_megatron.training.checkpoint import begin_save, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_run
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.pieces import Piece, fill, keep_gradients, merge_pieces, state_pieces
@@ -147,8 +147,8 @@ def save_training(folder: str, name: str, **what: Any) -> dict[str, Any]:
     _write_state(run, root)
     prepare_root(root)
     layout = run.settings.parallel.sizes(torch.distributed.get_world_size())
-    values = {"step": SAVED}
-    begin_save(root, SAVED, run.model, run.optimizer, run.schedule, values, layout, None, False).finish()
+    saver = StepSaver(root, run.model, run.optimizer, run.schedule, layout, None, False)
+    saver.begin(SAVED, {"step": SAVED}).finish()
     return {"processes": torch.distributed.get_world_size(), "losses": run.losses(SAVED, MORE)}
 
 

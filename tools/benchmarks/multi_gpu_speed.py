@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -21,8 +22,9 @@ from train_step import random_batches
 from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.stages import plan_stages
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
-from mha2mla_megatron.training.checkpoint import begin_save, prepare_root
+from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root
 from mha2mla_megatron.training.config import DataSettings
+from mha2mla_megatron.training.host_copies import HostCopies
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 
@@ -105,42 +107,63 @@ def train(
 
 
 def save_stall(
-    shape: str, converted: bool, implementation: str, parallel: dict[str, Any], folder: str, layers: int, steps: int
+    shape: str,
+    converted: bool,
+    implementation: str,
+    parallel: dict[str, Any],
+    folder: str,
+    layers: int,
+    steps: int,
+    saves: int,
+    sequence_length: int | None = None,
 ) -> dict[str, Any]:
     """Milliseconds of steps without a save and while one is written; seconds that saves hold training up.
 
-    `blocking`: begin and finish at once. `begin`, `finish`: of one in the background, `while_writing` the steps in
-    between; `written` is false where it took longer than LONGEST_SAVE and training waited for the rest.
+    saves: in the background, one after the other. `blocking`: one begun and finished at once. `begin`, `finish`: of
+    each one in the background, `while_writing` the steps in between; `written` is false where one took longer than
+    LONGEST_SAVE and training waited for the rest. `bytes`: of a checkpoint; `own`: of what rank 0 writes of it; `copy`:
+    seconds of a copy of so many bytes to the host's memory.
     """
-    run, root = Training(replace(SHAPES[shape], layers=layers), converted, implementation, parallel), Path(folder)
+    sizes = replace(SHAPES[shape], layers=layers)
+    sizes = replace(sizes, sequence_length=sequence_length or sizes.sequence_length)
+    run, root = Training(sizes, converted, implementation, parallel), Path(folder)
     layout = run.settings.parallel.sizes(torch.distributed.get_world_size())
     for _ in range(WARMUP):
         run.step()
     plain = [run.step() for _ in range(steps)]
     prepare_root(root)
 
-    def begin(step: int, in_background: bool) -> Any:
-        gather_weights(run.chunks)
-        return begin_save(root, step, run.model, run.optimizer, run.schedule, {"step": step}, layout, 1, in_background)
+    def saver(in_background: bool) -> StepSaver:
+        return StepSaver(root, run.model, run.optimizer, run.schedule, layout, 1, in_background)
 
-    start = time.perf_counter()
-    begin(1, False).finish()
-    blocking = time.perf_counter() - start
+    def timed(action: Callable[[], Any]) -> tuple[float, Any]:
+        torch.distributed.barrier()
+        start = time.perf_counter()
+        result = action()
+        return time.perf_counter() - start, result
+
+    gather_weights(run.chunks)
+    blocking, _ = timed(lambda: saver(False).begin(1, {"step": 1}).finish())
     size = sum(file.stat().st_size for file in root.rglob("*") if file.is_file())
-    start = time.perf_counter()
-    pending = begin(2, True)
-    begun = time.perf_counter() - start
-    busy, written = [], False
-    while not (written := pending.written()) and time.perf_counter() - start < LONGEST_SAVE:
-        busy.append(run.step())
-    writing = time.perf_counter() - start
-    late = time.perf_counter()
-    pending.finish()
-    finished = time.perf_counter() - late
+    own = sum(file.stat().st_size for file in root.rglob("__0_*.distcp"))
+    begin, finish, busy, written, writing = [], [], [], True, 0.0
+    background = saver(True)
+    for step in range(2, 2 + saves):
+        gather_weights(run.chunks)
+        start = time.perf_counter()
+        seconds, pending = timed(lambda step=step: background.begin(step, {"step": step}))
+        begin.append(seconds)
+        while not (done := pending.written()) and time.perf_counter() - start < LONGEST_SAVE:
+            busy.append(run.step())
+        written, writing = written and done, time.perf_counter() - start
+        finish.append(timed(pending.finish)[0])
+    tensor, copies = torch.zeros(own, dtype=torch.uint8, device=run.device), HostCopies(kept=True)
+    copies.take([tensor])
+    copy, _ = timed(lambda: copies.take([tensor]))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         shutil.rmtree(root)
     return {
-        "plain": plain, "blocking": blocking, "begin": begun, "while_writing": busy, "finish": finished,
-        "writing": writing, "written": written, "bytes": size,
+        "plain": plain, "blocking": blocking, "begin": begin, "while_writing": busy, "finish": finish,
+        "writing": writing, "written": written, "bytes": size, "own": own, "copy": copy,
     }  # fmt: skip
