@@ -11,6 +11,7 @@ from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.shards import count, stage_layers, stage_parameters
 from mha2mla_megatron.layout_plan.traffic import step_traffic
 from mha2mla_megatron.model.implementation import fuses_projections, rotates_fused, uses_transformer_engine
+from mha2mla_megatron.training.lr_scale import lr_factors
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class StagePlan:
     stage: int
     layers: int
     parameter_count: int
+    trained_count: int
+    """Those of them that optimizer.lr_scale does not freeze."""
+
     parameters: int
     gradients: int
     optimizer: int
@@ -63,10 +67,13 @@ def plan_stages(architecture: Architecture, settings: PlanSettings) -> list[Stag
         ),
         fused=settings.device == "cuda",
     )
+    factors = lr_factors(architecture, settings.optimizer.lr_scale)
+    tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if architecture.tie_word_embeddings else {}
     found = []
     for stage, parameters in enumerate(stage_parameters(architecture, parallel)):
+        trained = {name: shape for name, shape in parameters.items() if factors[tied.get(name, name)] > 0}
         first, last = stage == 0, stage == stages - 1
-        layers, number = stage_layers(architecture, parallel, stage), count(parameters)
+        layers, number, updated = stage_layers(architecture, parallel, stage), count(parameters), count(trained)
         kept = {**work.saved(layers), "output": work.output_saved if last else 0}
         # 1F1B starts with as many forward passes as there are stages from here on.
         in_flight = min(stages - stage, settings.micro_batches)
@@ -75,16 +82,18 @@ def plan_stages(architecture: Architecture, settings: PlanSettings) -> list[Stag
             others += in_flight * work.hidden  # what was sent on stays until its gradient comes back
         parts = {
             "parameters": number * work.element_size,
-            "gradients": number * FLOAT32,
+            "gradients": updated * FLOAT32,
             # Both moments and, where the weights are not float32 themselves, the master weights.
-            "optimizer": math.ceil(number / settings.data_size) * (3 if half else 2) * FLOAT32,
+            "optimizer": math.ceil(updated / settings.data_size) * (3 if half else 2) * FLOAT32,
             **kept,
             "others_in_flight": others,
             "working": work.working(layers, last, max(map(math.prod, parameters.values()))),
         }
-        sent = step_traffic(work, layers, parameters, first, last, settings.micro_batches, settings.data_size)
+        sent = step_traffic(work, layers, trained, first, last, settings.micro_batches, settings.data_size)
         total = sum(parts.values())
-        found.append(StagePlan(stage, len(layers), number, in_flight=in_flight, total=total, sent=sent, **parts))
+        found.append(
+            StagePlan(stage, len(layers), number, updated, in_flight=in_flight, total=total, sent=sent, **parts)
+        )
     return found
 
 

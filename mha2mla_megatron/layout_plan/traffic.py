@@ -16,7 +16,7 @@ from mha2mla_megatron.layout_plan.shards import count, split_dim
 def step_traffic(
     work: ForwardPass,
     layers: Iterable[int],
-    parameters: dict[str, tuple[int, ...]],
+    trained: dict[str, tuple[int, ...]],
     first: bool,
     last: bool,
     micro_batches: int,
@@ -24,8 +24,8 @@ def step_traffic(
 ) -> dict[str, int]:
     """What each rank of a pipeline stage sends in a step; only the kinds that the layout has.
 
-    layers, parameters: those of the stage. first, last: whether it is the first or last one. data_size: ranks that hold
-    the same part of the model.
+    layers: those of the stage. trained: its parameters that are not frozen. first, last: whether it is the first or
+    last one. data_size: ranks that hold the same part of the model.
     """
     parallel = work.parallel
     tp, staged = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size > 1
@@ -34,7 +34,7 @@ def step_traffic(
         ring = _tensor_parallel(work, list(layers), first, last) * micro_batches
         if parallel.uses_sequence_parallel:
             sent["tensor: all-gather and reduce-scatter"] = _share(ring, tp)
-            whole = {name: shape for name, shape in parameters.items() if split_dim(name, shape) is None}
+            whole = {name: shape for name, shape in trained.items() if split_dim(name, shape) is None}
             sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * count(whole), tp)
         else:
             sent["tensor: all-reduce"] = _share(2 * ring, tp)
@@ -42,12 +42,12 @@ def step_traffic(
             sent["tensor: loss"] = _share(2 * 3 * FLOAT32 * work.tokens * micro_batches, tp)
     if staged:
         sent["pipeline: send"] = ((not first) + (not last)) * work.hidden * micro_batches
-        if work.architecture.tie_word_embeddings and (first or last):
-            name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
-            sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(parameters[name])
+        name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
+        if work.architecture.tie_word_embeddings and (first or last) and name in trained:
+            sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(trained[name])
     if data_size > 1:
-        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(parameters), data_size)
-        sent["data: all-gather of parameters"] = _share(work.element_size * count(parameters), data_size)
+        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(trained), data_size)
+        sent["data: all-gather of parameters"] = _share(work.element_size * count(trained), data_size)
     return sent
 
 
