@@ -163,6 +163,23 @@ def test_the_loss_of_a_teacher_takes_what_is_planned(empty: Path, dtype: str) ->
     assert planned == pytest.approx(max(allocated), rel=0.02)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts on the CPU")
+def test_frozen_tensors_have_neither_gradients_nor_moments(empty: Path, tiny_llama: Path) -> None:
+    words = [f"model={tiny_llama}", "gpus=1", "device=cpu", "data.sequence_length=64", "optimizer.lr_scale={mlp: 0}"]
+    found = plan(empty, *words)
+    (stage,) = found["stages"]
+    settings = load_settings(PlanSettings, words)
+    device = initialize_parallel(settings.parallel)
+    (model,) = build_training_model(planned_architecture(settings), settings, torch.float32, device)
+    trained = sum(parameter.main_grad.numel() for parameter in model.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for name, parameter in model.named_parameters() if ".mlp.linear_fc" in name)
+    assert (stage["trained_count"], stage["parameter_count"]) == (trained, trained + frozen)
+    assert (stage["gradients"], stage["optimizer"]) == (4 * trained, 8 * trained)
+    assert "frozen: 0.1 M of the weights below" in run_tool("plan", empty, *words).stdout
+    assert "frozen" not in run_tool("plan", empty, *words[:-1]).stdout
+    assert "matches no tensor" in refused("plan", empty, *words[:-1], "optimizer.lr_scale={latents: 0}")
+
+
 def test_a_conversion_is_planned_from_the_original_alone(empty: Path, tiny_llama: Path, tmp_path: Path) -> None:
     """As words, as a conversion's YAML file, and as the converted folder itself: one plan."""
     words = ["partial_rope.qk_rope_head_dim=[0,4,8]", "low_rank.method=split", "low_rank.kv_lora_rank=12"]

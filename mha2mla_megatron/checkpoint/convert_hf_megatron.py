@@ -38,8 +38,8 @@ class ToMegatronSettings:
 class ToHFSettings:
     """Settings of tools/convert_megatron_to_hf.py."""
 
-    iteration: int | None = None
-    """The saved step to export. None: the latest."""
+    iteration: int | str | None = None
+    """The saved step to export; best: the one that keep_best kept. None: the latest."""
 
     max_shard_size: str = "5GB"
     """Largest safetensors file written."""

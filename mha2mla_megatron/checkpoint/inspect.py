@@ -25,8 +25,8 @@ from mha2mla_megatron.progress import Progress
 class InspectSettings:
     """Settings of tools/inspect_checkpoint.py."""
 
-    iteration: int | None = None
-    """The saved step of a checkpoint root. None: the latest."""
+    iteration: int | str | None = None
+    """The saved step of a checkpoint root; best: the one that keep_best kept. None: the latest."""
 
     verify: bool = True
     """Read every tensor: all its pieces are there, their checksums are right, their values are finite."""
@@ -86,7 +86,8 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"vocabulary {model['vocab_size']}",
         "conversion: " + ("none" if conversion is None else describe_conversion(conversion)),
         "optimizer state: " + ("yes" if found["optimizer_state"] else "no"),
-        *([f"run: {', '.join(f'{key} {value}' for key, value in run.items())}"] if run else []),
+        # Of the gradient norms there are a hundred.
+        *([f"run: {', '.join(f'{key} {run[key]}' for key in run if key != 'grad_norms')}"] if run else []),
         "verified: "
         + ("every tensor is complete, readable and finite" if found["verified"] else "the tensors were not read")
         + ("" if found["manifest"] else f"; there is no {MANIFEST} to compare the files with"),

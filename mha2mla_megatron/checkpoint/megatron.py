@@ -1,8 +1,9 @@
 """Megatron `torch_dist` checkpoints as folders: where things are, and reading and writing global tensors.
 
-A checkpoint root holds `hf/` (config.json and the tokenizer of the model), one folder `iter_0000100` per saved step and
-`latest_checkpointed_iteration.txt`, written last. Tensors are stored with their global shapes, so that one process can
-read what any parallel layout wrote, and the reverse.
+A checkpoint root holds `hf/` (config.json and the tokenizer of the model), one folder `iter_0000100` per saved step,
+`latest_checkpointed_iteration.txt`, written last; `best_checkpointed_iteration.txt` where a run keeps its best step.
+Tensors are stored with their global shapes, so that one process can read what any parallel layout wrote, and the
+reverse.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.files import replace_text
 
 LATEST = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
 
 
@@ -51,8 +54,42 @@ def write_latest(root: Path, iteration: int) -> None:
     replace_text(root / LATEST, f"{iteration}\n")
 
 
-def locate_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class BestStep:
+    """The saved step with the lowest validation loss of its run so far."""
+
+    step: int
+    validation_loss: float
+
+    @classmethod
+    def of(cls, run: dict[str, Any]) -> BestStep | None:
+        """As a checkpoint's plain values of the run have it."""
+        return cls(**run["best"]) if run.get("best") is not None else None
+
+
+def read_best(root: Path) -> BestStep | None:
+    """The step that a run keeps as its best; None where it keeps none."""
+    try:
+        step, loss = (root / BEST).read_text().split()
+        return BestStep(int(step), float(loss))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{root / BEST}: not a step number and a loss") from None
+
+
+def write_best(root: Path, best: BestStep | None) -> None:
+    """Point at a complete step, or at none; the file changes all at once."""
+    if best is None:
+        (root / BEST).unlink(missing_ok=True)
+    else:
+        replace_text(root / BEST, f"{best.step} {best.validation_loss!r}\n")
+
+
+def locate_checkpoint(path: Path, iteration: int | str | None = None) -> tuple[Path, Path]:
     """(hf folder, step folder) of a checkpoint root, or of one of its step folders.
+
+    iteration: the step of a root, or "best"; None: its latest.
 
     Raises UserError naming what is missing.
     """
@@ -60,14 +97,25 @@ def locate_checkpoint(path: Path, iteration: int | None = None) -> tuple[Path, P
         root, step = path.resolve().parent, path
     else:
         root = path
-        latest = read_latest(root) if iteration is None else iteration
-        if latest is None:
+        number = read_latest(root) if iteration is None else _step_number(root, iteration)
+        if number is None:
             raise UserError(f"{path}: not a Megatron checkpoint (no {LATEST} and no metadata.json)")
-        step = iteration_folder(root, latest)
+        step = iteration_folder(root, number)
     for needed in (root / HF_FOLDER / "config.json", step / "metadata.json", step / ".metadata"):
         if not needed.is_file():
             raise UserError(f"{path}: not a complete Megatron checkpoint ({needed} is missing)")
     return root / HF_FOLDER, step
+
+
+def _step_number(root: Path, iteration: int | str) -> int:
+    if isinstance(iteration, int):
+        return iteration
+    if iteration != "best":
+        raise UserError(f"iteration: '{iteration}' is not a step; valid: a number, or best")
+    best = read_best(root)
+    if best is None:
+        raise UserError(f"iteration: {root} has no best step (no {BEST}); a run with keep_best=true has one")
+    return best.step
 
 
 class TorchDistReader:

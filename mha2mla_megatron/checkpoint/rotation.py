@@ -10,10 +10,10 @@ import re
 import shutil
 from pathlib import Path
 
-from mha2mla_megatron.checkpoint.megatron import LATEST, iteration_folder, write_latest
+from mha2mla_megatron.checkpoint.megatron import BEST, LATEST, BestStep, iteration_folder, write_latest
 
 _STEP = re.compile(r"iter_(\d{7,})")
-_LEFTOVER = re.compile(rf"\.iter_\d{{7,}}\.(partial|deleted)|\.{re.escape(LATEST)}")
+_LEFTOVER = re.compile(rf"\.iter_\d{{7,}}\.(partial|deleted)|\.({re.escape(LATEST)}|{re.escape(BEST)})")
 
 
 def partial_folder(root: Path, iteration: int) -> Path:
@@ -36,10 +36,12 @@ def publish_step(root: Path, iteration: int) -> None:
     write_latest(root, iteration)
 
 
-def delete_older(root: Path, iteration: int, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` steps up to this one; later ones are of a run that was put back."""
+def delete_older(root: Path, iteration: int, keep_last: int, best: BestStep | None) -> None:
+    """Delete all but the newest `keep_last` steps up to this one, and the best; later ones are of a run that was put
+    back."""
     for old in [step for step in saved_steps(root) if step <= iteration][:-keep_last]:
-        delete_step(root, old)
+        if best is None or old != best.step:
+            delete_step(root, old)
 
 
 def delete_step(root: Path, iteration: int) -> None:

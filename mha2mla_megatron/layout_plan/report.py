@@ -92,6 +92,7 @@ def format_plan(found: dict[str, Any], settings: PlanSettings) -> str:
         "stage", "layers", "M weights", *(key.replace("_", " ") for key in (*held, *KEPT)), "in flight",
         *AT_ONCE.values(),
     )  # fmt: skip
+    frozen = sum(stage["parameter_count"] - stage["trained_count"] for stage in stages) / 1e6
     kinds = list(dict.fromkeys(kind for stage in stages for kind in stage["sent"]))
     traffic = [(kind, *(_gib(stage["sent"].get(kind, 0)) for stage in stages)) for kind in kinds]
     return "\n".join(
@@ -104,6 +105,7 @@ def format_plan(found: dict[str, Any], settings: PlanSettings) -> str:
             f"step: {found['global_batch_size']} samples of {found['sequence_length']} tokens, "
             f"{found['micro_batches']} micro-batches of {found['micro_batch_size']} on each rank; "
             f"pipeline bubble {found['bubble']:.1%}",
+            *([f"frozen: {frozen:.1f} M of the weights below; activations as if none were"] if frozen else []),
             "",
             "GiB of one rank",
             format_table(headings, memory),

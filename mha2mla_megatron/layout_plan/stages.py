@@ -14,6 +14,7 @@ from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.shards import Chunk, count, fp8_copies, stage_chunks, stage_parameters
 from mha2mla_megatron.layout_plan.traffic import step_traffic, teacher_traffic
 from mha2mla_megatron.model.implementation import fuses_projections, rotates_fused, uses_transformer_engine
+from mha2mla_megatron.training.lr_scale import lr_factors
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class StagePlan:
     stage: int
     layers: int
     parameter_count: int
+    trained_count: int
+    """Those of them that optimizer.lr_scale does not freeze."""
+
     parameters: int
     """Weights, and their copies in 8 bits."""
 
@@ -66,9 +70,13 @@ def plan_stages(
     parallel = settings.parallel
     work = _forward_pass(architecture, settings)
     element, half = work.element_size, work.element_size < FLOAT32
+    factors = lr_factors(architecture, settings.optimizer.lr_scale)
+    tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if architecture.tie_word_embeddings else {}
     found = []
     for stage, parameters in enumerate(stage_parameters(architecture, parallel)):
-        chunks, number = stage_chunks(architecture, parallel)[stage], count(parameters)
+        trained = {name: shape for name, shape in parameters.items() if factors[tied.get(name, name)] > 0}
+        chunks = stage_chunks(architecture, parallel)[stage]
+        number, updated = count(parameters), count(trained)
         kept = [_kept(work, chunk) for chunk in chunks]
         sizes = [sum(of.values()) for of in kept]
         outputs = [0 if chunk.last else work.hidden for chunk in chunks]
@@ -86,19 +94,19 @@ def plan_stages(
         in_flight = most.pop("in_flight")
         parts: dict[str, Any] = {
             "parameters": number * element + (fp8_copies(parameters) if work.fp8 else 0),
-            "gradients": number * FLOAT32,
+            "gradients": updated * FLOAT32,
             # Both moments and, where the weights are not float32 themselves, the master weights.
-            "optimizer": math.ceil(number / settings.replicas) * (3 if half else 2) * FLOAT32,
+            "optimizer": math.ceil(updated / settings.replicas) * (3 if half else 2) * FLOAT32,
             "teacher": 0 if teacher is None else count(stage_parameters(teacher, parallel)[0]) * element,
             **{part: sum(of[part] for of in kept) for part in kept[0]},
             **most,
         }
-        sent = step_traffic(work, chunks, parameters, settings.micro_batches, settings.replicas)
+        sent = step_traffic(work, chunks, trained, settings.micro_batches, settings.replicas)
         if teacher is not None:
             taught = _forward_pass(teacher, dataclasses.replace(settings, recompute="none", fp8=None))
             sent |= teacher_traffic(taught, settings.micro_batches)
         parts |= {"chunks": sizes, "in_flight": in_flight, "total": sum(parts.values()), "sent": sent}
-        found.append(StagePlan(stage, sum(len(chunk.layers) for chunk in chunks), number, **parts))
+        found.append(StagePlan(stage, sum(len(chunk.layers) for chunk in chunks), number, updated, **parts))
     return found
 
 

@@ -16,14 +16,14 @@ from mha2mla_megatron.layout_plan.shards import HEAD_NORMS, Chunk, count, split_
 def step_traffic(
     work: ForwardPass,
     chunks: Sequence[Chunk],
-    parameters: dict[str, tuple[int, ...]],
+    trained: dict[str, tuple[int, ...]],
     micro_batches: int,
     replicas: int,
 ) -> dict[str, int]:
     """What each rank of a pipeline stage sends in a step; only the kinds that the layout has.
 
-    chunks, parameters: those of the stage. replicas: ranks that hold the same part of the model and so sum its
-    gradients, those that share a sequence among them.
+    chunks: those of the stage. trained: its parameters that are not frozen. replicas: ranks that hold the same part of
+    the model and so sum its gradients, those that share a sequence among them.
     """
     parallel = work.parallel
     tp, staged = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size > 1
@@ -35,7 +35,7 @@ def step_traffic(
             sent["tensor: all-gather and reduce-scatter"] = _share(ring, tp)
         else:
             sent["tensor: all-reduce"] = _share(2 * ring, tp)
-        if partial := _partial_gradients(parameters, parallel.uses_sequence_parallel):
+        if partial := _partial_gradients(trained, parallel.uses_sequence_parallel):
             sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * partial, tp)
         if last:
             numbers = 7 if work.distilled else 3  # two maxima and five sums for both losses
@@ -45,12 +45,12 @@ def step_traffic(
     if staged:
         neighbours = sum((not chunk.first) + (not chunk.last) for chunk in chunks)
         sent["pipeline: send"] = neighbours * work.hidden * micro_batches
-        if work.architecture.tie_word_embeddings and (first or last):
-            name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
-            sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(parameters[name])
+        name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
+        if work.architecture.tie_word_embeddings and (first or last) and name in trained:
+            sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(trained[name])
     if replicas > 1:
-        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(parameters), replicas)
-        sent["data: all-gather of parameters"] = _share(work.element_size * count(parameters), replicas)
+        sent["data: reduce-scatter of gradients"] = _share(FLOAT32 * count(trained), replicas)
+        sent["data: all-gather of parameters"] = _share(work.element_size * count(trained), replicas)
     return sent
 
 

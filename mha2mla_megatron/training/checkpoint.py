@@ -32,12 +32,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
-from mha2mla_megatron.checkpoint.megatron import TorchDistReader, check_coverage, iteration_folder, read_latest
+from mha2mla_megatron.checkpoint.megatron import (
+    BestStep,
+    TorchDistReader,
+    check_coverage,
+    iteration_folder,
+    read_latest,
+    write_best,
+)
 from mha2mla_megatron.checkpoint.rotation import delete_older, partial_folder, publish_step, remove_leftovers
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.model.provider import sharded_weights
 from mha2mla_megatron.training.host_copies import HostCopies
 from mha2mla_megatron.training.own_shards import own_weights
+from mha2mla_megatron.training.param_groups import parameters_of, take_own_groups
 from mha2mla_megatron.training.together import describe_os_error, on_every_rank, on_first_rank
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -88,6 +96,7 @@ class PendingStep:
     iteration: int
     layout: dict[str, int]
     keep_last: int | None
+    best: BestStep | None
     request: Any
     failed: list[str]
     thread: threading.Thread | None
@@ -113,13 +122,14 @@ class PendingStep:
         def complete() -> None:
             seal_step(folder, self.iteration, self.layout)
             publish_step(self.root, self.iteration)
+            write_best(self.root, self.best)
 
         with _cleaned_up(self.root, folder):
             _write_index(self.request, self.failed, _context(self.root, self.iteration))
             on_first_rank(complete, _context(self.root, self.iteration))
         if self.keep_last is not None and torch.distributed.get_rank() == 0:
             try:
-                delete_older(self.root, self.iteration, self.keep_last)
+                delete_older(self.root, self.iteration, self.keep_last, self.best)
             except OSError as error:  # the new step is safe; there is only less room for the next one
                 context = f"{self.root}: an old step cannot be deleted"
                 print(f"warning: {describe_os_error(error, context)}", file=sys.stderr)
@@ -153,7 +163,8 @@ class StepSaver:
     def begin(self, iteration: int, run: dict[str, Any]) -> PendingStep:
         """Start writing one step, whose `finish` must be called before the next one is started.
 
-        run: plain values to find again on resuming (step, steps left out).
+        run: plain values to find again on resuming (step, steps left out, the best step, which is kept whatever
+        `keep_last` says).
 
         Raises UserError where it cannot be written; the steps that are there stay.
         """
@@ -181,7 +192,7 @@ class StepSaver:
         if self.in_background:
             thread = threading.Thread(target=_write, args=(request, failed))
             thread.start()
-        return PendingStep(self.root, iteration, self.layout, self.keep_last, request, failed, thread)
+        return PendingStep(self.root, iteration, self.layout, self.keep_last, BestStep.of(run), request, failed, thread)
 
     def _copied_state(self, run: dict[str, Any]) -> dict[str, Any]:
         """All that a step holds; the tensors that this process writes are copies in its host's memory."""
@@ -212,13 +223,16 @@ def resume_run(
 ) -> dict[str, Any] | None:
     """Load the newest step of `root` into the objects and return its `run` values; None where there is none.
 
-    Raises UserError for a step of another model, or one that is damaged.
+    Learning rates, weight decay and moments' decay are those of the optimizer, not the saved ones.
+
+    Raises UserError for a step of another model, one with other tensors frozen, or one that is damaged.
     """
     latest = read_latest(root)
     if latest is None:
         return None
     folder = iteration_folder(root, latest)
-    on_every_rank(lambda: _check_step(root, folder, architecture), f"{folder}: cannot be read")
+    trained = {name: parameter.requires_grad for chunk in model for name, parameter in parameters_of(chunk)}
+    on_every_rank(lambda: _check_step(root, folder, architecture, trained), f"{folder}: cannot be read")
     model_state = _model_state(model)
     state = {
         **model_state,
@@ -227,9 +241,11 @@ def resume_run(
     loaded = _load(state, folder)
     for name, chunk in zip(model_state, model, strict=True):
         chunk.load_state_dict(loaded[name], strict=False)
+    run = loaded["run"]
+    take_own_groups(loaded["optimizer"], optimizer, run["step"] - run.get("skipped", 0))
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
-    return loaded["run"]
+    return run
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -237,8 +253,9 @@ def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(model)}
 
 
-def _check_step(root: Path, folder: Path, architecture: Architecture) -> None:
-    """Raise UserError unless all of a step's files are as they were saved, and of this model.
+def _check_step(root: Path, folder: Path, architecture: Architecture, trained: dict[str, bool]) -> None:
+    """Raise UserError unless all of a step's files are as they were saved, of this model, and of a run that trained the
+    tensors that this one trains; of these each process knows its own.
 
     Megatron reads the pieces without a look at their checksums; here each process checks its share of them.
     """
@@ -249,6 +266,14 @@ def _check_step(root: Path, folder: Path, architecture: Architecture) -> None:
         check_coverage(reader.shapes(), megatron_shapes(architecture), folder)
     except UserError as error:
         raise UserError(f"save: {root} holds a run of another model ({error})") from None
+    for name, now in trained.items():
+        before = f"optimizer.state.exp_avg.{name}" in reader.shapes()
+        if before != now:
+            words = {True: "trained", False: "frozen"}
+            raise UserError(
+                f"optimizer.lr_scale: {name} was {words[before]} in {folder} and is {words[now]} now; valid: the same "
+                f"tensors frozen, or a new run (another save) with load={folder}"
+            )
     share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
     for index in list(reader.storage)[share]:
         reader.check_piece(index)

@@ -147,11 +147,28 @@ class OptimizerSettings:
     clip_grad: float = 1.0
     """Largest global gradient norm."""
 
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factors of some tensors' learning rates: pattern of Megatron names (`*`, `?`), or one of the words attention,
+    latents, mlp, norms -> factor. Of those that match a tensor the last one counts. 0: frozen."""
+
+    spike_factor: float | None = None
+    """Leave out a step whose gradient norm, before clipping, is more than this many times the median of the last
+    spike_window updates. None: none is."""
+
+    spike_window: int = 100
+    """Updates that the median is of; before there are so many no step is left out."""
+
     def __post_init__(self) -> None:
         styles = ("minus_sqrt", "linear", "cosine", "exponential")
         require_one_of("optimizer.decay_style", self.decay_style, styles)
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"optimizer.min_lr: {self.min_lr} is not between 0 and optimizer.lr {self.lr}")
+        for pattern, factor in self.lr_scale.items():
+            if not 0 <= factor < math.inf:
+                raise UserError(f"optimizer.lr_scale: {factor} for '{pattern}'; valid: 0 (frozen) or a positive number")
+        if self.spike_factor is not None and not 1 <= self.spike_factor < math.inf:
+            raise UserError(f"optimizer.spike_factor: {self.spike_factor} is not a number of at least 1")
+        require_at_least("optimizer.spike_window", self.spike_window, 1)
 
 
 @dataclass(frozen=True)
@@ -203,11 +220,17 @@ class FinetuneSettings:
     keep_last: int | None = None
     """How many of the newest checkpoints to keep; older ones go once a newer one is complete. None: all."""
 
+    keep_best: bool = False
+    """Save each step at which validation gives the lowest loss so far, and keep the last of them whatever keep_last."""
+
     on_nan: str = "stop"
     """What to do in a step whose loss or gradient norm is NaN or infinite: stop the run, or skip the step's update."""
 
     max_skips_in_a_row: int = 10
-    """With on_nan=skip: stop where more steps than this follow each other without an update."""
+    """Stop where more steps than this follow each other without an update, left out as NaN or as a spike."""
+
+    wandb: str | None = None
+    """Weights & Biases project to log to as well, offline under save/wandb unless WANDB_MODE says otherwise."""
 
     seed: int = 1234
     """Order of the samples."""
@@ -239,6 +262,8 @@ class FinetuneSettings:
             require_one_of("fp8", self.fp8, ("delayed", "current"))
         if self.cuda_graph:
             self._check_cuda_graph()
+        if self.keep_best and self.validation.data is None and not self.data.shares[1] > 0:
+            raise UserError("keep_best: needs validation.data, or a validation share in data.split")
         warmup, decay = self.warmup_steps, self.decay_steps
         if warmup + decay > self.steps or warmup < 0 or decay < 1:
             raise UserError(

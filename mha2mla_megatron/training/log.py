@@ -1,4 +1,4 @@
-"""One line a step: on the terminal, in log.jsonl and in TensorBoard."""
+"""One line a step: on the terminal, in log.jsonl and in TensorBoard, and in Weights & Biases where it is asked for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -15,19 +15,21 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mha2mla_megatron.files import replace_text
 from mha2mla_megatron.progress import format_seconds
+from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.step import StepResult
+from mha2mla_megatron.training.wandb_log import open_wandb
 
 
 class StepLog:
     """Writes on the rank that has it; `step` is called by rank 0 alone."""
 
-    def __init__(self, root: Path, total_steps: int, first_step: int, sources: Sequence[str] = ()) -> None:
-        """sources: names of a blend's sources, in the order of `StepResult.sources`."""
+    def __init__(self, root: Path, settings: FinetuneSettings, first_step: int) -> None:
         root.mkdir(parents=True, exist_ok=True)
-        self.total, self.first, self.sources = total_steps, first_step, sources
+        self.total, self.first, self.sources = settings.steps, first_step, settings.data.sources
         self.failed = False
         self.file = _reopen(root / "log.jsonl", first_step)
         self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
+        self.wandb = open_wandb(settings, root)
         self.started = self.previous = time.monotonic()
 
     def step(self, step: int, result: StepResult, lr: float) -> None:
@@ -68,7 +70,7 @@ class StepLog:
         self._write(step, {f"{name}_loss": loss}, {"seconds": seconds})
 
     def _write(self, step: int, found: dict[str, float], more: dict[str, Any]) -> None:
-        """A line of both to log.jsonl, what was `found` to TensorBoard."""
+        """A line of both to log.jsonl, what was `found` to TensorBoard and W&B."""
         values: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in found.items()}
         line = {"step": step, **values, **more}
         with self._may_fail():
@@ -81,11 +83,15 @@ class StepLog:
     def _show(self, name: str, value: float, step: int) -> None:
         with self._may_fail():
             self.board.add_scalar(name, value, step)
+            if self.wandb is not None:
+                self.wandb.log({name: value}, step=step)
 
     def close(self) -> None:
         for stream in (self.file, self.board):
             with self._may_fail():
                 stream.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
     @contextmanager
     def _may_fail(self) -> Iterator[None]:

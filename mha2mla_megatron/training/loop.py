@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from mha2mla_megatron.architecture import read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
-from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
+from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
 from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
@@ -25,14 +27,16 @@ from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
-from mha2mla_megatron.training.nonfinite import NonFiniteSteps
+from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.position import Position
 from mha2mla_megatron.training.signals import StopRequest
+from mha2mla_megatron.training.skipped_steps import SkippedSteps
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 from mha2mla_megatron.training.step_graph import StepGraph, graph_of
 from mha2mla_megatron.training.together import on_first_rank
 from mha2mla_megatron.training.validation import Validation
+from mha2mla_megatron.training.wandb_log import check_wandb
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -46,6 +50,8 @@ def finetune(settings: FinetuneSettings) -> None:
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
     check_samples(settings, architecture, launched_world_size())
+    lr_factors(architecture, settings.optimizer.lr_scale)
+    check_wandb(settings)
     eod = _end_of_document(settings, side)
     # Where something depends on the ends of documents, the files must have the model's.
     end = eod if settings.data.eod_mask_loss or settings.data.reset_attention_mask else None
@@ -64,8 +70,10 @@ def finetune(settings: FinetuneSettings) -> None:
     model = [chunk.module for chunk in chunks]
     prepare_root(root)
     resumed = resume_run(root, architecture, model, optimizer, schedule)
-    run: dict[str, Any] = {"step": 0, "skipped": 0, "skipped_in_a_row": 0} if resumed is None else resumed
-    step = run["step"]
+    run: dict[str, Any] = {"step": 0} if resumed is None else resumed
+    step, best = run["step"], BestStep.of(run)
+    if best is not None and not iteration_folder(root, best.step).is_dir():
+        best = None
     # A run saved by an earlier version has no position of its own.
     position = Position.of(settings, step, run.get("samples", step * settings.global_batch_size))
     if resumed is None:
@@ -76,6 +84,7 @@ def finetune(settings: FinetuneSettings) -> None:
         if resumed is None:
             write_hf_side(side, root)
         save_settings(settings, root / "settings.yaml")
+        write_best(root, best)
         for line in position.changes(run.get("order", position.order)):
             print(f"warning: {root}: {line}", file=sys.stderr, flush=True)
         print(
@@ -94,9 +103,8 @@ def finetune(settings: FinetuneSettings) -> None:
         settings.data.workers,
     )
     held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
-    # A run saved by an earlier version has no counts of skipped steps.
-    guard = NonFiniteSteps(settings, run.get("skipped", 0), run.get("skipped_in_a_row", 0))
-    training = settings, root, chunks, optimizer, schedule, batches, guard, position, step, device
+    guard = SkippedSteps(settings, run)
+    training = settings, root, chunks, optimizer, schedule, batches, guard, position, step, best, device
     _train(*training, distillation, held_out, graph)
 
 
@@ -164,16 +172,17 @@ def _train(
     optimizer: Any,
     schedule: Any,
     batches: Iterator[dict[str, torch.Tensor]],
-    guard: NonFiniteSteps,
+    guard: SkippedSteps,
     position: Position,
     step: int,
+    best: BestStep | None,
     device: torch.device,
     distillation: Distillation | None,
     held_out: dict[str, Validation],
     graph: StepGraph | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    log = StepLog(root, settings.steps, step, settings.data.sources) if torch.distributed.get_rank() == 0 else None
+    log = StepLog(root, settings, step) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
     model = [chunk.module for chunk in chunks]
     saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async)
@@ -183,8 +192,8 @@ def _train(
     schedule.step(0)
     try:
         while step < settings.steps:
-            lr = optimizer.param_groups[0]["lr"]
-            result = train_step(chunks, optimizer, batches, settings, device, distillation, graph)
+            lr = schedule.get_lr({})  # of tensors whose rate is not scaled
+            result = train_step(chunks, optimizer, batches, settings, device, distillation, graph, guard.is_usual)
             try:
                 guard.check(step + 1, result)
             except UserError:  # every rank has it: a step that is still being written is a good one
@@ -200,18 +209,22 @@ def _train(
                     loss = validation.measure(chunks)
                     if log is not None:
                         log.held_out(step, name, loss)
+                    lowest = math.inf if best is None else best.validation_loss
+                    if settings.keep_best and name == "validation" and loss < lowest:
+                        best = BestStep(step, loss)
             stopping = stop.requested()
             saving = step == settings.steps or step % settings.save_interval == 0 or stopping
+            saving = saving or (best is not None and best.step == step)
             if pending is not None and (saving or pending.written()):
                 pending.finish()
                 pending = None
             if saving:
                 run = {
                     "step": step,
-                    "skipped": guard.skipped,
-                    "skipped_in_a_row": guard.in_a_row,
+                    **guard.state(),
                     "samples": position.at(step),
                     "order": position.order,
+                    "best": None if best is None else dataclasses.asdict(best),
                 }
                 gather_weights(chunks)
                 pending = saver.begin(step, run)

@@ -15,6 +15,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.own_shards import save_own_shards
+from mha2mla_megatron.training.param_groups import group_overrides
 
 
 def build_optimizer(
@@ -36,7 +37,8 @@ def build_optimizer(
         use_distributed_optimizer=True,
         overlap_param_gather=settings.parallel.overlap_param_gather,
     )
-    optimizer = get_megatron_optimizer(config, chunks)  # type: ignore[arg-type]
+    overrides = group_overrides(config, set(wanted.lr_scale.values()))
+    optimizer = get_megatron_optimizer(config, chunks, overrides)  # type: ignore[arg-type]
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part, DistributedOptimizer):
             save_own_shards(part)
@@ -63,8 +65,11 @@ def build_optimizer(
     return optimizer, schedule
 
 
-def only_where(optimizer: MegatronOptimizer, allowed: Callable[[], bool]) -> None:
-    """Ask `allowed` before each update from now on, when gradients are ready. All ranks must get the same answer."""
+def only_where(optimizer: MegatronOptimizer, allowed: Callable[[float], bool]) -> None:
+    """Ask `allowed` before each update from now on, when gradients are ready; it is given their norm before clipping.
+
+    All ranks must get the same answer.
+    """
     optimizer.update_allowed = allowed  # type: ignore[attr-defined]
 
 
@@ -74,7 +79,7 @@ def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
     Megatron does that with a loss scaler alone, which is for float16; without one such gradients go into the moments,
     from where they never leave.
     """
-    only_where(optimizer, lambda: True)
+    only_where(optimizer, lambda _: True)
     measure, update = optimizer.get_grad_norm, optimizer.step_with_ready_grads
     norm = math.nan
 
@@ -84,8 +89,8 @@ def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
         return norm
 
     def step_with_ready_grads() -> bool:
-        allowed: Callable[[], bool] = optimizer.update_allowed  # type: ignore[attr-defined]
-        return math.isfinite(norm) and allowed() and update()
+        allowed: Callable[[float], bool] = optimizer.update_allowed  # type: ignore[attr-defined]
+        return math.isfinite(norm) and allowed(norm) and update()
 
     optimizer.get_grad_norm = get_grad_norm
     optimizer.step_with_ready_grads = step_with_ready_grads
@@ -104,8 +109,13 @@ def _make_resumable(adam: torch.optim.Optimizer) -> None:
 
     It asserts that every parameter has a `step` even before the first one, fails on a `step` that is a tensor when it
     restores moments, and restores one tensor shared by all parameters, which then runs away. So: moments exist from the
-    start, `step` is a NumPy number while it is loaded, and becomes each parameter's own tensor before the next step.
+    start, `step` is a NumPy number while it is loaded, and becomes each parameter's own tensor before the next step. A
+    process that trains nothing, such as a frozen pipeline stage, counts its steps on an empty tensor.
     """
+    if not any(group["params"] for group in adam.param_groups):
+        empty = torch.empty(0, device=torch.cuda.current_device(), requires_grad=True)
+        empty.grad = torch.empty_like(empty)
+        adam.param_groups[0]["params"].append(empty)
     for group in adam.param_groups:
         for parameter in group["params"]:
             state = adam.state[parameter]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import tee
@@ -22,7 +22,9 @@ from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checks import check_kernels
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import only_where
+from mha2mla_megatron.training.param_groups import mark_parameters
 
 if TYPE_CHECKING:
     from mha2mla_megatron.training.step_graph import StepGraph
@@ -35,7 +37,8 @@ BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 class StepResult:
     """What one step gave: mean loss over `tokens` predicted tokens of all ranks, gradient norm before clipping.
 
-    updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite.
+    updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite, or the
+    norm is a spike.
     bad_micro_batches: those of this rank whose loss is. parts: means over the same tokens of what makes up the loss.
     sources: (mean loss, tokens) of each source of a blend; a mean over no tokens is NaN.
     """
@@ -79,10 +82,12 @@ def build_training_model(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # it raises on one rank alone; the optimizer sees the norm over all of them
     )
+    factors = lr_factors(architecture, settings.optimizer.lr_scale)
     chunks = []
     for index in range(count):
         stage = index if count > 1 else None
         model = build_on_device(architecture, config, implementation, device, stage)
+        mark_parameters(model, factors)
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
         _accumulate_in_place(chunks[-1])
@@ -136,8 +141,10 @@ def train_step(
     device: torch.device,
     distillation: Distillation | None = None,
     graph: StepGraph | None = None,
+    is_usual: Callable[[float], bool] = lambda _: True,
 ) -> StepResult:
-    """Forward, backward and, where loss and gradients are finite, update over one global batch."""
+    """Forward, backward and update over one global batch; no update where loss or gradients are not finite, or
+    `is_usual` says no to the gradient norm before clipping. All ranks must get the same answer from it."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -150,7 +157,7 @@ def train_step(
     means = StepMeans(losses, device, sources)
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
     # looked at as late as the gradient norm: until then the host is ahead of the GPU.
-    only_where(optimizer, lambda: math.isfinite(means.of()["loss"]))
+    only_where(optimizer, lambda norm: math.isfinite(means.of()["loss"]) and is_usual(norm))
     updated, grad_norm, _ = optimizer.step()  # type: ignore[misc]  # upstream leaves the result untyped
     parts, tokens = means.of(), means.tokens
     loss = parts.pop("loss")

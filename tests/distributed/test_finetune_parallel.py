@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mha2mla_megatron.checkpoint.megatron import read_latest
+from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, run_tool
 from tests.finetune_cases import (
@@ -48,6 +48,12 @@ RESUMED = ("tp2", "pp2-vpp2")
 HELD_OUT = ["validation.data={workspace}/text", "validation.samples=5", "validation.interval=2"]
 TEACHER = ["distillation.teacher={workspace}/original-megatron", "distillation.temperature=2"]
 NO_TEACHER = ("pp2", "pp2-vpp2")
+# The first pipeline stage trains nothing, its tied embedding neither; the last step's norm is above the median.
+PARTS = [
+    *HELD_OUT, "keep_best=true", "optimizer.spike_factor=1", "optimizer.spike_window=3",
+    'optimizer.lr_scale={{"*": 0, attention: 1, latents: 0.5, "decoder.layers.[01].*": 0}}',
+]  # fmt: skip
+WITH_PARTS = ("pp2", "tp2-sp", "dp2")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
@@ -81,6 +87,10 @@ def results(workspace: Path) -> Path:
         for layout in LAYOUTS:
             if (layout in NO_TEACHER) == (name == "plain"):
                 add(f"{name}-{layout}", "mla", *LAYOUTS[layout], *words)
+    words = [word.format(workspace=workspace) for word in PARTS]
+    finetune(workspace, "mla", folder / "parts-single", *SCHEDULE, *words)
+    for layout in WITH_PARTS:
+        add(f"parts-{layout}", "mla", *LAYOUTS[layout], *words)
     add("stopped", "mla", "save_interval=4", fault="signal")
     add("full", "mla", "save_interval=1", *LAYOUTS["tp2"], fault="full disk")
     add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
@@ -142,6 +152,28 @@ def test_teacher_and_validation_are_those_of_one_process(results: Path, layout: 
     assert gradients
     for key in gradients:
         assert (before[key] - after[key]).abs().max() <= 1e-5 * before[key].abs().max(), key
+
+
+@pytest.mark.parametrize("layout", WITH_PARTS)
+def test_frozen_parts_spikes_and_the_best_step_are_those_of_one_process(
+    workspace: Path, results: Path, tmp_path: Path, layout: str
+) -> None:
+    single, split = results / "parts-single", results / f"parts-{layout}"
+    assert [run["code"] for run in outcome(results, split.name)] == [0, 0]
+    assert [line["step"] for line in read_log(single) if "skipped" in line] == [4]
+    again = put_back(split, tmp_path / "run", 2)
+    finetune(workspace, "mla", again, *SCHEDULE, *(word.format(workspace=workspace) for word in PARTS))
+    for root in (split, again):
+        for a, b in zip(read_log(single), read_log(root), strict=True):
+            assert a.get("skipped") == b.get("skipped")
+            for key in {"loss", "validation_loss", "grad_norm"} & a.keys():
+                assert b[key] == pytest.approx(a[key], rel=1e-4 if key == "grad_norm" else 1e-5)
+        a, b = read_best(single), read_best(root)
+        assert a is not None and b is not None and a.step == b.step
+        expected, found = checkpoint_tensors(single, 4), checkpoint_tensors(root, 4)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert (tensor - found[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

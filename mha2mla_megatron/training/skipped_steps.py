@@ -1,8 +1,15 @@
-"""Steps whose loss or gradients are not finite: the run stops there, or leaves them out, and names their samples."""
+"""Steps that change no weight: the loss or the gradients are not finite, or the gradient norm is far above the usual.
+
+The run stops there, or leaves them out and counts them.
+"""
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
+from collections import deque
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -12,14 +19,28 @@ from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.step import StepResult
 
 
-class NonFiniteSteps:
+class SkippedSteps:
     """Decides about each step, and counts the ones left out; every process decides the same.
 
-    skipped, in_a_row: the counts so far, of the whole run and up to its last step.
+    run: the values of a saved run, from which it goes on; those of an earlier version have no counts.
     """
 
-    def __init__(self, settings: FinetuneSettings, skipped: int, in_a_row: int) -> None:
-        self.settings, self.skipped, self.in_a_row = settings, skipped, in_a_row
+    def __init__(self, settings: FinetuneSettings, run: dict[str, Any]) -> None:
+        self.settings = settings
+        self.skipped, self.in_a_row = run.get("skipped", 0), run.get("skipped_in_a_row", 0)
+        self.norms: deque[float] = deque(run.get("grad_norms", []), maxlen=settings.optimizer.spike_window)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        counts: dict[str, Any] = {"skipped": self.skipped, "skipped_in_a_row": self.in_a_row}
+        return counts if self.settings.optimizer.spike_factor is None else {**counts, "grad_norms": list(self.norms)}
+
+    def is_usual(self, norm: float) -> bool:
+        """Whether a gradient norm is no spike: none is before spike_window updates are known."""
+        wanted = self.settings.optimizer
+        if wanted.spike_factor is None or len(self.norms) < wanted.spike_window:
+            return True
+        return norm <= wanted.spike_factor * statistics.median(self.norms)
 
     def check(self, step: int, result: StepResult) -> None:
         """Look at the result of `step`, which counts from 1.
@@ -28,11 +49,16 @@ class NonFiniteSteps:
         """
         if result.updated:
             self.in_a_row = 0
+            if self.settings.optimizer.spike_factor is not None:
+                self.norms.append(result.grad_norm)
             return
         found = (
             f"step {step}: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}, in {self._where(step, result)}"
         )
-        if self.settings.on_nan == "stop":
+        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
+            usual = statistics.median(self.norms)
+            found += f", {result.grad_norm / usual:.4g} times the median {usual:.4g} of {len(self.norms)} updates"
+        elif self.settings.on_nan == "stop":
             raise UserError(f"{found}; no weight was changed. on_nan=skip leaves such steps out")
         self.skipped += 1
         self.in_a_row += 1
