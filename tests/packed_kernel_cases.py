@@ -19,7 +19,6 @@ import torch
 
 from tests.decode_kernel_cases import patch_interpreter, relative_error
 
-os.environ["MHA2MLA_PACKED_KERNELS"] = "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     patch_interpreter()

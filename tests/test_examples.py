@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -150,3 +151,54 @@ def test_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
     assert f"{4 * 2 * 384:,}" in report and f"{4 * 2 * 120:,}" in report and f"{4 * 2 * 48:,}" in report
     assert all(name in report for name in ("original", "converted -68.75 %", "fine-tuned -87.5 %", "evaluate"))
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+
+
+def get_debian_text(out: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, ROOT / "examples" / "get_debian_text.py", out, *map(str, words)]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg is not installed")
+def test_text_of_debian_packages(tmp_path: Path) -> None:
+    """A page, a manual page and a compressed text without markup; a translation, code and a second copy left out."""
+    root, out = tmp_path / "package", tmp_path / "out"
+    folder = root / "usr" / "share" / "doc" / "some"
+    (folder / "de").mkdir(parents=True)
+    story = [prose(subject, "only") for subject in SUBJECTS[:4]]
+    page = f"<html><head><title>no</title></head><body><p>{story[0]}</p><p>{story[1]} &amp; more</p></body></html>"
+    (folder / "page.html").write_text(page)
+    (folder / "again.html").write_text(page)
+    (folder / "de" / "page.html").write_text(page.replace("river", "Fluss").replace("mountain", "Berg"))
+    (folder / "some.1").write_text(f'.TH some\n.\\" hidden\n.SH NAME\n{story[2]}\n.PP\n\\fI{story[3]}\\fR\n')
+    (folder / "code.txt").write_text("x = {1: [2, 3], 4: (5, 6)}; y[7] += 8 * z\n" * 40)
+    with gzip.open(folder / "packed.txt.gz", "wt") as sink:
+        sink.write("\n\n".join(prose(subject, "packed") for subject in SUBJECTS))
+    (root / "DEBIAN").mkdir()
+    (root / "DEBIAN" / "control").write_text(
+        "Package: some\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: some\n"
+    )
+    (tmp_path / "debs").mkdir()
+    subprocess.run(["dpkg-deb", "--build", root, tmp_path / "debs" / "some_1_all.deb"], check=True, capture_output=True)
+    done = get_debian_text(out, "--debs", tmp_path / "debs")
+    assert done.returncode == 0, done.stderr
+    found = sorted(json.loads(line)["text"] for line in (out / "train.jsonl").read_text().splitlines())
+    expected = [
+        f"{story[0]}\n\n{story[1]} & more",
+        f"some\n\nNAME\n{story[2]}\n\n{story[3]}",
+        "\n\n".join(prose(subject, "packed") for subject in SUBJECTS),
+    ]
+    assert found == sorted(expected)
+
+
+def test_text_of_no_debian_packages(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, environment, parts in (
+        (["--debs", tmp_path / "empty"], {}, ["empty", "*.deb"]),
+        ([], {"PATH": ""}, ["no dpkg", "Debian"]),
+    ):
+        done = get_debian_text(tmp_path / "out", *words, **environment)
+        if words and shutil.which("dpkg") is None:
+            parts = ["no dpkg"]
+        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+        assert all(part in done.stderr for part in parts)
+        assert not (tmp_path / "out").exists()

@@ -20,12 +20,6 @@ from tests.conftest import ROOT
 from tests.test_latent_cache import GREEDY, RANKS, TOKENS, decoded, make_model
 from tests.test_quantised_cache import PER_LAYER, SMALL, random_rows
 
-
-@pytest.fixture(autouse=True)
-def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MHA2MLA_PACKED_KERNELS", "1")
-
-
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STATIC = {"backend": "latent", "static": True}
 

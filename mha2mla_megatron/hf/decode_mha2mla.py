@@ -17,7 +17,6 @@ import torch
 from .decode_packed_mha2mla import flash_decode_packed
 from .decode_triton_mha2mla import flash_decode, has_triton
 from .layout_mha2mla import LatentLayout
-from .quantise_triton_mha2mla import packed_kernels_wanted
 from .static_cache_mha2mla import StaticLatentLayer
 
 
@@ -107,7 +106,6 @@ def reads_packed(layer: StaticLatentLayer, hidden_states: torch.Tensor, mask: An
     bool mask, tokens in the cache already, and groups of a power of two."""
     return (
         hidden_states.shape[1] == 1
-        and packed_kernels_wanted()
         and has_triton(hidden_states)
         and layer.is_initialized
         and layer.group_size & (layer.group_size - 1) == 0

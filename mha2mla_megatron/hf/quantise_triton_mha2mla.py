@@ -10,7 +10,6 @@ Shape letters: g tokens of a group, w channels.
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -26,16 +25,8 @@ ROUND = 1.5 * 2**23
 """Adding and subtracting it rounds a small float32 to a whole number, halves to even, as torch does."""
 
 
-def packed_kernels_wanted() -> bool:
-    """Whether kernels over codes may run. They are right in Triton's interpreter; on a GPU their present form has not
-    been compared with float64 yet, so there only the environment's MHA2MLA_PACKED_KERNELS=1 lets them."""
-    return os.environ.get("MHA2MLA_PACKED_KERNELS") == "1"
-
-
 def can_append(tokens: PackedTokens, new: torch.Tensor) -> bool:
     """Whether the kernel takes this token: CUDA with Triton, groups of a power of two, and channels at all."""
-    if not packed_kernels_wanted():
-        return False
     return has_triton(new) and new.shape[-1] > 0 and tokens.group_size == _power_of_2(tokens.group_size) <= 256
 
 

@@ -15,7 +15,6 @@ import dataclasses
 import gc
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -638,7 +637,6 @@ def plot(report: Report) -> None:
 
 
 def main(argv: list[str]) -> None:
-    os.environ.setdefault("MHA2MLA_PACKED_KERNELS", "1")  # what is timed is compared with float64 first
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=DecodeSettings)
     settings = load_settings(DecodeSettings, overrides, file)
     if settings.quick:
