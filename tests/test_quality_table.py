@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from mha2mla_megatron.quality import stages
+from mha2mla_megatron.quality.settings import QualitySettings, expand
+from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training import loop
-from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
+from tests.conftest import PROSE, ROOT, make_llama, make_tokenizer, refused, run_tool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
@@ -46,6 +48,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "ours -50 %": {"series": "ours", "cache_budget": 0.5, "allocation": {"tokens": 64}},
             "paper -50 %": {
                 "distill": False,
+                "finetune": {"optimizer": {"lr": 2e-3}},
                 "partial_rope": {"strategy": "uniform", "qk_rope_head_dim": 4},
                 "low_rank": {"method": "joint", "objective": "weights", "kv_lora_rank": 24},
             },
@@ -88,7 +91,8 @@ def test_the_table_is_what_the_tools_give(tmp_path: Path, workspace: Path, finis
     run_tool("convert_mha_to_mla", workspace / "model", tmp_path / "mla", "partial_rope.strategy=uniform", *words)
     run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "megatron")
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(config["finetune"]))
-    run_tool("finetune", tmp_path / "finetune.yaml", f"load={tmp_path / 'megatron'}", f"save={tmp_path / 'run'}")
+    words = [f"load={tmp_path / 'megatron'}", f"save={tmp_path / 'run'}", "optimizer.lr=2e-3"]
+    run_tool("finetune", tmp_path / "finetune.yaml", *words)
     run_tool("convert_megatron_to_hf", tmp_path / "run", tmp_path / "tuned")
     run_tool(
         "evaluate_perplexity", workspace / "model", tmp_path / "mla", tmp_path / "tuned", workspace / "heldout.txt",
@@ -173,6 +177,8 @@ def test_time_up_in_the_middle_of_a_training(
         (["only=[theirs]"], ["only", "theirs", "paper -50 %"]),
         (["rows.new.cache_budget=7"], ["new", "cache_budget", "7"]),
         (["minutes=0"], ["minutes"]),
+        (["rows.new.finetune=maybe"], ["rows.new.finetune", "maybe", "true, false"]),
+        (["rows.new.distill={weight: 2}", "rows.new.cache_budget=0.5"], ["distillation.weight", "2"]),
         (["finetune.data.train=/none/tokens"], ["/none/tokens.idx"]),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
@@ -181,3 +187,13 @@ def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, words: list[s
     line = refused("quality_table", workspace / "table.yaml", f"out={tmp_path / 'out'}", *words)
     assert all(part in line for part in named), line
     assert not (tmp_path / "out" / "results").exists()
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples" / "quality").glob("*.yaml")), ids=lambda file: file.stem)
+def test_examples_are_tables(tmp_path: Path, workspace: Path, file: Path) -> None:
+    """Every row of them is one, whatever the model."""
+    words = [f"model={workspace / 'model'}", f"out={tmp_path / 'out'}", f"calibration_text={workspace / 'train.jsonl'}"]
+    words += [f"finetune.data.train={workspace / 'tokens'}", f"finetune.validation.data={workspace / 'tokens'}"]
+    settings = load_settings(QualitySettings, [*words, f"texts={{a: {workspace / 'heldout.txt'}}}"], file)
+    entries, _ = expand(settings, "model", "text")
+    assert {entry.row for entry in entries} == {"original", *settings.rows}

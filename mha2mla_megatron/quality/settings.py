@@ -45,7 +45,8 @@ class QualitySettings:
 
     rows: dict[str, Any] = field(default_factory=dict)
     """Name -> conversion settings. Beside them `series`, which rows of several cache sizes share and the picture
-    connects (default: the name), `finetune` and `distill`, whether the row is trained so (default: true)."""
+    connects (default: the name), `finetune` and `distill`, whether the row is trained so (default: true), or settings
+    that differ from those below."""
 
     finetune: dict[str, Any] = field(default_factory=dict)
     """Settings of tools/finetune.py for all runs, but load, save and distillation. Empty: nothing is fine-tuned."""
@@ -135,7 +136,6 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
     """
     inputs = {"model": model_sha256, "text": text_sha256, "calibrate": to_dict(settings.calibrate)}
     work = Work(Path(str(settings.out)), model_sha256, hash_of(inputs))
-    trained = _training(settings, work)
     entries: list[Entry] = []
     for row, values in {"original": None, **settings.rows}.items():
         own = dict(values or {})
@@ -145,12 +145,10 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
             known = {"statistics": str(work.statistics)} if settings.calibration_text is not None else {}
             given = {**known, **dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))}
             conversion = conversion_settings(row, given)
-        for kind, training in trained.items():
-            wanted = (True, fit, fit and distill and values is not None)[KINDS.index(kind)]
-            if wanted:
-                about = {**inputs, "conversion": _plain(conversion)}
-                keys = hash_of(about), hash_of({**about, "training": _identity(training)})
-                entries.append(Entry(row, str(series), kind, conversion, training, *keys))
+        for kind, training in _training(row, settings, work, fit, distill if values is not None else False).items():
+            about = {**inputs, "conversion": _plain(conversion)}
+            keys = hash_of(about), hash_of({**about, "training": _identity(training)})
+            entries.append(Entry(row, str(series), kind, conversion, training, *keys))
     files = [entry.file for entry in entries]
     for entry in entries:
         if files.count(entry.file) > 1:
@@ -161,21 +159,36 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
     return entries, work
 
 
-def _training(settings: QualitySettings, work: Work) -> dict[str, FinetuneSettings | None]:
-    """Kind of line -> its training."""
+def _training(
+    row: str, settings: QualitySettings, work: Work, fit: Any, distill: Any
+) -> dict[str, FinetuneSettings | None]:
+    """Kind of line -> its training, for the lines that a row has. fit, distill: its `finetune` and `distill`."""
+    for key, value in (("finetune", fit), ("distill", distill)):
+        if not isinstance(value, bool | dict):
+            raise UserError(f"rows.{row}.{key}: {value!r}; valid: true, false, or a mapping of settings")
     found: dict[str, FinetuneSettings | None] = {KINDS[0]: None}
-    if settings.finetune:
+    common = _merged(settings.finetune, fit if isinstance(fit, dict) else {})
+    if settings.finetune and fit is not False:
         for key in ("load", "save", "distillation"):
-            if key in settings.finetune:
+            if key in common:
                 raise UserError(f"finetune.{key}: set for each run; leave it out")
-        found[KINDS[1]] = _finetune_settings(work, settings.finetune)
-    if settings.distillation:
-        teacher = {"teacher": str(work.original), **settings.distillation}
-        found[KINDS[2]] = _finetune_settings(work, {**settings.finetune, "distillation": teacher})
+        found[KINDS[1]] = _finetune_settings(work, common)
+        if settings.distillation and distill is not False:
+            own = _merged(settings.distillation, distill if isinstance(distill, dict) else {})
+            found[KINDS[2]] = _finetune_settings(
+                work, {**common, "distillation": {"teacher": str(work.original), **own}}
+            )
     for training in found.values():
         if training is not None:
             require_keys(training, "data.train")
     return found
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings, of which the second one counts where both have a key."""
+    both = {key: _merged(common[key], value) for key, value in own.items()
+            if isinstance(value, dict) and isinstance(common.get(key), dict)}  # fmt: skip
+    return {**common, **own, **both}
 
 
 def _finetune_settings(work: Work, values: dict[str, Any]) -> FinetuneSettings:
