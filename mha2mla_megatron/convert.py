@@ -15,7 +15,7 @@ import torch
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_architecture, read_config
 from mha2mla_megatron.attention_converter import AttentionConverter
 from mha2mla_megatron.calibration.original import OriginalModel
-from mha2mla_megatron.checkpoint.causal_lm import pick_device
+from mha2mla_megatron.checkpoint.causal_lm import pick_device, rank_device
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
@@ -25,7 +25,7 @@ from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.families import LAYER_TYPES
 from mha2mla_megatron.healing import Healer, HealSettings
 from mha2mla_megatron.planning import AllocationSettings, Plan, Planner, with_plan
-from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import launched_ranks, process_group
 
 OF_ORIGINALS = (
     "auto_map",
@@ -69,7 +69,7 @@ class ConvertSettings:
     float64, healing in float32."""
 
     device: str = "auto"
-    """Where the work is done: auto (the GPU if there is one), cpu, cuda, cuda:1, ..."""
+    """Where the work is done: auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
 
     max_shard_size: str = "5GB"
     """Largest safetensors file written."""
@@ -126,11 +126,11 @@ class ConvertSettings:
         return int(elements * original.num_layers + 1e-6)
 
 
-def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any]:
-    """Convert a Hugging Face folder into another; returns the report that it wrote.
+def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any] | None:
+    """Convert a Hugging Face folder into another; returns the report that it wrote on rank 0, None on the others.
 
     One layer is in memory at a time, unless a cache budget or healing needs the running model. After an interrupt the
-    same call goes on from the last layer that was written.
+    same call goes on from the last layer that was written. Under torchrun the ranks share the layers.
 
     Raises UserError before anything is written for a model or settings that cannot be converted.
     """
@@ -141,21 +141,27 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     if settings.budgeted:
         mla = _open_ranks(mla)
     mla = original.resolve(mla)
-    device = pick_device(settings.device)
+    if settings.heal.steps > 0 and launched_ranks().world > 1:
+        raise UserError(
+            f"heal.steps={settings.heal.steps}: a layer is healed against what the healed layers below it put out, "
+            "so that there is nothing for several processes to share; start one"
+        )
+    device = rank_device(settings.device)
     reader = HFReader(source, original)
     converter = AttentionConverter(reader, original, mla, device)
     report: dict[str, Any] = {"source": str(source)}
     files = (settings.partial_rope.scores, settings.low_rank.statistics)
     what = identity(f"MHA -> MLA on {device.type}", settings, [source, *(Path(file) for file in files if file)])
-    with resumable_folder(target, settings.overwrite, what) as partial:
+    with process_group() as ranks, resumable_folder(target, settings.overwrite, what, ranks) as partial:
         healer = plan = None
         if settings.budgeted or settings.heal.steps > 0:
             assert converter.statistics is not None
             model, sequences = OriginalModel(source, device), converter.statistics.sequences
             if settings.budgeted:
                 if "plan" not in partial.done:
-                    planner = Planner(converter, settings.allocation, model, sequences)
-                    partial.finish("plan", dataclasses.asdict(planner.plan(settings.budget(original))))
+                    planner = Planner(converter, settings.allocation, model, sequences, ranks)
+                    made = dataclasses.asdict(planner.plan(settings.budget(original)))
+                    partial.first(lambda: partial.finish("plan", made))
                 plan = Plan(**partial.done["plan"])
                 mla = original.resolve(with_plan(plan, mla))
                 report["allocation"] = plan.report
@@ -165,16 +171,20 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
         converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
         tensors = _planned_tensors(reader, converted, settings.dtype)
         writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
-        _write_tensors(writer, converter, converted, healer)
-        writer.close()
-        report["layers"] = [partial.done[_attention(layer)] for layer in range(original.num_layers)]
-        _summarise(report, original)
-        write_config(partial.path, converted_config(read_config(source), converted, settings.dtype))
-        copy_companions(source, partial.path)
-        (partial.path / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
-        if plan is not None:
-            draw_allocation(report, original.head_dim, partial.path / "allocation.png")
-    return report
+        partial.together(lambda: _write_tensors(writer, converter, converted, healer))
+
+        def complete() -> None:
+            writer.close()
+            report["layers"] = [partial.done[_attention(layer)] for layer in range(original.num_layers)]
+            _summarise(report, original)
+            write_config(partial.path, converted_config(read_config(source), converted, settings.dtype))
+            copy_companions(source, partial.path)
+            (partial.path / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+            if plan is not None:
+                draw_allocation(report, original.head_dim, partial.path / "allocation.png")
+
+        partial.first(complete)
+    return report if ranks.rank == 0 else None
 
 
 def _open_ranks(mla: MHA2MLAConfig) -> MHA2MLAConfig:
@@ -246,33 +256,31 @@ def _planned_tensors(reader: HFReader, converted: Architecture, dtype: str) -> d
 def _write_tensors(
     writer: HFWriter, converter: AttentionConverter, converted: Architecture, healer: Healer | None
 ) -> None:
-    """Write every tensor that is not there yet; a layer's attention is one part, whose result is for the report."""
+    """Write this rank's share of what is not there yet; a layer's attention is one part, with a result to report."""
     reader, partial, planned = converter.reader, writer.partial, writer.tensors
     parts: dict[str, list[str]] = {}
     for name in planned:
         parts.setdefault(re.sub(r"(?<=\.self_attn)\..*", "", name), []).append(name)
     layers = {_attention(layer): layer for layer in range(converted.num_layers)}
-    progress = Progress("MHA -> MLA", sum(tensor.nbytes for tensor in planned.values()), "MB", 1e6)
-    for part, names in parts.items():
-        layer, size = layers.get(part), sum(planned[name].nbytes for name in names)
-        if part in partial.done:
-            progress.skip(size)
-            tensors = {name: writer.read(name) for name in names} if healer is not None and layer is not None else {}
+    sizes = {part: sum(planned[name].nbytes for name in names) for part, names in parts.items()}
+
+    def follow(healer: Healer, layer: int) -> None:
+        part = _attention(layer)
+        written = {name.removeprefix(f"{part}."): writer.read(name) for name in parts[part]}
+        healer.follow(layer, converted.layout(layer), written)
+
+    for part in partial.parts_to_do("MHA -> MLA", sizes, slow=layers):
+        names, layer = parts[part], layers.get(part)
+        if layer is None:
+            tensors, result = {part: reader[part]}, None
         else:
-            if layer is None:
-                tensors, result = {part: reader[part]}, None
-            else:
-                tensors, result = _convert_layer(converter, converted, healer, layer)
-            assert tensors.keys() == set(names), f"converted, but not planned or the reverse: {tensors.keys() ^ names}"
-            tensors = {name: tensors[name].cpu().to(planned[name].dtype) for name in names}
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
-            partial.finish(part, result)
-            progress.advance(size)
-        if healer is not None and layer is not None:
-            attention = {name.removeprefix(f"{part}."): tensor for name, tensor in tensors.items()}
-            healer.follow(layer, converted.layout(layer), attention)
-    progress.close()
+            while healer is not None and healer.next_layer < layer:
+                follow(healer, healer.next_layer)
+            tensors, result = _convert_layer(converter, converted, healer, layer)
+        assert tensors.keys() == set(names), f"converted, but not planned or the reverse: {tensors.keys() ^ names}"
+        for name in names:
+            writer.add(name, tensors[name].cpu().to(planned[name].dtype))
+        partial.finish(part, result)
 
 
 def _attention(layer: int) -> str:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+
+LINGER = 10.0
+"""Seconds that other ranks leave rank 0 to print the error: torchrun ends all as soon as one has ended."""
 
 
 class UserError(Exception):
@@ -37,17 +41,21 @@ def require_at_least(key: str, value: int, minimum: int) -> None:
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command: a `UserError` becomes one line on stderr and exit code 2, anything else keeps its traceback.
 
-    Under torchrun every rank meets the same `UserError`, which only rank 0 prints, but for `LostProcess`.
+    Under torchrun every rank meets the same `UserError` or Ctrl-C, which only rank 0 prints, but for `LostProcess`.
     """
+    first = os.environ.get("RANK", "0") == "0"
     _quiet_libraries()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, LostProcess):
+        if first or isinstance(error, LostProcess):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            time.sleep(LINGER)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(str(interrupt) or "interrupted", file=sys.stderr, flush=True)
+        if first:
+            print(str(interrupt) or "interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

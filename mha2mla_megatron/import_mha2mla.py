@@ -15,11 +15,12 @@ import yaml
 from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture, read_config
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
-from mha2mla_megatron.checkpoint.resume import identity, parts_to_do, resumable_folder
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 from mha2mla_megatron.project_config import ProjectConfig, ProjectNames, parse_project_config
+from mha2mla_megatron.ranks import require_one_process
 
 PROJECT_KEYS = ("RoPE", "SVD", "AE", "mha2mla")
 _ATTENTION = re.compile(r"model\.layers\.(\d+)\.self_attn\.(.+)")
@@ -81,6 +82,7 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
 
     Raises UserError before anything is written for what is missing, damaged or cannot be expressed.
     """
+    require_one_process("import_mha2mla.py")
     config = _read_project_config(source, settings.rope_config)
     where = str(source / "config.json")
     if config.get("model_type") == MLA_MODEL_TYPE:
@@ -110,7 +112,7 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
     with resumable_folder(target, settings.overwrite, identity("import", settings, inputs)) as partial:
         writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        for name in parts_to_do(partial, "import", sizes):
+        for name in partial.parts_to_do("import", sizes):
             match = _ATTENTION.fullmatch(name)
             tensor = reader[name] if match is None else attention(int(match[1]))[match[2]]
             writer.add(name, tensor.to(tensors[name].dtype))

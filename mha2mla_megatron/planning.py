@@ -11,6 +11,7 @@ Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ from mha2mla_megatron.converted_attention import make_attention
 from mha2mla_megatron.errors import UserError, require_at_least
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,19 @@ class Plan:
     report: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class _Losses:
+    """A layer's losses before they are scaled."""
+
+    pairs: dict[int, float]
+    """r -> pair loss."""
+
+    ranks: dict[int, torch.Tensor]
+    """r -> loss of each rank from 0 on, at the knots."""
+
+
 class Planner:
-    """Allocates budgets for one model."""
+    """Allocates budgets for one model; several ranks share the layers."""
 
     def __init__(
         self,
@@ -86,8 +99,10 @@ class Planner:
         settings: AllocationSettings,
         model: OriginalModel,
         sequences: torch.Tensor,
+        ranks: Ranks = ALONE,
     ) -> None:
         """sequences: int [n, S], for the measurements."""
+        self.ranks = ranks
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
@@ -104,7 +119,7 @@ class Planner:
             self.original.resolve(dataclasses.replace(converter.mla, partial_rope=rope))
 
     def plan(self, budget: int) -> Plan:
-        """Spend at most `budget` cached elements per token, over all layers.
+        """Spend at most `budget` cached elements per token, over all layers; all ranks call it and get the same plan.
 
         Raises UserError for a budget below what the cheapest layers cost.
         """
@@ -122,13 +137,29 @@ class Planner:
                 f"allow is {cheapest / layers:.6g}"
             )
         reference = self._reference(budget // layers)
-        measured = self._measure(reference)
-        progress = Progress("allocate", layers, "layers")
-        choices = []
-        for layer in range(layers):
-            choices.append(self._choices(layer, reference, *measured[layer]))
-            progress.advance()
-        progress.close()
+        # A layer is measured by running those above it.
+        measured = self._of_layers(reference, self._measure, {layer: layers - layer for layer in range(layers)})
+        losses = self._of_layers(reference, self._losses, dict.fromkeys(range(layers), 1))
+        return self.ranks.first(lambda: self._spend(budget, reference, measured, losses))
+
+    def _of_layers[T](
+        self,
+        reference: tuple[int, int],
+        work: Callable[[tuple[int, int], list[int]], dict[int, T]],
+        sizes: Mapping[int, int],
+    ) -> list[T]:
+        """What `work` finds for each layer, the layers shared out by their sizes."""
+        found: dict[int, T] = {}
+        for part in self.ranks.every(lambda: work(reference, self.ranks.share(sizes))):
+            found.update(part)
+        return [found[layer] for layer in sizes]
+
+    def _spend(
+        self, budget: int, reference: tuple[int, int], measured: list[tuple[float, float]], losses: list[_Losses]
+    ) -> Plan:
+        choices = [
+            self._choices(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
+        ]
         picked = allocate(choices, budget) if self.settings.per_layer else self._alike(choices, budget)
         return Plan(
             [choice.qk_rope_head_dim for choice in picked],
@@ -171,19 +202,19 @@ class Planner:
         return self.rope_dims[0], self._ranks(self.rope_dims[0])[0]
 
     @torch.no_grad()
-    def _measure(self, reference: tuple[int, int]) -> list[tuple[float, float]]:
-        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each layer."""
+    def _measure(self, reference: tuple[int, int], layers: list[int]) -> dict[int, tuple[float, float]]:
+        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each of layers."""
         model = self.model
         count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
         tokens = self.sequences[-count:].to(model.device, torch.long)
-        progress = Progress("measure", self.original.num_layers, "layers")
+        progress = Progress("measure", len(layers), "layers")
         states = [model.embed(tokens)]
         for layer in range(self.original.num_layers):
             states.append(model.run_layer(layer, states[-1]))
         # Every fourth position: logits cost more than a layer, and neighbours say much the same.
         expected = model.log_probabilities(states[-1][:, 3::4])
-        results = []
-        for layer in range(self.original.num_layers):
+        results = {}
+        for layer in layers:
             r, c = min(reference[0], self._dims(layer)[-1]), reference[1]
             found = []
             for layout in (self._layout(r, None), self._layout(r, c)):
@@ -195,25 +226,39 @@ class Planner:
                     hidden = model.run_layer(above, hidden)
                 ratio = expected - model.log_probabilities(hidden[:, 3::4])
                 found.append((expected.exp() * ratio).sum(-1).mean().item())
-            results.append((found[0], found[1]))
+            results[layer] = found[0], found[1]
             progress.advance()
         progress.close()
         return results
 
-    def _choices(self, layer: int, reference: tuple[int, int], pairs: float, both: float) -> list[Choice]:
-        """Every (r, c) of one layer. pairs, both: the layer's measured divergences at the reference."""
-        converter, dims = self.converter, self._dims(layer)
+    def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
+        """The losses of each of `layers` at every r it can have."""
+        converter, found = self.converter, {}
+        progress = Progress("allocate", len(layers), "layers")
+        for layer in layers:
+            dims = self._dims(layer)
+            knots = self._knots(dims, min(reference[0], dims[-1]))
+            ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in knots}
+            pairs = {r: converter.pair_loss(layer, self._layout(r, None)) for r in {*dims, *knots}}
+            found[layer] = _Losses(pairs, ranks)
+            progress.advance()
+        progress.close()
+        return found
+
+    def _choices(
+        self, layer: int, reference: tuple[int, int], divergences: tuple[float, float], losses: _Losses
+    ) -> list[Choice]:
+        """Every (r, c) of one layer. divergences: measured at the reference, with pairs alone, and with both."""
+        dims, (pairs, both) = self._dims(layer), divergences
         r0, c0 = min(reference[0], dims[-1]), reference[1]
-        ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in self._knots(dims, r0)}
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
-        alpha = max(pairs, 0.01 * both, 1e-6) / max(converter.pair_loss(layer, self._layout(r0, None)), 1e-30)
-        beta = max(both - pairs, 0.1 * both, 1e-6) / max(ranks[r0][c0].item(), 1e-30)
+        alpha = max(pairs, 0.01 * both, 1e-6) / max(losses.pairs[r0], 1e-30)
+        beta = max(both - pairs, 0.1 * both, 1e-6) / max(losses.ranks[r0][c0].item(), 1e-30)
         choices = []
         for r in dims:
-            pair_loss = alpha * converter.pair_loss(layer, self._layout(r, None))
-            losses = beta * _between(ranks, r)
+            pair_loss, rank_losses = alpha * losses.pairs[r], beta * _between(losses.ranks, r)
             for c in self._ranks(r):
-                loss = losses[c].item() if c < len(losses) else 0.0
+                loss = rank_losses[c].item() if c < len(rank_losses) else 0.0
                 choices.append(Choice(r, c, self._layout(r, c).cache_elements, pair_loss + loss))
         return choices
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 
 
 class Progress:
-    """Counts work done and says the rate and the time left.
+    """Counts work done and says the rate and the time left; under torchrun on rank 0 only.
 
     total: amount of work (layers, bytes, tokens), infinite where it is not known; unit: its name; scale: divides what
     is shown (1e9 for "GB").
@@ -18,6 +19,7 @@ class Progress:
         self.what, self.total, self.unit, self.scale = what, total, unit, scale
         self.done = self.skipped = 0.0
         self.started = time.monotonic()
+        self.shows = os.environ.get("RANK", "0") == "0"
         self.terminal = sys.stderr.isatty()
         self.interval = 0.2 if self.terminal else 5.0
         self.shown = self.started
@@ -39,6 +41,8 @@ class Progress:
         self._show(time.monotonic(), end="\n", over=self.done >= self.total or math.isinf(self.total))
 
     def _show(self, now: float, end: str, over: bool) -> None:
+        if not self.shows:
+            return
         seconds = max(now - self.started, 1e-9)
         rate = (self.done - self.skipped) / seconds
         left = (self.total - self.done) / rate if rate > 0 else float("inf")

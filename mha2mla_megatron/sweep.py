@@ -34,6 +34,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import require_one_process
 from mha2mla_megatron.settings import load_settings, to_dict
 
 COLUMNS = (
@@ -104,6 +105,7 @@ def sweep(source: Path, text: Path, target: Path, settings: SweepSettings) -> di
 
     Raises UserError before any work for bad input. A row that is refused later is recorded as such and tried again.
     """
+    require_one_process("sweep.py")
     rows, found = expand_rows(settings), _read_results(target)
     original = read_architecture(source)
     if original.mla is not None:
@@ -270,6 +272,7 @@ def _run(source: Path, text: Path, target: Path, row: Row, key: str, settings: S
     try:
         start = time.monotonic()
         report = convert_model(source, folder, dataclasses.replace(row.settings, overwrite=True))
+        assert report is not None
         return {
             "mha2mla": report["mha2mla"],
             "cache_elements_per_token": report["cache_elements_per_token"]["after"],

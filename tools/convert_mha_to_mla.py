@@ -17,9 +17,10 @@ def main(argv: list[str]) -> None:
     (source, target), overrides, file = split_words(argv, USAGE, 2, 2, schema=ConvertSettings)
     settings = load_settings(ConvertSettings, overrides, file)
     report = convert_model(resolve_model(source), Path(target), settings)
-    elements = report["cache_elements_per_token"]
-    print(f"{target}: {elements['after']} cached elements per token instead of {elements['before']} "
-          f"(-{elements['saved']:.2%}); report in conversion_report.json")  # fmt: skip
+    if report is not None:
+        elements = report["cache_elements_per_token"]
+        print(f"{target}: {elements['after']} cached elements per token instead of {elements['before']} "
+              f"(-{elements['saved']:.2%}); report in conversion_report.json")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def main(argv: list[str]) -> None:
     from mha2mla_megatron.training.loop import finetune
     from mha2mla_megatron.training.together import names_lost_processes
 
-    with names_lost_processes(settings.parallel.timeout_minutes):
+    limit = f"parallel.timeout_minutes {settings.parallel.timeout_minutes:g}"
+    reason = f"another process has died, or was waited for longer than {limit}"
+    with names_lost_processes(reason, "the same command goes on from the newest complete step"):
         finetune(settings)
 
 

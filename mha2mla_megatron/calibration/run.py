@@ -7,7 +7,6 @@ the order of additions.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.files import new_files
 from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import Ranks, launched_ranks, process_group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,7 +88,6 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
             f"sequence_length: {settings.sequence_length} is more than the model's max_position_embeddings "
             f"{architecture.max_position_embeddings}"
         )
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = rank_device(settings.device)
     reader = HFReader(source, architecture)
     sequences = read_sequences(source, text, settings)
@@ -107,25 +106,20 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
         "seed": settings.seed,
         "dtype": settings.dtype,
     }
-    if provenance["tokens"] < architecture.hidden_size and rank == 0:
+    if provenance["tokens"] < architecture.hidden_size and launched_ranks().rank == 0:
         print(
             f"warning: {provenance['tokens']} tokens give second moments of rank below the hidden size "
             f"{architecture.hidden_size}; the rest is damped. Raise samples or sequence_length"
         )
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        if rank != 0:
-            _collect(source, architecture, sequences, settings, device, rank, world)
+    with process_group("nccl" if device.type == "cuda" else "gloo") as ranks:
+        if ranks.rank != 0:
+            _collect(source, architecture, sequences, settings, device, ranks)
             return None
         with new_files([target], settings.overwrite) as (scratch,):
-            layers = _collect(source, architecture, sequences, settings, device, rank, world)
+            layers = _collect(source, architecture, sequences, settings, device, ranks)
             stored = sequences[-int(provenance["stored_sequences"]) :]
             save_statistics(scratch, architecture, layers, stored, provenance)
         return provenance
-    finally:
-        if world > 1:
-            torch.distributed.destroy_process_group()
 
 
 def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> torch.Tensor:
@@ -158,23 +152,20 @@ def _collect(
     sequences: torch.Tensor,
     settings: CalibrateSettings,
     device: torch.device,
-    rank: int,
-    world: int,
+    ranks: Ranks,
 ) -> list[LayerStatistics]:
     """The sums over the first `samples` sequences, this rank's part run here and all parts added up."""
     model = load_causal_lm(str(source), source, DTYPES[settings.dtype], device).requires_grad_(False)
     layers = [empty_statistics(architecture, device) for _ in range(architecture.num_layers)]
-    mine = list(range(rank, min(settings.samples, len(sequences)), world))
-    progress = Progress("calibrate", len(mine) * settings.sequence_length, "tokens") if rank == 0 else None
+    mine = list(range(ranks.rank, min(settings.samples, len(sequences)), ranks.world))
+    progress = Progress("calibrate", len(mine) * settings.sequence_length, "tokens")
     for start in range(0, len(mine), settings.batch_size):
         batch = mine[start : start + settings.batch_size]
         seeds = [settings.seed * 1_000_003 + index for index in batch]
         collect_batch(model, architecture, sequences[batch].to(device), seeds, layers)
-        if progress is not None:
-            progress.advance(len(batch) * settings.sequence_length)
-    if world > 1:
+        progress.advance(len(batch) * settings.sequence_length)
+    if ranks.world > 1:
         for tensor in all_tensors(layers):
             torch.distributed.all_reduce(tensor)
-    if progress is not None:
-        progress.close()
+    progress.close()
     return layers

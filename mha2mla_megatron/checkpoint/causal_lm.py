@@ -28,9 +28,12 @@ def pick_device(device: str) -> torch.device:
 
 
 def rank_device(device: str) -> torch.device:
-    """As `pick_device`; under torchrun, `auto` and `cuda` are the rank's own GPU."""
+    """As `pick_device`; under torchrun, `auto` and `cuda` are the rank's own GPU, which there must be for each."""
     picked = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and picked.type == "cuda" and picked.index is None:
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            raise UserError(f"device={device}: {here} processes on this machine, which has {gpus} GPUs; one each")
         picked = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(picked)
     return picked

@@ -21,9 +21,10 @@ from mha2mla_megatron.checkpoint.megatron import (
     locate_checkpoint,
     write_latest,
 )
-from mha2mla_megatron.checkpoint.resume import identity, parts_to_do, resumable_folder
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.checkpoint.torch_dist_writer import TorchDistWriter
 from mha2mla_megatron.model.parallel import ParallelConfig
+from mha2mla_megatron.ranks import process_group
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,24 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
         dtype = reduce(torch.promote_types, (reader.dtypes[name] for name in row.hf))
         tensors[row.megatron] = torch.empty(shapes[row.megatron], dtype=dtype, device="meta")
     what = identity("HF -> Megatron", settings, [source])
-    with resumable_folder(target, settings.overwrite, what) as partial:
+    with process_group() as ranks, resumable_folder(target, settings.overwrite, what, ranks) as partial:
         step = iteration_folder(partial.path, 0)
         writer = TorchDistWriter(partial, step, tensors)
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        for name in parts_to_do(partial, "HF -> Megatron", sizes):
-            row = rows[name]
-            writer.add(name, row.layout.pack([reader[part] for part in row.hf], architecture))
-        writer.close()
-        seal_step(step, 0, ParallelConfig().sizes(1))
-        write_hf_side(source, partial.path)
-        write_latest(partial.path, 0)
+
+        def write() -> None:
+            for name in partial.parts_to_do("HF -> Megatron", sizes):
+                row = rows[name]
+                writer.add(name, row.layout.pack([reader[part] for part in row.hf], architecture))
+
+        def complete() -> None:
+            writer.close()
+            seal_step(step, 0, ParallelConfig().sizes(1))
+            write_hf_side(source, partial.path)
+            write_latest(partial.path, 0)
+
+        partial.together(write)
+        partial.first(complete)
 
 
 def write_hf_side(source: Path, root: Path) -> None:
@@ -99,14 +107,21 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
         for name in row.hf
     }
     what = identity("Megatron -> HF", settings, [side, step])
-    with resumable_folder(target, settings.overwrite, what) as partial:
+    with process_group() as ranks, resumable_folder(target, settings.overwrite, what, ranks) as partial:
         writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
         sizes = {name: sum(tensors[part].nbytes for part in row.hf) for name, row in rows.items()}
-        for name in parts_to_do(partial, "Megatron -> HF", sizes):
-            row = rows[name]
-            for part, tensor in zip(row.hf, row.layout.unpack(reader[name], architecture), strict=True):
-                writer.add(part, tensor)
-            partial.finish(name)
-        writer.close()
-        write_config(partial.path, read_config(side))
-        copy_companions(side, partial.path)
+
+        def write() -> None:
+            for name in partial.parts_to_do("Megatron -> HF", sizes):
+                row = rows[name]
+                for part, tensor in zip(row.hf, row.layout.unpack(reader[name], architecture), strict=True):
+                    writer.add(part, tensor)
+                partial.finish(name)
+
+        def complete() -> None:
+            writer.close()
+            write_config(partial.path, read_config(side))
+            copy_companions(side, partial.path)
+
+        partial.together(write)
+        partial.first(complete)

@@ -118,7 +118,8 @@ class HFWriter:
         self.partial.write(name, self.files[name], self.offsets[name], lambda stream: stream.write(content))
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor that an earlier run wrote."""
+        """A tensor that is written."""
+        self.partial.wait()
         planned, piece = self.tensors[name], self.partial.pieces[name]
         with (self.partial.path / piece.file).open("rb") as stream:
             stream.seek(piece.offset)
@@ -151,7 +152,7 @@ class HFWriter:
         for name in ordered:
             self.files[name] = file
             self.offsets[name] = 8 + len(text) + header[name]["data_offsets"][0]
-        if file not in self.partial.done:
+        if file not in self.partial.done and self.partial.ranks.rank == 0:
             head = memoryview(len(text).to_bytes(8, "little") + text)
             self.partial.write(file, file, 0, lambda stream: stream.write(head))
             self.partial.finish(file)

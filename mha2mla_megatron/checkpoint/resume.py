@@ -4,6 +4,10 @@ Beside DST, the folder `.DST.partial` holds `new`, which becomes DST, and `journ
 a line for each part of the work that is done, with the pieces of files that it put there. On the next start of the same
 conversion the journal is believed up to the first piece whose bytes are not those that were written, so that it does
 not matter when, and by what, a conversion is ended. (`old` is a former DST while its name is passed on.)
+
+Under torchrun each rank does some of the parts, writes their pieces into the same files, at places that are known
+beforehand, and appends their lines to the same journal; rank 0 does what is done once. So what an interrupt leaves is
+the same kind of folder, from which any number of ranks can go on.
 """
 
 from __future__ import annotations
@@ -15,9 +19,9 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,12 +29,21 @@ from typing import Any, BinaryIO
 import torch
 
 from mha2mla_megatron import __version__
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import LostProcess, UserError
 from mha2mla_megatron.files import NO_ROOM
 from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import ALONE, Ranks
 
 JOURNAL, NEW, OLD = "journal.jsonl", "new", "old"
+STOPPED = "stopped"
+"""A file that a rank makes where it fails, so that the others end after the part that they are at."""
+
 BLOCK = 1 << 22
+AGAIN = "the same command goes on from there"
+
+
+class NoRoomLeft(UserError):
+    """The disk is full; what is written is worth keeping."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +54,6 @@ class Piece:
     offset: int
     length: int
     crc: int
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.length
 
 
 def identity(command: str, settings: Any, inputs: Iterable[Path]) -> dict[str, Any]:
@@ -59,33 +68,86 @@ def identity(command: str, settings: Any, inputs: Iterable[Path]) -> dict[str, A
     }
 
 
+def partial_root(target: Path) -> Path:
+    """Where the work for `target` is done."""
+    return target.with_name(f".{target.name}.partial")
+
+
 class PartialFolder:
-    """The folder that a conversion works into, at `path`.
+    """The folder that a conversion works into, at `path`; rank 0 makes it before the others do.
 
     done: the parts of the work that are done, each with its result if that is not in the files (a JSON value);
     pieces: what was written, in order. Both hold what is on its way too: pieces are written by a thread of their own,
-    so that the next one can be made meanwhile, and no signal strikes in the middle of one.
+    so that the next one can be made meanwhile, and no signal strikes in the middle of one. What other ranks do is in
+    both after `together`.
     """
 
-    def __init__(self, root: Path, what: dict[str, Any]) -> None:
-        self.root, self.path = root, root / NEW
+    def __init__(self, target: Path, what: dict[str, Any], ranks: Ranks) -> None:
+        self.target, self.root, self.ranks = target, partial_root(target), ranks
+        self.path = self.root / NEW
         self.done: dict[str, Any] = {}
         self.pieces: dict[str, Piece] = {}
         self.unrecorded: list[str] = []
         self.path.mkdir(parents=True, exist_ok=True)
-        self.journal = (root / JOURNAL).open("ab", buffering=0)
+        self.journal = (self.root / JOURNAL).open("a+b", buffering=0)
         self.writer = ThreadPoolExecutor(1)
         self.pending: list[Future[None]] = []
         self.failed = False
-        try:
-            fcntl.flock(self.journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.journal.close()
-            raise UserError(f"{root}: another process is working in it") from None
-        self._take_up(what)
+        if ranks.rank == 0:
+            self._lock(fcntl.LOCK_EX)
+            self._take_up(what)
+        if ranks.world > 1:
+            self._lock(fcntl.LOCK_SH)  # by each, so that none of them outlives the lock
+            self._read()
 
-    def write(self, name: str, file: str, offset: int | None, save: Callable[[Any], Any]) -> None:
-        """Put a piece into a file, at a place or (None) after the last piece; returns while it is being written.
+    def together(self, work: Callable[[], None]) -> None:
+        """Have every rank do its parts of the work, and know of all of them after that.
+
+        Raises, on all ranks, the UserError of the first that failed; the others then end early.
+        """
+
+        def do() -> None:
+            try:
+                with _names_full_disk(self.target):
+                    work()
+                    self.wait()
+            except BaseException:
+                with suppress(OSError):
+                    (self.root / STOPPED).touch()
+                raise
+
+        self.ranks.every(do)
+        if self.ranks.world > 1:
+            self._read()
+
+    def first(self, work: Callable[[], None]) -> None:
+        """As `together`, for work that rank 0 does while the others wait."""
+        self.together(work if self.ranks.rank == 0 else lambda: None)
+
+    def parts_to_do(self, what: str, sizes: Mapping[str, int], slow: Container[str] = ()) -> Iterator[str]:
+        """This rank's share of the parts that no earlier run has done, with the progress of it; sizes are bytes.
+
+        slow: parts that take much longer than to write them; each rank gets as many of them.
+
+        What is asked for next is done: the caller has written it and called `finish`.
+        """
+        left = {part: size for part, size in sizes.items() if part not in self.done}
+        chosen = {*self.ranks.share({part: 1 for part in left if part in slow})}
+        chosen |= {*self.ranks.share({part: size for part, size in left.items() if part not in slow})}
+        mine = {part: size for part, size in left.items() if part in chosen}
+        before = sum(sizes.values()) - sum(left.values())
+        title = what if self.ranks.world == 1 else f"{what}, rank 0 of {self.ranks.world}"
+        progress = Progress(title, before + sum(mine.values()), "MB", 1e6)
+        progress.skip(before)
+        for part, size in mine.items():
+            if (self.root / STOPPED).exists():
+                return
+            yield part
+            progress.advance(size)
+        progress.close()
+
+    def write(self, name: str, file: str, offset: int, save: Callable[[Any], Any]) -> None:
+        """Put a piece into a file; returns while it is being written.
 
         save: writes the bytes to the stream that it is given; it runs later, so what it writes must not change.
 
@@ -110,16 +172,16 @@ class PartialFolder:
         self.writer.shutdown()
         self.journal.close()
 
-    def publish(self, target: Path) -> None:
+    def publish(self) -> None:
         """Give the complete folder its name, in the place of what has it."""
         self.wait()
         for file in self.path.rglob("*"):
             _sync(file)
-        if target.exists():
+        if self.target.exists():
             shutil.rmtree(self.root / OLD, ignore_errors=True)
-            target.rename(self.root / OLD)
-        self.path.rename(target)
-        _sync(target.parent)
+            self.target.rename(self.root / OLD)
+        self.path.rename(self.target)
+        _sync(self.target.parent)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _submit(self, work: Callable[[], None]) -> None:
@@ -132,11 +194,10 @@ class PartialFolder:
 
         self.pending.append(self.writer.submit(run))
 
-    def _write(self, name: str, file: str, offset: int | None, save: Callable[[Any], Any]) -> None:
-        if offset is None:
-            offset = max((piece.end for piece in self.pieces.values() if piece.file == file), default=0)
+    def _write(self, name: str, file: str, offset: int, save: Callable[[Any], Any]) -> None:
         path = self.path / file
-        with path.open("r+b" if path.exists() else "w+b") as stream:
+        # Not cut where it exists, as another rank may have made it a moment ago.
+        with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as stream:
             stream.seek(offset)
             summed = _Summed(stream)
             save(summed)
@@ -148,8 +209,24 @@ class PartialFolder:
         self.journal.write(_line({"part": part, "result": result, "pieces": pieces}))
         self.unrecorded.clear()
 
+    def _lock(self, kind: int) -> None:
+        try:
+            fcntl.flock(self.journal, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.journal.close()
+            raise UserError(f"{self.root}: another process is working in it") from None
+
+    def _read(self) -> None:
+        """Believe all of the journal: rank 0 has checked what earlier runs wrote."""
+        complete = (self.root / JOURNAL).read_bytes().split(b"\n")[:-1]  # another rank may be writing the next line
+        for line in complete[1:]:
+            record = json.loads(line)
+            self.done[record["part"]] = record["result"]
+            self.pieces.update({name: Piece(*values) for name, values in record["pieces"].items()})
+
     def _take_up(self, what: dict[str, Any]) -> None:
         """Read what the journal says is there, and believe it as far as it is true."""
+        (self.root / STOPPED).unlink(missing_ok=True)
         lines = (self.root / JOURNAL).read_bytes().splitlines(keepends=True)
         good = len(_line(what))
         if lines[:1] != [_line(what)]:
@@ -200,59 +277,72 @@ class _Summed:
 
 
 @contextmanager
-def resumable_folder(target: Path, overwrite: bool, what: dict[str, Any]) -> Iterator[PartialFolder]:
+def resumable_folder(
+    target: Path, overwrite: bool, what: dict[str, Any], ranks: Ranks = ALONE
+) -> Iterator[PartialFolder]:
     """A folder that takes `target`'s place when the block ends well, and else waits for the same conversion.
 
-    what: the conversion's `identity`. Only a UserError, which would come again, removes the folder.
+    what: the conversion's `identity`. ranks: those that work into it, each in a block of its own. Only a UserError that
+    would come again removes the folder.
 
     Raises UserError if `target` exists, is not empty and `overwrite` is false, or cannot be written, or the disk fills
-    up.
+    up, and for ranks on several machines.
     """
     target = Path(os.path.abspath(target))
-    root = target.with_name(f".{target.name}.partial")
-    if (root / OLD).is_dir() and not target.exists():  # killed between the two renames of `publish`
-        (root / OLD).rename(target)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
+    if here != ranks.world:  # several machines need not see one file alike while all of them write it
+        raise UserError(f"{ranks.world} processes, {here} of them on this machine: a conversion runs on one")
+    opened: list[PartialFolder] = []
+
+    def open_folder() -> None:
+        try:
+            opened.append(PartialFolder(target, what, ranks))
+        except OSError as error:
+            raise UserError(f"{target}: cannot be written ({error.strerror})") from None
+
+    def open_first() -> None:
+        _check_target(target, overwrite)
+        open_folder()
+
+    try:
+        ranks.first(open_first)
+        ranks.every(lambda: None if opened else open_folder())
+        partial = opened[0]
+        try:
+            with _names_full_disk(target):
+                yield partial
+            ranks.first(_names_full_disk(target)(partial.publish))
+        except (LostProcess, NoRoomLeft):
+            raise
+        except UserError:
+            partial.close()
+            if ranks.rank == 0:
+                shutil.rmtree(partial.root, ignore_errors=True)
+            raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"{target}: interrupted; {AGAIN}") from None
+    finally:
+        for partial in opened:
+            partial.close()
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if (partial_root(target) / OLD).is_dir() and not target.exists():  # killed between the two renames of `publish`
+        (partial_root(target) / OLD).rename(target)
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: exists and is not a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target}: exists and is not empty; give overwrite=true to replace it")
-    again = "the same command goes on from there"
+
+
+@contextmanager
+def _names_full_disk(target: Path) -> Iterator[None]:
     try:
-        partial = PartialFolder(root, what)
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror})") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{target}: interrupted; {again}") from None
-    try:
-        yield partial
-        partial.publish(target)
-    except UserError:
-        partial.close()
-        shutil.rmtree(root, ignore_errors=True)
-        raise
+        yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise UserError(f"{target}: cannot be written ({error.strerror}); with more room {again}") from None
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"{target}: interrupted; {again}") from None
-    finally:
-        partial.close()
-
-
-def parts_to_do(partial: PartialFolder, what: str, sizes: Mapping[str, int]) -> Iterator[str]:
-    """The parts of the work that no earlier run has done, with the progress of all of them, whose sizes are bytes.
-
-    What is asked for next is done: the caller has written it and called `finish`.
-    """
-    progress = Progress(what, sum(sizes.values()), "MB", 1e6)
-    for part, size in sizes.items():
-        if part in partial.done:
-            progress.skip(size)
-        else:
-            yield part
-            progress.advance(size)
-    progress.close()
+        raise NoRoomLeft(f"{target}: cannot be written ({error.strerror}); with more room {AGAIN}") from None
 
 
 def _line(values: dict[str, Any]) -> bytes:

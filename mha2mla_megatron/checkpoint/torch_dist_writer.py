@@ -8,7 +8,9 @@ what is where; and `metadata.json`, which says that it is `torch_dist`. Nothing 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +36,18 @@ VALUES = "common_state/shard_0_1"
 class TorchDistWriter:
     """Writes the tensors of one step into a folder under `partial`.
 
-    tensors: every tensor of the step on the meta device.
+    tensors: every tensor of the step on the meta device, in the order in which they are in the file.
     """
 
     def __init__(self, partial: PartialFolder, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
         self.partial, self.folder, self.tensors = partial, folder, tensors
         self.file = str((folder / DATA).relative_to(partial.path))
+        self.lengths = {VALUES: archive_length([{}])} | {
+            name: archive_length(torch.empty_like(tensor, device="cpu")) for name, tensor in tensors.items()
+        }
+        self.offsets = dict(zip(self.lengths, accumulate(self.lengths.values(), initial=0), strict=False))
         folder.mkdir(exist_ok=True)
-        if VALUES not in partial.done:
+        if VALUES not in partial.done and partial.ranks.rank == 0:
             self._save(VALUES, [{}])
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -55,6 +61,8 @@ class TorchDistWriter:
         self.partial.wait()
         missing = self.tensors.keys() - self.partial.pieces.keys()
         assert not missing, f"not written: {missing}"
+        longer = [name for name, length in self.lengths.items() if self.partial.pieces[name].length != length]
+        assert not longer, f"not of the length that was planned: {longer}"
         entries: dict[str, Any] = {name: _entry(tensor) for name, tensor in self.tensors.items()}
         storage = {}
         for name in (VALUES, *self.tensors):
@@ -68,8 +76,35 @@ class TorchDistWriter:
         (self.folder / "metadata.json").write_text(json.dumps(config))
 
     def _save(self, name: str, value: Any) -> None:
-        self.partial.write(name, self.file, None, lambda stream: torch.save(value, stream))
+        self.partial.write(name, self.file, self.offsets[name], lambda stream: torch.save(value, stream))
         self.partial.finish(name)
+
+
+def archive_length(value: Any) -> int:
+    """Bytes that `torch.save` makes of a value. Tensors are not read, so that empty ones cost no memory."""
+    counted = _Counted()
+    with torch.serialization.skip_data():
+        torch.save(value, counted)  # pyright: ignore[reportArgumentType]
+    return counted.length
+
+
+class _Counted:
+    """A stream that keeps nothing but the length of what is written to it or, for a tensor's data, passed over."""
+
+    def __init__(self) -> None:
+        self.length = 0
+
+    def write(self, data: memoryview | bytes) -> int:
+        size = memoryview(data).nbytes
+        self.length += size
+        return size
+
+    def seek(self, offset: int, whence: int) -> None:
+        assert whence == os.SEEK_CUR
+        self.length += offset
+
+    def flush(self) -> None:
+        pass
 
 
 def _entry(tensor: torch.Tensor) -> TensorStorageMetadata:

@@ -38,6 +38,7 @@ from mha2mla_megatron.evaluation.choices import evaluate_choices
 from mha2mla_megatron.evaluation.perplexity import evaluate_perplexity
 from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.quality.settings import Entry, QualitySettings, expand, measurements, task_name
+from mha2mla_megatron.ranks import require_one_process
 from mha2mla_megatron.settings import require_keys
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.run_picture import read_log
@@ -52,8 +53,7 @@ class Quality:
 
     def __init__(self, settings: QualitySettings) -> None:
         """Raises UserError for bad settings and missing files, before any work."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("quality_table.py runs in one process")
+        require_one_process("quality_table.py")
         require_keys(settings, "model", "out")
         text = settings.calibration_text
         self.model = resolve_model(str(settings.model))

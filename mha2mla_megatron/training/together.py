@@ -10,23 +10,29 @@ import torch
 from mha2mla_megatron.errors import LostProcess, UserError, first_line
 
 
-def on_every_rank(action: Callable[[], None], context: str) -> None:
-    """Run `action` on every process and wait for all; they all raise the UserError of the first one that failed.
+def on_every_rank[T](action: Callable[[], T], context: str | None) -> list[T]:
+    """Run `action` on every process and wait for all; returns what it returned on each.
 
-    context: put before the reason of an OSError, which does not say what it was in the way of.
+    context: put before the reason of an OSError, which does not say what it was in the way of. None: an OSError stays
+    one, and ends this process alone.
+
+    They all raise the UserError of the first one that failed.
     """
-    reason = None
+    result = failure = None
     try:
-        action()
+        result = action()
     except UserError as error:
-        reason = str(error)
+        failure = error
     except OSError as error:
-        reason = describe_os_error(error, context)
-    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(reasons, reason)
-    for found in reasons:
-        if found is not None:
-            raise UserError(found)
+        if context is None:
+            raise
+        failure = UserError(describe_os_error(error, context))
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (result, failure))
+    for _, failure in found:
+        if failure is not None:
+            raise failure
+    return [result for result, _ in found]
 
 
 def on_first_rank(action: Callable[[], None], context: str) -> None:
@@ -35,18 +41,18 @@ def on_first_rank(action: Callable[[], None], context: str) -> None:
 
 
 @contextmanager
-def names_lost_processes(timeout_minutes: float) -> Iterator[None]:
-    """Turn what torch.distributed raises where another process has died, or kept this one waiting, into one line."""
+def names_lost_processes(reason: str, then: str) -> Iterator[None]:
+    """Turn what torch.distributed raises where another process has died, or kept this one waiting, into one line.
+
+    reason: what may have happened; then: what the user can do.
+    """
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
             raise
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "not known yet"
-        raise LostProcess(
-            f"rank {rank}: another process has died, or was waited for longer than parallel.timeout_minutes "
-            f"{timeout_minutes:g} ({first_line(error)}); the same command goes on from the newest complete step"
-        ) from None
+        raise LostProcess(f"rank {rank}: {reason} ({first_line(error)}); {then}") from None
 
 
 def describe_os_error(error: OSError, context: str) -> str:

@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, rank_device
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
@@ -34,8 +28,8 @@ from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.evaluation.table import format_markdown
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
+from mha2mla_megatron.ranks import process_group
 from mha2mla_megatron.settings import to_dict
-from mha2mla_megatron.training.together import on_every_rank
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,6 @@ def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchS
     the ranks share the batches, and all but rank 0 return None. Raises UserError for bad input; what can be found
     without reading weights is found before any are read.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = rank_device(settings.device)
     folder = resolve_model(model)
     tasks = read_tasks(data, settings.tasks, settings.max_samples)
@@ -103,10 +96,11 @@ def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchS
     journals = target / "journal"
     results: list[dict[str, Any]] = []
 
-    with _process_group(world) as together:
-        together(lambda: None if rank else _claim(target, folder, tasks, settings))
-        together(lambda: cut_torn_line(journals / f"{rank}.jsonl"))
-        missing = _missing(tasks, prompts, read_journals(journals), settings.batch_size)[rank::world]
+    with process_group() as ranks:
+        rank, unwritable = ranks.rank, "cannot be written"
+        ranks.every(lambda: None if rank else _claim(target, folder, tasks, settings), unwritable)
+        ranks.every(lambda: cut_torn_line(journals / f"{rank}.jsonl"), unwritable)
+        missing = _missing(tasks, prompts, read_journals(journals), settings.batch_size)[rank :: ranks.world]
 
         def answer() -> None:
             generator = Generator(
@@ -114,18 +108,16 @@ def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchS
                 settings.cache_options,
             )  # fmt: skip
             total = sum(len(prompts[task.task.name][index]) for task, batch in missing for index in batch)
-            progress = Progress("longbench", total, "prompt tokens") if rank == 0 else None
+            progress = Progress("longbench", total, "prompt tokens")
             for task, batch in missing:
                 name, chosen = task.task.name, [prompts[task.task.name][index] for index in batch]
                 texts = generator.answer(chosen, task.task.max_new_tokens, task.task.stops_at_newline)
                 predictions = [Prediction(name, *pair) for pair in zip(batch, texts, strict=True)]
                 append(journals / f"{rank}.jsonl", predictions)
-                if progress is not None:
-                    progress.advance(sum(map(len, chosen)))
-            if progress is not None:
-                progress.close()
+                progress.advance(sum(map(len, chosen)))
+            progress.close()
 
-        together(answer if missing else lambda: None)
+        ranks.every(answer if missing else lambda: None, unwritable)
         if rank == 0:
             results.append(_write_results(model, data, target, tasks, read_journals(journals), settings))
     return results[0] if results else None
@@ -147,20 +139,6 @@ def format_results(results: dict[str, Any]) -> str:
         averages = [(name, *cells(entry)) for name, entry in results["averages"].items()]
         tables.append(format_markdown(("average", "score", "std. error"), averages))
     return "\n\n".join(tables)
-
-
-@contextmanager
-def _process_group(world: int) -> Iterator[Callable[[Callable[[], None]], None]]:
-    """A function that runs an action on every rank and waits for all; they all raise what one of them raises."""
-    if world == 1:
-        yield lambda action: action()
-        return
-    # gloo, because only errors go round. Long, because ranks wait for the slowest one's answers.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield lambda action: on_every_rank(action, "cannot be written")
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def _encode(
