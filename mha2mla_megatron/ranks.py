@@ -11,7 +11,7 @@ from datetime import timedelta
 import torch
 
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.training.together import names_lost_processes, on_every_rank
+from mha2mla_megatron.together import names_lost_processes, on_every_rank
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ def main(argv: list[str]) -> None:
     (config,), overrides, _ = split_words(argv, USAGE, 1, 1, schema=FinetuneSettings)
     settings = load_settings(FinetuneSettings, overrides, Path(config))
     # After the settings: megatron takes seconds to import.
+    from mha2mla_megatron.together import names_lost_processes
     from mha2mla_megatron.training.loop import finetune
-    from mha2mla_megatron.training.together import names_lost_processes
 
     limit = f"parallel.timeout_minutes {settings.parallel.timeout_minutes:g}"
     reason = f"another process has died, or was waited for longer than {limit}"

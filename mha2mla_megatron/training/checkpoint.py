@@ -43,10 +43,10 @@ from mha2mla_megatron.checkpoint.megatron import (
 from mha2mla_megatron.checkpoint.rotation import delete_older, partial_folder, publish_step, remove_leftovers
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.together import describe_os_error, on_every_rank, on_first_rank
 from mha2mla_megatron.training.host_copies import HostCopies
 from mha2mla_megatron.training.own_shards import own_weights
 from mha2mla_megatron.training.param_groups import parameters_of, take_own_groups
-from mha2mla_megatron.training.together import describe_os_error, on_every_rank, on_first_rank
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""

@@ -22,6 +22,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
+from mha2mla_megatron.together import on_first_rank
 from mha2mla_megatron.training.checkpoint import PendingStep, StepSaver, load_weights, prepare_root, resume_run
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
@@ -34,7 +35,6 @@ from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.skipped_steps import SkippedSteps
 from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
 from mha2mla_megatron.training.step_graph import StepGraph, graph_of
-from mha2mla_megatron.training.together import on_first_rank
 from mha2mla_megatron.training.validation import Validation
 from mha2mla_megatron.training.wandb_log import check_wandb
 
