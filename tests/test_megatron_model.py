@@ -9,11 +9,11 @@ import torch
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import (
     build_model,
-    inverse_frequencies,
     sharded_weights,
     transformer_config,
 )

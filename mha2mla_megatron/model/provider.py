@@ -15,13 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.layer_specs import layer_specs
 from mha2mla_megatron.model.parallel import ParallelConfig
-
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Those whose frequencies do not depend on the sequence's length."""
 
 NOT_FOR_CONVERTED = ("apply_rope_fusion", "fused_single_qkv_rope", "flash_decode", "tp_comm_overlap")
 """TransformerConfig switches for kernels that take one rotary table for all heads, or one fused qkv projection."""
@@ -137,35 +135,6 @@ def build_on_device(
     """`build_model` of a run's settings, in Megatron's wrapper for 16-bit weights where the config says bf16."""
     model = build_model(architecture, config, implementation, vp_stage).to(device)
     return Float16Module(config, model) if config.bf16 else model
-
-
-def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
-    """The model's rotary frequencies after its own scaling, as transformers computes them: float32 [d/2].
-
-    Raises UserError for a kind of scaling that depends on the sequence or scales the attention too.
-    """
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    rope = architecture.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"rope_type {rope['rope_type']!r} is not supported; valid: {', '.join(ROPE_TYPES)}")
-    rotary = LlamaRotaryEmbedding(
-        LlamaConfig(
-            hidden_size=architecture.hidden_size,
-            num_attention_heads=architecture.num_attention_heads,
-            head_dim=architecture.head_dim,
-            max_position_embeddings=architecture.max_position_embeddings,
-            rope_parameters=dict(rope),
-        )
-    )
-    if rotary.attention_scaling != 1.0:
-        raise UserError(
-            f"rope_type {rope['rope_type']!r} with an attention factor of {rotary.attention_scaling:g} "
-            "is not supported; valid: attention_factor 1"
-        )
-    # A plain tensor, not a module's buffer: as in Megatron, casting the model to bf16 must leave it alone.
-    return rotary.inv_freq.clone()
 
 
 def sharded_weights(model: Any) -> dict[str, Any]:
