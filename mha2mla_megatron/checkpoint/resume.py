@@ -218,7 +218,8 @@ class PartialFolder:
 
     def _read(self) -> None:
         """Believe all of the journal: rank 0 has checked what earlier runs wrote."""
-        complete = (self.root / JOURNAL).read_bytes().split(b"\n")[:-1]  # another rank may be writing the next line
+        self.journal.seek(0)  # not by its name, which rank 0 may have taken away by now
+        complete = self.journal.readall().split(b"\n")[:-1]  # another rank may be writing the next line
         for line in complete[1:]:
             record = json.loads(line)
             self.done[record["part"]] = record["result"]
