@@ -61,6 +61,8 @@ def start(
                     MASTER_ADDR="localhost", MASTER_PORT=str(port),
                 )  # fmt: skip
                 torch.set_num_threads(1)  # sums have another order with more
+                # Tests of the process that was forked may have left a group of theirs.
+                torch.distributed.distributed_c10d.GroupMember.WORLD = None
                 if rank in (None, number):
                     fault()
                 code = _run(folder, number, cases)
