@@ -197,3 +197,14 @@ def test_examples_are_tables(tmp_path: Path, workspace: Path, file: Path) -> Non
     settings = load_settings(QualitySettings, [*words, f"texts={{a: {workspace / 'heldout.txt'}}}"], file)
     entries, _ = expand(settings, "model", "text")
     assert {entry.row for entry in entries} == {"original", *settings.rows}
+
+
+def test_rows_of_one_conversion_keep_their_names(tmp_path: Path, workspace: Path) -> None:
+    row = {"partial_rope": {"qk_rope_head_dim": 4}, "low_rank": {"method": "joint", "kv_lora_rank": 24}}
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    config |= {"rows": {"slow": row, "fast": row}, "finetune": {}, "distillation": {}, "tasks": []}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run_tool("quality_table", tmp_path / "table.yaml", f"out={tmp_path / 'out'}")
+    assert sorted(results(tmp_path / "out")) == ["fast", "original", "slow"]
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()[2:5]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines] == ["original", "slow", "fast"]

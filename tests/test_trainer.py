@@ -38,13 +38,9 @@ from tests.finetune_cases import (
     run_words,
 )
 from tests.megatron_cases import converted_config
-from tests.test_finetune import load, mean_loss, samples
+from tests.test_finetune import LEARNING_RATES, SCHEDULE, STEPS, load, mean_loss, samples
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
-
-STEPS, LR = 6, 1e-3
-SCHEDULE = ("steps=6", "save_interval=3", "optimizer.warmup_steps=2", "optimizer.decay_steps=2")
-LEARNING_RATES = [0, LR / 2, LR, LR, LR, LR * (1 - math.sqrt(1 / 2))]
 
 SCALED = 'optimizer.lr_scale={"*": 0, attention: 1, latents: 0.25, norms: 3, "decoder.layers.3.*": 0}'
 

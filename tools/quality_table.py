@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     try:
         left = quality.run()
     finally:
-        results = [quality.results[entry.key] for entry in quality.entries]
+        results = [quality.results[entry.name] for entry in quality.entries]
         table = markdown(results)
         with new_files([out / "table.md", out / "table.png"], overwrite=True) as (text, picture):
             text.write_text(table + "\n", encoding="utf-8")

@@ -64,7 +64,7 @@ class Quality:
         hashes = model_sha256(self.model), None if text is None else file_sha256(Path(text))
         self.entries, self.work = expand(settings, *hashes)
         self.measurements = measurements(settings)
-        self.results = {entry.key: self._read(entry) for entry in self.entries}
+        self.results = {entry.name: self._read(entry) for entry in self.entries}
 
     def run(self) -> list[str]:
         """Do what is not done yet. Returns the names of the lines that are not complete: the time was up."""
@@ -80,7 +80,7 @@ class Quality:
         return [entry.name for entry in wanted if not self.complete(entry)]
 
     def complete(self, entry: Entry) -> bool:
-        found = self.results[entry.key]
+        found = self.results[entry.name]
         return all(found[kind].keys() == wanted.keys() for kind, wanted in self.measurements.items())
 
     def _entry(self, entry: Entry) -> None:
@@ -128,7 +128,7 @@ class Quality:
         return exported
 
     def _evaluate(self, entry: Entry, folder: Path) -> None:
-        found, settings = self.results[entry.key], self.settings
+        found, settings = self.results[entry.name], self.settings
         architecture = read_architecture(folder)
         before = 2 * architecture.num_key_value_heads * architecture.head_dim * architecture.num_layers
         layers = range(architecture.num_layers)
@@ -152,14 +152,14 @@ class Quality:
     def _measured(self, entry: Entry, kind: str, name: str, values: dict[str, Any]) -> None:
         """Put one measurement into the results; the model's name is that of a folder that will go."""
         del values["model"]
-        self.results[entry.key][kind][name] = {**values, "made_with": self.measurements[kind][name]}
+        self.results[entry.name][kind][name] = {**values, "made_with": self.measurements[kind][name]}
         self._write(entry)
 
     def _keep_curve(self, entry: Entry, root: Path) -> None:
         """Put the run's losses against its tokens into the results; a long run's are thinned out."""
         if not (root / "log.jsonl").exists():
             return
-        found, tokens = self.results[entry.key], 0
+        found, tokens = self.results[entry.name], 0
         curves: dict[str, list[list[float]]] = {"loss": [], "validation_loss": []}
         for line in read_log(root):
             tokens += line.get("tokens", 0)
@@ -178,7 +178,7 @@ class Quality:
         try:
             yield
         finally:
-            seconds = self.results[entry.key]["seconds"]
+            seconds = self.results[entry.name]["seconds"]
             seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - start, 1)
             gc.collect()
             if torch.cuda.is_available():
@@ -201,7 +201,7 @@ class Quality:
         }  # fmt: skip
 
     def _write(self, entry: Entry) -> None:
-        found = self.results[entry.key]
+        found = self.results[entry.name]
         found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
         with new_files([self._file(entry)], overwrite=True) as (file,):
             write_json(file, found)
