@@ -46,7 +46,18 @@ setup(
         # examples/serve.py
         "serve": ["fastapi>=0.165", "uvicorn"],
         # pyright[nodejs] brings its own node; gguf reads the example model; the last four: the server and its clients
-        "dev": ["pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "gguf", "fastapi", "uvicorn", "httpx", "openai"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "pyright[nodejs]",
+            "gguf",
+            "fastapi",
+            "uvicorn",
+            "httpx",
+            "openai",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

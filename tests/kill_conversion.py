@@ -10,6 +10,7 @@ each, whatever has the target's name must be complete, byte for byte, and at the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -19,13 +20,13 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-
-import torch
 
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.settings import load_settings
 from tests.conftest import make_llama, run_tool
+from tests.forks import exit_codes, fork
 
 WORDS = {
     "convert_mha_to_mla": [
@@ -40,8 +41,6 @@ PARTS = 45
 
 STARTUP_SHARE = 0.1
 """Of the runs, those that are ended before the first part."""
-
-ENDED = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
     expected: dict[str, dict[str, bytes]] = {}
     for tool in WORDS:
         sources[tool], target = source, folder / "unbroken" / tool
-        assert wait(convert(tool, source, target)) == 0
+        assert exit_codes([convert(tool, source, target)]) == [0]
         source, expected[tool] = target, contents(target)
     counts = {"SIGINT": 0, "SIGKILL": 0, "taken up": 0}
     for kill in range(kills):
@@ -78,11 +77,12 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
         journal = target.with_name(f".{target.name}.partial") / "journal.jsonl"
         parts, delay = (0 if chance.random() < STARTUP_SHARE else chance.randint(1, PARTS)), chance.uniform(0.0, 0.01)
         process = convert(tool, sources[tool], target)
-        while parts and lines(journal) < parts and os.waitid(os.P_PID, process, ENDED) is None:
+        while parts and lines(journal) < parts and process.is_alive():
             time.sleep(0.0005)
         time.sleep(delay)
-        os.kill(process, number)
-        code = wait(process)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.kill(process.ident or 0, number)
+        (code,) = exit_codes([process])
         left = sorted(path.name for path in target.parent.iterdir()) if target.parent.is_dir() else []
         print(f"kill {kill + 1}/{kills}: {tool}, {number.name} after part {parts}: {code}, left: {left}", flush=True)
         assert code in (0, 130, -signal.SIGKILL), f"{tool} ended with {code}"
@@ -93,29 +93,28 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
             continue
         counts["taken up"] += lines(journal) > 1
         if chance.random() < 0.5:  # the others are ended again
-            assert wait(convert(tool, sources[tool], target)) == 0
+            assert exit_codes([convert(tool, sources[tool], target)]) == [0]
             assert contents(target) == expected[tool], f"{target} differs from the unbroken run's"
             assert [path.name for path in target.parent.iterdir()] == ["model"], "something was left"
             shutil.rmtree(target.parent)
     return counts
 
 
-def convert(tool: str, source: Path, target: Path) -> int:
-    """Start a converter as a process of its own; returns its number. A fork: to import torch takes longer than all."""
-    process = os.fork()
-    if process == 0:
+def convert(tool: str, source: Path, target: Path) -> BaseProcess:
+    """Start a converter as a process of its own."""
+    return fork(_convert, tool, source, target)
+
+
+def _convert(tool: str, source: Path, target: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code = run_tool(tool, source, target, *WORDS[tool], check=False).returncode
+    except KeyboardInterrupt:  # outside of the command, which says so itself
+        code = 130
+    except BaseException:
+        traceback.print_exc()
         code = 1
-        try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            torch.set_num_threads(1)
-            code = run_tool(tool, source, target, *WORDS[tool], check=False).returncode
-        except KeyboardInterrupt:  # outside of the command, which says so itself
-            code = 130
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return process
+    os._exit(code)
 
 
 def lines(journal: Path) -> int:
@@ -124,11 +123,6 @@ def lines(journal: Path) -> int:
         return journal.read_bytes().count(b"\n")
     except FileNotFoundError:
         return 0
-
-
-def wait(process: int) -> int:
-    """Its exit code, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def contents(folder: Path) -> dict[str, bytes]:

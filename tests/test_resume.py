@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
-import gc
 import json
 import os
 import re
@@ -21,7 +19,8 @@ from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.checkpoint.resume import JOURNAL, NEW, PartialFolder
 from mha2mla_megatron.planning import Planner
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
-from tests.kill_conversion import WORDS, contents, convert, kill_conversions, wait
+from tests.forks import exit_codes
+from tests.kill_conversion import WORDS, contents, convert, kill_conversions
 from tests.test_faults import small_files
 
 TOOLS = list(WORDS)
@@ -246,34 +245,34 @@ def test_the_benchmark_runs(tmp_path: Path) -> None:
     assert "MHA -> MLA of 1 layers" in table and not (tmp_path / "work").exists()
 
 
-def anonymous(process: int | str) -> int:
+def anonymous(process: int | None) -> int:
     """Anonymous resident memory in bytes; 0 for a process that has ended."""
-    status = Path(f"/proc/{process}/status").read_text()
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
     return max([0, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s*(\d+)", status))])
 
 
-def growth_of(tool: str, source: Path, target: Path) -> int:
-    """The most memory that a conversion has beyond what the process had that it is forked from, in bytes."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the fork would live in what this process freed
-    before, peak = anonymous("self"), 0
-    process = convert(tool, source, target)
-    while os.waitpid(process, os.WNOHANG) == (0, 0):
-        peak = max(peak, anonymous(process))
+def peak_of(tool: str, source: Path, target: Path) -> int:
+    """The most memory that a conversion has, in bytes."""
+    process, peak = convert(tool, source, target), 0
+    while process.is_alive():
+        peak = max(peak, anonymous(process.ident))
     assert target.is_dir()
-    return peak - before
+    return peak
 
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, tool: str) -> None:
     """Layers of 5 MB: sixteen more of them are 80 MB more of model."""
-    growths = []
+    peaks = []
     for layers in (2, 18):
         shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 1280, "vocab_size": 4096}
         source = make_llama(tmp_path / f"{layers}", **shape)
         if tool == "convert_megatron_to_hf":
-            assert wait(convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")) == 0
+            assert exit_codes([convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")]) == [0]
             source = tmp_path / f"{layers}-megatron"
-        growths.append(growth_of(tool, source, tmp_path / f"{layers}-out"))
+        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out"))
     assert sum(file.stat().st_size for file in (tmp_path / "18").iterdir()) > 3 * 25e6
-    assert growths[1] - growths[0] < 25e6, growths
+    assert peaks[1] - peaks[0] < 25e6, peaks

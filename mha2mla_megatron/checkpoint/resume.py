@@ -118,7 +118,7 @@ class PartialFolder:
 
         self.ranks.every(do)
         if self.ranks.world > 1:
-            self._read()
+            self.ranks.every(self._read)  # before any of them goes on and adds to it: they share out what is left alike
 
     def first(self, work: Callable[[], None]) -> None:
         """As `together`, for work that rank 0 does while the others wait."""
@@ -218,9 +218,8 @@ class PartialFolder:
 
     def _read(self) -> None:
         """Believe all of the journal: rank 0 has checked what earlier runs wrote."""
-        self.journal.seek(0)  # not by its name, which rank 0 may have taken away by now
-        complete = self.journal.readall().split(b"\n")[:-1]  # another rank may be writing the next line
-        for line in complete[1:]:
+        self.journal.seek(0)
+        for line in self.journal.readall().splitlines()[1:]:
             record = json.loads(line)
             self.done[record["part"]] = record["result"]
             self.pieces.update({name: Piece(*values) for name, values in record["pieces"].items()})

@@ -7,9 +7,11 @@ import resource
 import shutil
 import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from mha2mla_megatron.attention_converter import AttentionConverter, ConvertedAt
 from mha2mla_megatron.checkpoint.resume import JOURNAL, PartialFolder
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from tests.conftest import PROSE, make_llama, make_tokenizer, run_tool
-from tests.kill_conversion import contents, wait
+from tests.forks import exit_codes, fork
+from tests.kill_conversion import contents
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="compares bits, made for the CPU")
 
@@ -41,36 +44,34 @@ class Case:
 
 
 def start(
-    folder: Path, size: int, *cases: Case, rank: int | None = None, fault: Callable[[], None] = lambda: None
+    folder: Path, size: int, *cases: Case, rank: int | None = None, fault: Callable[[], None] | None = None
 ) -> list[int]:
-    """Fork `size` ranks, which run the cases; returns exit codes, or minus the signals. What they say: folder/log.RANK.
+    """Start `size` ranks, which run the cases; returns what `exit_codes` does. What they say is in folder/log.RANK.
 
-    fault: called first on that rank; rank None: on all.
+    fault: called first on that rank; rank None: on all. A function of this module, or a partial of one.
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = []
-    for number in range(size):
-        process = os.fork()
-        if process == 0:
-            code = 1
-            try:
-                os.environ.update(
-                    RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
-                    MASTER_ADDR="localhost", MASTER_PORT=str(port),
-                )  # fmt: skip
-                torch.set_num_threads(1)  # sums have another order with more
-                # Tests of the process that was forked may have left a group of theirs.
-                torch.distributed.distributed_c10d.GroupMember.WORLD = None
-                if rank in (None, number):
-                    fault()
-                code = _run(folder, number, cases)
-            except BaseException:
-                (folder / f"log.{number}").write_text(traceback.format_exc())
-            os._exit(code)
-        processes.append(process)
-    return [wait(process) for process in processes]
+    faults = [fault if rank in (None, number) else None for number in range(size)]
+    return exit_codes([fork(_work, folder, number, size, port, cases, faults[number]) for number in range(size)])
+
+
+def _work(
+    folder: Path, rank: int, size: int, port: int, cases: Sequence[Case], fault: Callable[[], None] | None
+) -> None:
+    code = 1
+    try:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+            MASTER_ADDR="localhost", MASTER_PORT=str(port),
+        )  # fmt: skip
+        if fault is not None:
+            fault()
+        code = _run(folder, rank, cases)
+    except BaseException:
+        (folder / f"log.{rank}").write_text(traceback.format_exc())
+    os._exit(code)
 
 
 def _run(folder: Path, rank: int, cases: Sequence[Case]) -> int:
@@ -97,11 +98,6 @@ def errors(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     """Five layers, which neither two nor three ranks can share evenly."""
-    # Imported once for all forks; these take seconds.
-    import matplotlib.pyplot  # noqa: F401
-
-    import mha2mla_megatron.checkpoint.convert_hf_megatron  # noqa: F401
-
     root = tmp_path_factory.mktemp("ranks")
     model = make_tokenizer(make_llama(root / "model", num_hidden_layers=5, bias=True))
     (root / "text.txt").write_text("\n".join(PROSE * 4))
@@ -130,40 +126,54 @@ def test_same_bytes_as_one_process(cases: dict[str, Case], tmp_path: Path, size:
     assert [bool(log) for log in logs(tmp_path)] == [True] + [False] * (size - 1), "rank 0 speaks for all"
 
 
+def read_late() -> None:
+    """What the other ranks do meanwhile is in the journal too by then."""
+    read = PartialFolder._read
+
+    def reading(self: PartialFolder) -> None:
+        time.sleep(0.5)
+        read(self)
+
+    PartialFolder._read = reading  # type: ignore[method-assign]
+
+
+def test_ranks_that_read_the_journal_late_share_the_same_work(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["budget"]
+    assert start(tmp_path, 2, case, rank=1, fault=read_late) == [0, 0], logs(tmp_path)
+    assert contents(tmp_path / case.name) == case.expected
+
+
+def note_layers(folder: Path) -> None:
+    """The layers that a rank converts, into folder/rankN."""
+    convert = AttentionConverter.convert
+
+    def noting(self: AttentionConverter, layer: int, layout: LatentLayout) -> ConvertedAttention:
+        with (folder / f"rank{os.environ['RANK']}").open("a") as file:
+            file.write(f"{layer} ")
+        return convert(self, layer, layout)
+
+    AttentionConverter.convert = noting  # type: ignore[method-assign]
+
+
 def test_the_layers_are_shared_out(cases: dict[str, Case], tmp_path: Path) -> None:
     """Each rank converts some, in turn, and none is converted twice."""
-
-    def noted() -> None:
-        convert = AttentionConverter.convert
-
-        def noting(self: AttentionConverter, layer: int, layout: LatentLayout) -> ConvertedAttention:
-            with (tmp_path / f"rank{os.environ['RANK']}").open("a") as file:
-                file.write(f"{layer} ")
-            return convert(self, layer, layout)
-
-        AttentionConverter.convert = noting  # type: ignore[method-assign]
-
-    assert start(tmp_path, 3, cases["plain"], fault=noted) == [0, 0, 0], logs(tmp_path)
+    assert start(tmp_path, 3, cases["plain"], fault=partial(note_layers, tmp_path)) == [0, 0, 0], logs(tmp_path)
     assert [file.read_text() for file in sorted(tmp_path.glob("rank?"))] == ["0 3 ", "1 4 ", "2 "]
 
 
-def dies_at(part: int) -> Callable[[], None]:
+def die_at(part: int) -> None:
     """Ends the process in the place of recording its n-th part."""
+    finish, count = PartialFolder.finish, 0
 
-    def fault() -> None:
-        finish, count = PartialFolder.finish, 0
+    def dying(self: PartialFolder, *args: object) -> None:
+        nonlocal count
+        count += 1
+        if count == part:
+            self.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(self, *args)
 
-        def dying(self: PartialFolder, *args: object) -> None:
-            nonlocal count
-            count += 1
-            if count == part:
-                self.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
-            finish(self, *args)
-
-        PartialFolder.finish = dying  # type: ignore[method-assign]
-
-    return fault
+    PartialFolder.finish = dying  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize(("name", "rank"), [("budget", 0), ("megatron", 2)])
@@ -171,7 +181,7 @@ def test_a_killed_rank_leaves_what_any_number_can_go_on_from(
     cases: dict[str, Case], tmp_path: Path, name: str, rank: int
 ) -> None:
     case = cases[name]
-    codes = start(tmp_path, 3, case, rank=rank, fault=dies_at(4))
+    codes = start(tmp_path, 3, case, rank=rank, fault=partial(die_at, 4))
     assert codes == [-signal.SIGKILL if other == rank else 2 for other in range(3)], logs(tmp_path)
     assert len(errors(tmp_path)) == 2
     for line in errors(tmp_path):
@@ -201,14 +211,14 @@ def test_what_one_rank_is_refused_ends_all_with_one_line(cases: dict[str, Case],
     assert not list(tmp_path.glob("*statistics*")), "something was left"
 
 
+def small_files() -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+
 def test_a_disk_that_is_full_for_one_rank(cases: dict[str, Case], tmp_path: Path) -> None:
     """The rank's limit is on the length of a file: the shards' ends are beyond it."""
     case = cases["plain"]
-
-    def small_files() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
     assert start(tmp_path, 2, case, rank=1, fault=small_files) == [2, 2], logs(tmp_path)
     assert len(errors(tmp_path)) == 1 and logs(tmp_path)[0].endswith(f"{errors(tmp_path)[0]}\n"), logs(tmp_path)
     assert "File too large" in errors(tmp_path)[0]
@@ -218,15 +228,19 @@ def test_a_disk_that_is_full_for_one_rank(cases: dict[str, Case], tmp_path: Path
     assert contents(tmp_path / "plain") == case.expected
 
 
+def on_two_machines() -> None:
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+
 def test_refused_by_all_with_one_line(cases: dict[str, Case], tmp_path: Path) -> None:
-    def refused(case: Case, fault: Callable[[], None] = lambda: None) -> str:
+    def refused(case: Case, fault: Callable[[], None] | None = None) -> str:
         assert start(tmp_path, 2, case, fault=fault) == [2, 2] and logs(tmp_path)[1] == ""
         (line,) = errors(tmp_path)
         return line
 
     budget, plain = cases["budget"], cases["plain"]
     assert "heal.steps=2" in refused(replace(budget, words=[*budget.words, "heal.steps=2"]))
-    line = refused(plain, fault=lambda: os.environ.update(LOCAL_WORLD_SIZE="1"))
+    line = refused(plain, fault=on_two_machines)
     assert "2 processes, 1 of them on this machine" in line
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("mine")

@@ -1,22 +1,16 @@
-"""Worlds of processes that each run a list of jobs: forks of one process that has imported everything once."""
+"""Worlds of processes that each run a list of jobs."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed
 
 from mha2mla_megatron.model.parallel import shut_down_parallel
-
-TIMEOUT = 240
-LAZY = ("transformers.models.llama.modeling_llama", "megatron.core.models.mimo")
-"""Modules that Megatron imports when it first uses them."""
+from tests.forks import exit_codes, fork
 
 
 def run_world(size: int, folder: Path, job: Callable[..., None], runs: list[tuple[Any, ...]]) -> None:
@@ -24,27 +18,16 @@ def run_world(size: int, folder: Path, job: Callable[..., None], runs: list[tupl
 
     Raises AssertionError with the tracebacks of those that failed.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, job.__module__, *LAZY])  # looked at where the first world starts
     store = folder / f"store-{size}-{job.__name__}"
     for left in folder.glob(f"{store.name}*"):  # of an earlier run in the same folder
         left.unlink()
-    processes = [context.Process(target=_work, args=(rank, size, store, job, runs)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    end = time.monotonic() + TIMEOUT
-    for process in processes:
-        process.join(max(0, end - time.monotonic()))
-    for process in processes:
-        process.kill()
-        process.join()
+    codes = exit_codes([fork(_work, rank, size, store, job, runs) for rank in range(size)])
     errors = [file.read_text() for file in sorted(folder.glob(f"{store.name}-error.*"))]
-    assert not errors and not any(process.exitcode for process in processes), "\n".join(errors) or "timed out"
+    assert not errors and not any(codes), "\n".join(errors) or f"exit codes {codes}"
 
 
 def _work(rank: int, size: int, store: Path, job: Callable[..., None], runs: list[tuple[Any, ...]]) -> None:
     try:
-        torch.set_num_threads(1)
         world = torch.distributed.FileStore(str(store), size)
         torch.distributed.init_process_group("gloo", store=world, rank=rank, world_size=size)
         for run in runs:
