@@ -100,7 +100,7 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def convert(tool: str, source: Path, target: Path) -> int:
+def convert(tool: str, source: Path, target: Path, *more: str) -> int:
     """Start a converter as a process of its own; returns its number. A fork: to import torch takes longer than all."""
     process = os.fork()
     if process == 0:
@@ -108,7 +108,7 @@ def convert(tool: str, source: Path, target: Path) -> int:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)
-            code = run_tool(tool, source, target, *WORDS[tool], check=False).returncode
+            code = run_tool(tool, source, target, *WORDS[tool], *more, check=False).returncode
         except KeyboardInterrupt:  # outside of the command, which says so itself
             code = 130
         except BaseException:
