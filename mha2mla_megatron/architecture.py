@@ -264,6 +264,9 @@ def _rope_parameters(config: dict[str, Any], source: str) -> dict[str, Any]:
     if not isinstance(rope["rope_type"], str):
         raise UserError(f"{source}: {key}: rope_type={rope['rope_type']!r}; a word is needed")
     _positive(rope["rope_theta"], f"{source}: rope_theta")
+    key = "original_max_position_embeddings"
+    if config.get(key) is not None and rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope[key] = int(_positive(config[key], f"{source}: {key}"))  # rather than the scaling's own, as in transformers
     if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
         raise UserError(f"{source}: partial_rotary_factor is not 1: the model is already partially rotated")
     return rope

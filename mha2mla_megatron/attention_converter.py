@@ -13,13 +13,21 @@ import torch
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.calibration.metric import IDENTITY, Metric, make_columns, make_rows
-from mha2mla_megatron.calibration.pairs import apply_query_map, fit_query_map, identity_map, pair_losses, per_group
+from mha2mla_megatron.calibration.pairs import (
+    apply_query_map,
+    fit_query_map,
+    identity_map,
+    pair_losses,
+    per_group,
+    scaling_map,
+)
 from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics, model_fingerprint
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.low_rank import factorise, truncation_losses
+from mha2mla_megatron.model.frequencies import attention_factor
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 
 
@@ -43,7 +51,7 @@ class _Layer:
     scores: torch.Tensor | None
     """[G, P], what the strategy ranks pairs by."""
     query_map: torch.Tensor | None
-    """[H, P, 2]."""
+    """[H, P, 2]; None: the queries as they are."""
     columns: torch.Tensor | None
 
 
@@ -58,6 +66,7 @@ class AttentionConverter:
     def __init__(self, reader: HFReader, original: Architecture, mla: MHA2MLAConfig, device: torch.device) -> None:
         self.reader, self.original, self.mla, self.device = reader, original, mla, device
         rope, low_rank = mla.partial_rope, mla.low_rank
+        self.attention_factor = attention_factor(original)
         self.scores: torch.Tensor | None = None
         self.statistics: Statistics | None = None
         files = set()
@@ -109,7 +118,9 @@ class AttentionConverter:
         if "q_norm.weight" in weights:
             # A head's root mean square does not depend on the order of its dims; the norms' weights follow them.
             for norm in ("q_norm.weight", "k_norm.weight"):
-                converted[norm] = weights[norm][order]
+                converted[norm] = weights[norm].to(torch.float64)[order]
+            # Here, as the norm would undo a map of the queries before it.
+            converted["q_norm.weight"][:, r:] *= self._unrotated_scale(layer)
 
         factors = self._factor(k_nope, v, layout, self._metric(source, layout, order))
         converted.update(factors)
@@ -149,23 +160,29 @@ class AttentionConverter:
         names = self.original.attention_shapes(layer)
         weights = {name: self.reader[prefix + name].to(self.device) for name in names}
         scores = None if self.scores is None else self.scores[layer]
+        scale = self._unrotated_scale(layer)
+        unfitted = scaling_map(scale, self.original.num_attention_heads, self.original.head_dim // 2)
+        query_map = None if scale == 1 or self.original.qk_norm else unfitted
         if self.statistics is None:
-            return _Layer(weights, None, None, scores, None, None)
+            return _Layer(weights, None, None, scores, query_map, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
-        query_map = None
         rotates = layer not in self.original.no_rope_layers
         if rope.query_map and rotates:
             # Fitted to the effects on the loss; pairs are ranked by their effects on the attention weights (both are
             # the better choice on the real model: docs/conversion.md).
             query_map = fit_query_map(statistics.loss_moments)
         moments = statistics.score_moments / tokens
-        best = fit_query_map(moments) if rope.query_map else identity_map(moments)
+        best = fit_query_map(moments) if rope.query_map else unfitted.to(moments)
         # Where the original rotates nothing, no rotation is lost.
         losses = per_group(pair_losses(moments, best), self.original.num_key_value_heads) * rotates
         if rope.strategy == "activation":
             scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
         return _Layer(weights, statistics, losses, scores, query_map, columns)
+
+    def _unrotated_scale(self, layer: int) -> float:
+        """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
+        return 1.0 if layer in self.original.no_rope_layers else self.attention_factor**2
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
         return kept_pairs(

@@ -1,4 +1,4 @@
-"""MHA -> MLA: a whole model as a stream of layers (no Megatron, no distribution)."""
+"""MHA -> MLA: a whole model as a stream of layers, written as a Hugging Face folder or as a Megatron checkpoint."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from mha2mla_megatron.calibration.original import OriginalModel
 from mha2mla_megatron.checkpoint.causal_lm import pick_device, rank_device
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
+from mha2mla_megatron.checkpoint.mapping import parameter_map
+from mha2mla_megatron.checkpoint.megatron_writer import MegatronWriter
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.conversion_picture import draw_allocation
@@ -40,6 +42,9 @@ OF_ORIGINALS = (
 """Keys of an original's config.json that a converted model has not, or in one form for all families."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CKPT_FORMATS = ("hf", "torch_dist")
+OF_THE_OUTPUT = ("ckpt_format", "device", "max_shard_size", "overwrite")
+"""Settings that no weight depends on."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,19 @@ class ConvertSettings:
     device: str = "auto"
     """Where the work is done: auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
 
+    ckpt_format: str = "hf"
+    """What DST becomes: hf, a Hugging Face folder; torch_dist, a Megatron checkpoint, the same that
+    tools/convert_hf_to_megatron.py makes of that folder, with the report in its `hf` folder."""
+
     max_shard_size: str = "5GB"
-    """Largest safetensors file written."""
+    """Largest safetensors file written. A Megatron checkpoint has one file."""
 
     overwrite: bool = False
     """Replace DST if it exists and is not empty."""
 
     def __post_init__(self) -> None:
         require_one_of("dtype", self.dtype, ("auto", *DTYPES))
+        require_one_of("ckpt_format", self.ckpt_format, CKPT_FORMATS)
         pick_device(self.device)
         parse_size(self.max_shard_size, "max_shard_size")
         if self.statistics is not None:
@@ -127,7 +137,7 @@ class ConvertSettings:
 
 
 def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any] | None:
-    """Convert a Hugging Face folder into another; returns the report that it wrote on rank 0, None on the others.
+    """Convert the model of a Hugging Face folder; returns the report that it wrote on rank 0, None on the others.
 
     One layer is in memory at a time, unless a cache budget or healing needs the running model. After an interrupt the
     same call goes on from the last layer that was written. Under torchrun the ranks share the layers.
@@ -170,18 +180,21 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
         report["mha2mla"], report["heal"] = dataclasses.asdict(mla), dataclasses.asdict(settings.heal)
         converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
         tensors = _planned_tensors(reader, converted, settings.dtype)
-        writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        if settings.ckpt_format == "hf":
+            writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        else:
+            writer = MegatronWriter(partial, tensors, converted)
         partial.together(lambda: _write_tensors(writer, converter, converted, healer))
 
         def complete() -> None:
             writer.close()
             report["layers"] = [partial.done[_attention(layer)] for layer in range(original.num_layers)]
             _summarise(report, original)
-            write_config(partial.path, converted_config(read_config(source), converted, settings.dtype))
-            copy_companions(source, partial.path)
-            (partial.path / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
+            write_config(writer.hf, converted_config(read_config(source), converted, settings.dtype))
+            copy_companions(source, writer.hf)
+            (writer.hf / "conversion_report.json").write_text(json.dumps(report, indent=2) + "\n")
             if plan is not None:
-                draw_allocation(report, original.head_dim, partial.path / "allocation.png")
+                draw_allocation(report, original.head_dim, writer.hf / "allocation.png")
 
         partial.first(complete)
     return report if ranks.rank == 0 else None
@@ -254,13 +267,16 @@ def _planned_tensors(reader: HFReader, converted: Architecture, dtype: str) -> d
 
 
 def _write_tensors(
-    writer: HFWriter, converter: AttentionConverter, converted: Architecture, healer: Healer | None
+    writer: HFWriter | MegatronWriter, converter: AttentionConverter, converted: Architecture, healer: Healer | None
 ) -> None:
-    """Write this rank's share of what is not there yet; a layer's attention is one part, with a result to report."""
+    """Write this rank's share of what is not there yet.
+
+    A part is what one Megatron tensor is made of, or a layer's attention, with a result to report.
+    """
     reader, partial, planned = converter.reader, writer.partial, writer.tensors
     parts: dict[str, list[str]] = {}
-    for name in planned:
-        parts.setdefault(re.sub(r"(?<=\.self_attn)\..*", "", name), []).append(name)
+    for row in parameter_map(converted):
+        parts.setdefault(re.sub(r"(?<=\.self_attn)\..*", "", row.hf[0]), []).extend(row.hf)
     layers = {_attention(layer): layer for layer in range(converted.num_layers)}
     sizes = {part: sum(planned[name].nbytes for name in names) for part, names in parts.items()}
 
@@ -272,7 +288,7 @@ def _write_tensors(
     for part in partial.parts_to_do("MHA -> MLA", sizes, slow=layers):
         names, layer = parts[part], layers.get(part)
         if layer is None:
-            tensors, result = {part: reader[part]}, None
+            tensors, result = {name: reader[name] for name in names}, None
         else:
             while healer is not None and healer.next_layer < layer:
                 follow(healer, healer.next_layer)

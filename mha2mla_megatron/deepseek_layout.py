@@ -23,6 +23,7 @@ from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.frequencies import inverse_frequencies
+from mha2mla_megatron.ranks import require_one_process
 
 NORM_SHARE = 2.0**-24
 """How far below the norm's epsilon a latent's mean square stays: a change of 2^-25 of the latent, under float32's."""
@@ -90,6 +91,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
 
     Raises UserError before anything is written for a model that this layout cannot express.
     """
+    require_one_process("export_deepseek.py")
     model = read_architecture(source)
     _require_plain(model, str(source))
     if model.mla is None:

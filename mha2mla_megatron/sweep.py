@@ -28,9 +28,9 @@ from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.calibration.statistics import Statistics, model_fingerprint
 from mha2mla_megatron.checkpoint.folders import model_sha256
 from mha2mla_megatron.checkpoint.hf import HFReader
-from mha2mla_megatron.convert import ConvertSettings, convert_model
+from mha2mla_megatron.convert import OF_THE_OUTPUT, ConvertSettings, convert_model
 from mha2mla_megatron.data.documents import read_text
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
 from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
@@ -216,7 +216,9 @@ def leaves(where: str, values: Any, prefix: str = "") -> Iterator[tuple[str, Any
 def conversion_settings(name: str, leaves: dict[str, Any]) -> ConvertSettings:
     words = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in leaves.items()]
     try:
-        return load_settings(ConvertSettings, words)
+        settings = load_settings(ConvertSettings, words)
+        require_one_of("ckpt_format", settings.ckpt_format, ("hf",))  # which is what can be evaluated
+        return settings
     except UserError as error:
         raise UserError(f"row '{name}': {error}") from None
 
@@ -242,7 +244,7 @@ class _Files:
 
     def by_content(self, settings: ConvertSettings) -> dict[str, Any]:
         """The settings that the weights depend on, with hashes in the place of file names."""
-        others = ("statistics", "device", "max_shard_size", "overwrite")  # statistics: passed on to the next two
+        others = ("statistics", *OF_THE_OUTPUT)  # statistics: passed on to the next two
         values = {name: value for name, value in to_dict(settings).items() if name not in others}
         values["partial_rope"]["scores"] = self.digests[settings.partial_rope.scores]
         values["low_rank"]["statistics"] = self.digests[settings.low_rank.statistics]

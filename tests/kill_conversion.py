@@ -100,15 +100,15 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def convert(tool: str, source: Path, target: Path) -> BaseProcess:
+def convert(tool: str, source: Path, target: Path, *more: str) -> BaseProcess:
     """Start a converter as a process of its own."""
-    return fork(_convert, tool, source, target)
+    return fork(_convert, tool, source, target, *more)
 
 
-def _convert(tool: str, source: Path, target: Path) -> None:
+def _convert(tool: str, source: Path, target: Path, *more: str) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        code = run_tool(tool, source, target, *WORDS[tool], check=False).returncode
+        code = run_tool(tool, source, target, *WORDS[tool], *more, check=False).returncode
     except KeyboardInterrupt:  # outside of the command, which says so itself
         code = 130
     except BaseException:

@@ -21,7 +21,8 @@ def reference_logits(
     """
     config, weights = model.config, {name: t.double() for name, t in model.state_dict().items()}
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    frequencies = model.model.rotary_emb.inv_freq.double()
+    rotary = model.model.rotary_emb
+    frequencies, factor = rotary.inv_freq.double(), rotary.attention_scaling
     x = weights["model.embed_tokens.weight"][tokens]
     for layer in range(config.num_hidden_layers):
         w = {k.removeprefix(f"model.layers.{layer}."): v for k, v in weights.items() if f"layers.{layer}." in k}
@@ -38,7 +39,7 @@ def reference_logits(
                 _rotated(q[:, :, i], pairs[layer][g], frequencies),
                 _rotated(k[:, :, g], pairs[layer][g], frequencies),
             )
-            scores = qi @ kg.transpose(1, 2) / numpy.sqrt(d)
+            scores = factor**2 * qi @ kg.transpose(1, 2) / numpy.sqrt(d)
             future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
             out[:, :, i] = scores.masked_fill(future, -torch.inf).softmax(-1) @ v[:, :, g]
         x = x + _linear(out.flatten(2), w, "self_attn.o_proj")

@@ -34,6 +34,7 @@ from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.finetune_cases import Trap
+from tests.kill_conversion import contents
 from tests.megatron_cases import save_global_tensors
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -109,6 +110,19 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, case: str) -> None:
     # A layout that is wrong the same way in both directions would still come back; what stands in between must be
     # the same model. Logits reach 5; a wrong row shows at 1e-1.
     assert (megatron_logits(tmp_path / "megatron") - hf_logits(source)).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] is not None])
+def test_straight_from_the_original(tmp_path: Path, case: str) -> None:
+    """Every file is that of the two converters, one after the other; beside them the report."""
+    changes, words = CASES[case]
+    mla = make_model(tmp_path, changes, words)
+    run_tool("convert_hf_to_megatron", mla, tmp_path / "megatron")
+    done = run_tool("convert_mha_to_mla", tmp_path / "llama", tmp_path / "straight", *words, "ckpt_format=torch_dist")
+    assert "report in hf/conversion_report.json" in done.stdout
+    found = contents(tmp_path / "straight")
+    assert found.pop("hf/conversion_report.json") == (mla / "conversion_report.json").read_bytes()
+    assert found == contents(tmp_path / "megatron")
 
 
 @pytest.mark.parametrize("case", ["sharded", "joint"])

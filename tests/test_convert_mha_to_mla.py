@@ -41,6 +41,9 @@ def score_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 8.0, "original_max_position_embeddings": 16}
+"""With an attention factor of 1.2."""
+
 EXACT = [
     ["partial_rope.strategy=full"],
     ["partial_rope.strategy=full", "low_rank.method=joint", "low_rank.kv_lora_rank=32"],
@@ -55,12 +58,13 @@ EXACT = [
 
 
 @pytest.mark.parametrize("words", EXACT, ids=["none", "joint", "split", "value"])
-@pytest.mark.parametrize("variant", ["gqa-tied", "mha-untied-biased", "sharded", "llama3-rope"])
+@pytest.mark.parametrize("variant", ["gqa-tied", "mha-untied-biased", "sharded", "llama3-rope", "yarn"])
 def test_full_rope_and_full_rank_equal_the_original(tmp_path: Path, words: list[str], variant: str) -> None:
     changes: dict = {
         "gqa-tied": {},
         "mha-untied-biased": {"groups": 4, "tied": False, "bias": True, "mlp_bias": True},
         "sharded": {"max_shard_size": "60KB"},
+        "yarn": {"rope_parameters": YARN},
         "llama3-rope": {
             "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -125,6 +129,14 @@ def test_another_r_and_c_in_every_layer(tmp_path: Path, biased_llama: Path) -> N
     report = json.loads((folder / "conversion_report.json").read_text())
     assert [layer["cache_elements_after"] for layer in report["layers"]] == sizes
     assert report["cache_elements_per_token"]["before"] == L * 2 * G * D
+
+
+def test_the_attention_factor_stays_on_all_scores(tmp_path: Path) -> None:
+    """transformers puts it on cos and sin, and so on rotated dims alone."""
+    source = make_llama(tmp_path / "source", bias=True, rope_parameters=YARN)
+    words = ["partial_rope.qk_rope_head_dim=4", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
+    _compare(source, tmp_path, words, [[[0, 4]] * G] * L, "joint", [20] * L)
+    assert "FAIL" not in run_tool("verify_conversion", source, tmp_path / "mla").stdout
 
 
 def _compare(source: Path, tmp_path: Path, words: list, pairs: list, method: str, ranks: list) -> Path:
@@ -293,6 +305,7 @@ BAD_SETTINGS = {
     "scores missing": (["partial_rope.strategy=2-norm", "partial_rope.scores=/nowhere.pth"], ["/nowhere.pth"]),
     "scores not given": (["partial_rope.strategy=2-norm"], ["partial_rope.scores"]),
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
+    "ckpt_format": (["ckpt_format=megatron"], ["ckpt_format", "megatron", "hf, torch_dist"]),
     "shard size": (["max_shard_size=big"], ["max_shard_size", "big"]),
 }
 
@@ -330,6 +343,10 @@ BAD_MODELS = {
     "mixture of experts": (lambda f: _rewrite_config(f, model_type="mixtral"), ["mixtral", "mistral"]),
     "Gemma": (lambda f: _rewrite_config(f, model_type="gemma2"), ["gemma2", "llama"]),
     "partly rotated": (lambda f: _rewrite_config(f, partial_rotary_factor=0.5), ["partial_rotary_factor"]),
+    "incomplete scaling": (
+        lambda f: _rewrite_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
+        ["rope_parameters", "yarn", "factor"],
+    ),
     "other activation": (lambda f: _rewrite_config(f, hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
     "quantised": (lambda f: _rewrite_config(f, quantization_config={"bits": 4}), ["quantization_config"]),
     "huge": (lambda f: _rewrite_config(f, hidden_size=10**12), ["hidden_size"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,19 @@ def test_conversion_and_megatron_give_the_originals_logits(tmp_path: Path, sourc
     assert "FAIL" not in done.stdout
 
 
-def with_nothing_but_norms_in_the_way(folder: Path, pairs: list[int]) -> torch.Tensor:
-    """Logits of a Qwen3 of which only these pairs are rotated, by transformers' own code with other tables."""
+def partly_rotated(folder: Path, pairs: list[int]) -> torch.Tensor:
+    """Logits of an original of which only these pairs are rotated, by transformers' own code with other tables."""
     model = load(folder)
-    original = model.model.rotary_emb.forward
-    lost = [j for j in range(16) if j % 8 not in pairs]
+    rotary, original = model.model.rotary_emb, model.model.rotary_emb.forward
 
     def forward(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = (table.clone() for table in original(*args, **kwargs))
-        cos[..., lost], sin[..., lost] = 1, 0
+        half = cos.shape[-1] // 2
+        lost = [j for j in range(2 * half) if j % half not in pairs]
+        cos[..., lost], sin[..., lost] = rotary.attention_scaling, 0
         return cos, sin
 
-    model.model.rotary_emb.forward = forward
+    rotary.forward = forward
     with torch.no_grad():
         return model(TOKENS).logits
 
@@ -127,12 +129,50 @@ def with_nothing_but_norms_in_the_way(folder: Path, pairs: list[int]) -> torch.T
 def test_partial_rope_commutes_with_the_norms_of_qwen3(tmp_path: Path, sources: dict[str, Path]) -> None:
     words = ["partial_rope.strategy=high", "partial_rope.qk_rope_head_dim=6"]
     run_tool("convert_mha_to_mla", sources["qwen3"], tmp_path / "mla", *words)
-    expected = with_nothing_but_norms_in_the_way(sources["qwen3"], [0, 1, 2])
+    expected = partly_rotated(sources["qwen3"], [0, 1, 2])
     assert (expected - logits(sources["qwen3"])).abs().max() > 0.1
     assert (logits(tmp_path / "mla") - expected).abs().max() < 1e-4
     assert (megatron_logits(tmp_path / "mla", tmp_path / "megatron") - expected).abs().max() < 2e-4
     weights = load_file(tmp_path / "mla" / "model.safetensors")
     assert weights["model.layers.0.self_attn.k_norm.weight"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window", "smollm3"])
+def test_the_attention_factor_stays_on_all_scores(tmp_path: Path, sources: dict[str, Path], name: str) -> None:
+    """With norms, windows, and layers that rotate nothing, to whose scores it does not belong."""
+    source = shutil.copytree(sources[name], tmp_path / "source")
+    yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 32.0, "original_max_position_embeddings": 4}
+    change_config(source, rope_parameters=yarn)
+    run_tool("convert_mha_to_mla", source, tmp_path / "mla", "partial_rope.strategy=high",
+             "partial_rope.qk_rope_head_dim=6")  # fmt: skip
+    # Logits reach 5. Without the factor, 1.35 squared, on the scores of unrotated dims they differ by more than 0.1.
+    assert (logits(tmp_path / "mla") - partly_rotated(source, [0, 1, 2])).abs().max() < 1e-4
+    assert "FAIL" not in run_tool("verify_conversion", source, tmp_path / "mla").stdout
+
+
+@pytest.mark.parametrize("query_map", ["true", "false"])
+def test_statistics_know_the_attention_factor(
+    tmp_path: Path, sources: dict[str, Path], text: Path, query_map: str
+) -> None:
+    """Pairs that hardly turn lose nothing, are the ones to lose, and the model remains what it was."""
+    source = shutil.copytree(sources["mistral-window"], tmp_path / "source")
+    factors = [1.0, 1.0, 1e9, 1.0, 1e9, 1e9, 1e9, 1e9]
+    longrope = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": factors, "long_factor": factors}
+    # Both lengths beside the scaling, as Phi-3 has them: an attention factor of sqrt(1 + ln 64 / ln 2) = 2.6.
+    change_config(source, rope_parameters=longrope, original_max_position_embeddings=2, max_position_embeddings=128)
+    sizes = ["samples=4", "sequence_length=24", "stored_samples=4"]
+    run_tool("calibrate", source, text, tmp_path / "statistics.safetensors", *sizes)
+    words = [f"statistics={tmp_path}/statistics.safetensors", f"partial_rope.query_map={query_map}"]
+    run_tool("convert_mha_to_mla", source, tmp_path / "mla", *words, "partial_rope.qk_rope_head_dim=6")
+    pairs = load_file(tmp_path / "mla" / "model.safetensors")["model.layers.1.self_attn.rope_pairs"]
+    assert pairs.tolist() == [[0, 1, 3]] * 2
+    # Sums in another order, and a map that was fitted to float32 moments: 5e-5. Logits reach 5.
+    assert (logits(tmp_path / "mla") - logits(source)).abs().max() < 1e-3
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 CACHED = {

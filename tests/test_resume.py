@@ -83,6 +83,27 @@ def test_an_interrupted_conversion_goes_on(
     assert "model.embed_tokens.weight" not in read
 
 
+def test_straight_to_megatron_goes_on(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted, and damaged meanwhile, it ends with the bytes of the two converters one after the other."""
+    command = ["convert_mha_to_mla", models["convert_mha_to_mla"], tmp_path / "out", *words("convert_mha_to_mla"),
+               "ckpt_format=torch_dist"]  # fmt: skip
+    for part in (1, 4, 15):
+        with monkeypatch.context() as patch:
+            stop_at(patch, part, KeyboardInterrupt())
+            assert run_tool(*command, check=False).returncode == 130
+    partial = tmp_path / ".out.partial"
+    assert (partial / JOURNAL).read_bytes().count(b"\n") == 1 + 0 + 3 + 14
+    with _largest(partial).open("r+b") as file:
+        file.seek(-100, os.SEEK_END)
+        file.write(b"\x55")
+    assert "checking what is there" in run_tool(*command).stderr
+    found = contents(tmp_path / "out")
+    report = models["convert_mha_to_mla done"] / "conversion_report.json"
+    assert found.pop("hf/conversion_report.json") == report.read_bytes()
+    assert found == contents(models["convert_hf_to_megatron done"])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "a file flipped": lambda partial: _flip(_largest(partial)),
     "a file gone": lambda partial: _largest(partial).unlink(),
@@ -185,19 +206,25 @@ def test_an_old_target_stays_until_the_new_one_is_complete(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("word", ["dtype=auto", "dtype=bfloat16", "ckpt_format=torch_dist"])
 def test_a_plan_and_healed_layers_are_kept(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str
 ) -> None:
     """The layers above the interrupt are healed against what the healed ones below put out, as without it."""
     make_tokenizer(make_llama(tmp_path / "original"))
     run_tool("calibrate", tmp_path / "original", text, tmp_path / "s.safetensors", "samples=4", "sequence_length=32",
              "stored_samples=4")  # fmt: skip
-    heal = ["heal.steps=4", "heal.batch_tokens=64", "heal.sequence_length=32", f"dtype={dtype}"]
+    heal = ["heal.steps=4", "heal.batch_tokens=64", "heal.sequence_length=32", word]
     command = ["convert_mha_to_mla", tmp_path / "original", tmp_path / "out", f"statistics={tmp_path}/s.safetensors",
                "cache_budget=0.5", *heal]  # fmt: skip
-    run_tool(*command)
+    straight = word == "ckpt_format=torch_dist"
+    run_tool(*command[: -1 if straight else None])
     shutil.move(tmp_path / "out", tmp_path / "unbroken")
+    before = contents(tmp_path / "unbroken")
+    if straight:  # by the two converters, one after the other
+        run_tool("convert_hf_to_megatron", tmp_path / "unbroken", tmp_path / "megatron")
+        about = {f"hf/{name}": before[name] for name in ("conversion_report.json", "allocation.png")}
+        before = contents(tmp_path / "megatron") | about
     train, planned, count = healing.Healer._train, [], 0
 
     def counting(self: healing.Healer, *args: Any) -> None:
@@ -213,8 +240,8 @@ def test_a_plan_and_healed_layers_are_kept(
     assert run_tool(*command, check=False).returncode == 130
     run_tool(*command)
     assert (len(planned), count) == (1, 2 + 2), "a plan or a layer was made again"
-    before, after = contents(tmp_path / "unbroken"), contents(tmp_path / "out")
-    assert before.pop("allocation.png") and after.pop("allocation.png")
+    after, picture = contents(tmp_path / "out"), "hf/allocation.png" if straight else "allocation.png"
+    assert before.pop(picture) and after.pop(picture)
     assert before == after
 
 
@@ -254,25 +281,27 @@ def anonymous(process: int | None) -> int:
     return max([0, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s*(\d+)", status))])
 
 
-def peak_of(tool: str, source: Path, target: Path) -> int:
+def peak_of(tool: str, source: Path, target: Path, *more: str) -> int:
     """The most memory that a conversion has, in bytes."""
-    process, peak = convert(tool, source, target), 0
+    process, peak = convert(tool, source, target, *more), 0
     while process.is_alive():
         peak = max(peak, anonymous(process.ident))
     assert target.is_dir()
     return peak
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, tool: str) -> None:
+@pytest.mark.parametrize(
+    "command", [*TOOLS, pytest.param("convert_mha_to_mla ckpt_format=torch_dist", marks=pytest.mark.slow)]
+)
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, command: str) -> None:
     """Layers of 5 MB: sixteen more of them are 80 MB more of model."""
-    peaks = []
+    peaks, (tool, *more) = [], command.split()
     for layers in (2, 18):
         shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 1280, "vocab_size": 4096}
         source = make_llama(tmp_path / f"{layers}", **shape)
         if tool == "convert_megatron_to_hf":
             assert exit_codes([convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")]) == [0]
             source = tmp_path / f"{layers}-megatron"
-        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out"))
+        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out", *more))
     assert sum(file.stat().st_size for file in (tmp_path / "18").iterdir()) > 3 * 25e6
     assert peaks[1] - peaks[0] < 25e6, peaks

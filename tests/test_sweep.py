@@ -160,6 +160,9 @@ def test_refusals(tmp_path: Path, model: Path, text: Path, statistics: Path) -> 
     assert "row 'a': 'partial_rope.strateg=\"high\"': unknown key 'partial_rope.strateg'; known here: strategy" in line(
         {"rows": {"b": None, "a": {"partial_rope": {"strateg": "high"}}}}
     )
+    assert "row 'a': ckpt_format: unknown value 'torch_dist'; valid: hf" in line(
+        {"rows": {"a": {"ckpt_format": "torch_dist"}}}
+    )
     assert "row 'a, heal_steps=3': 'heal.heal_steps=3': unknown key" in line(
         {"rows": {"a": {}}, "grid": {"heal.heal_steps": [3]}}
     )

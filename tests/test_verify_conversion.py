@@ -31,6 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tokenizer(make_llama(folder / "original", bias=True))
     words = ["partial_rope.qk_rope_head_dim=[0,8,16]", "low_rank.method=joint", "low_rank.kv_lora_rank=30"]
     run_tool("convert_mha_to_mla", folder / "original", folder / "mla", *words)
+    run_tool("convert_mha_to_mla", folder / "original", folder / "straight-megatron", *words, "ckpt_format=torch_dist")
     for name in ("original", "mla"):
         run_tool("convert_hf_to_megatron", folder / name, folder / f"{name}-megatron")
     (folder / "text.txt").write_text("\n".join(PROSE * 4))
@@ -62,6 +63,7 @@ def failed(report: dict[str, Any]) -> list[str]:
         ("original", "mla", 36),  # embeddings, norms, MLPs: 17; moved: q, o, k_rope and their biases, v's bias
         ("mla", "original-megatron", 36),
         ("original", "mla-megatron", 17),  # no conversion_report.json there
+        ("original", "straight-megatron", 36),
     ],
 )
 def test_good_pairs(models: Path, tmp_path: Path, a: str, b: str, compared: int) -> None:

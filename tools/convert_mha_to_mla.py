@@ -1,4 +1,4 @@
-"""Convert a Hugging Face MHA/GQA model into a multi-head latent attention model (also a Hugging Face folder)."""
+"""Convert a Hugging Face MHA/GQA model into a multi-head latent attention model, for Hugging Face or Megatron."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ def main(argv: list[str]) -> None:
     report = convert_model(resolve_model(source), Path(target), settings)
     if report is not None:
         elements = report["cache_elements_per_token"]
+        folder = "hf/" if settings.ckpt_format == "torch_dist" else ""
         print(f"{target}: {elements['after']} cached elements per token instead of {elements['before']} "
-              f"(-{elements['saved']:.2%}); report in conversion_report.json")  # fmt: skip
+              f"(-{elements['saved']:.2%}); report in {folder}conversion_report.json")  # fmt: skip
 
 
 if __name__ == "__main__":

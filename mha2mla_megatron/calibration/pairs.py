@@ -28,9 +28,12 @@ def fit_query_map(moments: torch.Tensor) -> torch.Tensor:
 
 def identity_map(moments: torch.Tensor) -> torch.Tensor:
     """(1, 0) for every pair: the query as it is. [H, P, 2]."""
-    result = torch.zeros_like(moments[..., 0, 1:])
-    result[..., 0] = 1
-    return result
+    return scaling_map(1.0, *moments.shape[:2]).to(moments)
+
+
+def scaling_map(scale: float, heads: int, pairs: int) -> torch.Tensor:
+    """(scale, 0) for every pair: float64 [H, P, 2]."""
+    return torch.tensor([scale, 0.0], dtype=torch.float64).repeat(heads, pairs, 1)
 
 
 def pair_losses(moments: torch.Tensor, query_map: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -11,19 +10,11 @@ import torch
 from mha2mla_megatron.architecture import read_architecture, read_config
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
-from mha2mla_megatron.checkpoint.manifest import check_manifest, seal_step
+from mha2mla_megatron.checkpoint.manifest import check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
-from mha2mla_megatron.checkpoint.megatron import (
-    HF_FOLDER,
-    TorchDistReader,
-    check_coverage,
-    iteration_folder,
-    locate_checkpoint,
-    write_latest,
-)
+from mha2mla_megatron.checkpoint.megatron import HF_FOLDER, TorchDistReader, check_coverage, locate_checkpoint
+from mha2mla_megatron.checkpoint.megatron_writer import MegatronWriter
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
-from mha2mla_megatron.checkpoint.torch_dist_writer import TorchDistWriter
-from mha2mla_megatron.model.parallel import ParallelConfig
 from mha2mla_megatron.ranks import process_group
 
 
@@ -56,27 +47,22 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
     """Write the model of a Hugging Face folder as step 0 of a new Megatron checkpoint."""
     architecture = read_architecture(source)
     reader = HFReader(source, architecture)
-    rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, megatron_shapes(architecture)
-    tensors = {}
-    for row in rows.values():
-        dtype = reduce(torch.promote_types, (reader.dtypes[name] for name in row.hf))
-        tensors[row.megatron] = torch.empty(shapes[row.megatron], dtype=dtype, device="meta")
+    rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, architecture.tensor_shapes()
+    tensors = {name: torch.empty(shape, dtype=reader.dtypes[name], device="meta") for name, shape in shapes.items()}
     what = identity("HF -> Megatron", settings, [source])
     with process_group() as ranks, resumable_folder(target, settings.overwrite, what, ranks) as partial:
-        step = iteration_folder(partial.path, 0)
-        writer = TorchDistWriter(partial, step, tensors)
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        writer = MegatronWriter(partial, tensors, architecture)
+        sizes = {name: sum(tensors[part].nbytes for part in row.hf) for name, row in rows.items()}
 
         def write() -> None:
             for name in partial.parts_to_do("HF -> Megatron", sizes):
-                row = rows[name]
-                writer.add(name, row.layout.pack([reader[part] for part in row.hf], architecture))
+                for part in rows[name].hf:
+                    writer.add(part, reader[part])
+                partial.finish(name)
 
         def complete() -> None:
             writer.close()
-            seal_step(step, 0, ParallelConfig().sizes(1))
             write_hf_side(source, partial.path)
-            write_latest(partial.path, 0)
 
         partial.together(write)
         partial.first(complete)

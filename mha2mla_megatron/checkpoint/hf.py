@@ -92,10 +92,12 @@ class HFWriter:
     """Writes tensors into shards of at most `max_shard_size` bytes, laid out as the safetensors library would.
 
     tensors: every tensor of the model on the meta device, in the order in which they are dealt out to shards.
+    hf: the folder of config.json and the tokenizer, here that of the shards.
     """
 
     def __init__(self, partial: PartialFolder, tensors: dict[str, torch.Tensor], max_shard_size: int) -> None:
         self.partial, self.tensors = partial, tensors
+        self.hf = partial.path
         self.files: dict[str, str] = {}
         self.offsets: dict[str, int] = {}
         shards: list[list[str]] = []
@@ -119,12 +121,8 @@ class HFWriter:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor that is written."""
-        self.partial.wait()
-        planned, piece = self.tensors[name], self.partial.pieces[name]
-        with (self.partial.path / piece.file).open("rb") as stream:
-            stream.seek(piece.offset)
-            content = bytearray(stream.read(piece.length))
-        return torch.frombuffer(content, dtype=planned.dtype).view(planned.shape)
+        planned = self.tensors[name]
+        return torch.frombuffer(self.partial.read(name), dtype=planned.dtype).view(planned.shape)
 
     def close(self) -> None:
         """Index the shards if there are several."""

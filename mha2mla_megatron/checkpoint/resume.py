@@ -156,6 +156,14 @@ class PartialFolder:
         self.wait()  # so that no more than two pieces are in memory
         self._submit(lambda: self._write(name, file, offset, save))
 
+    def read(self, name: str) -> bytearray:
+        """The bytes of a piece that is written."""
+        self.wait()
+        piece = self.pieces[name]
+        with (self.path / piece.file).open("rb") as stream:
+            stream.seek(piece.offset)
+            return bytearray(stream.read(piece.length))
+
     def finish(self, part: str, result: Any = None) -> None:
         """A part of the work is done, and the pieces since the one before belong to it: they count together."""
         self.done[part] = result

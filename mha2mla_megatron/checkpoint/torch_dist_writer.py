@@ -7,6 +7,7 @@ what is where; and `metadata.json`, which says that it is `torch_dist`. Nothing 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -49,12 +50,17 @@ class TorchDistWriter:
         folder.mkdir(exist_ok=True)
         if VALUES not in partial.done and partial.ranks.rank == 0:
             self._save(VALUES, [{}])
+            partial.finish(VALUES)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor, which must not change after that."""
         planned = self.tensors[name]
         assert (tensor.shape, tensor.dtype) == (planned.shape, planned.dtype), f"{name} is not as it was planned"
         self._save(name, tensor.contiguous())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor that is written."""
+        return torch.load(io.BytesIO(self.partial.read(name)), weights_only=True)
 
     def close(self) -> None:
         """Write the index, after which the step is complete."""
@@ -77,7 +83,6 @@ class TorchDistWriter:
 
     def _save(self, name: str, value: Any) -> None:
         self.partial.write(name, self.file, self.offsets[name], lambda stream: torch.save(value, stream))
-        self.partial.finish(name)
 
 
 def archive_length(value: Any) -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from mha2mla_megatron.calibration.run import CalibrateSettings
-from mha2mla_megatron.convert import ConvertSettings
+from mha2mla_megatron.convert import OF_THE_OUTPUT, ConvertSettings
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.choices import ChoicesSettings
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings
@@ -205,7 +205,7 @@ def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
     """The settings that weights depend on; the statistics are known by what they are made of."""
     if conversion is None:
         return None
-    values = {k: v for k, v in to_dict(conversion).items() if k not in ("device", "max_shard_size", "overwrite")}
+    values = {k: v for k, v in to_dict(conversion).items() if k not in OF_THE_OUTPUT}
     for part, name in (("partial_rope", "scores"), ("low_rank", "statistics")):
         if values[part][name] == conversion.statistics:
             values[part] = {**values[part], name: None}

@@ -15,6 +15,7 @@ from mha2mla_megatron.checkpoint.either import ModelTensors
 from mha2mla_megatron.config import SCORED_STRATEGIES
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
+from mha2mla_megatron.model.frequencies import attention_factor
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, ordered_heads
 from mha2mla_megatron.progress import Progress
 
@@ -160,17 +161,18 @@ class WeightChecks:
             return "; not attention: there is no conversion_report.json to say whether it was healed"
         if steps > 0:
             return "; not attention, which was healed"
-        mla = self.sides[ours].architecture.mla
-        assert mla is not None
-        for layer in range(self.sides[ours].architecture.num_layers):
-            prefix, layout = f"model.layers.{layer}.self_attn.", self.sides[ours].architecture.layout(layer)
+        model = self.sides[ours].architecture
+        assert model.mla is not None
+        queries = not model.mla.partial_rope.query_map and attention_factor(model) == 1
+        for layer in range(model.num_layers):
+            prefix, layout = f"model.layers.{layer}.self_attn.", model.layout(layer)
             pairs = torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)
             if layout.qk_rope_head_dim > 0:
                 stored = self._read(ours, prefix + "rope_pairs")
                 if stored is None or _bad_pairs(stored, layout.head_dim):
                     continue  # reported elsewhere
                 pairs = stored
-            for ours_name, theirs_name, change in _moves(layout, pairs, bool(mla.partial_rope.query_map)):
+            for ours_name, theirs_name, change in _moves(layout, pairs, queries):
                 found, source = self._read(ours, prefix + ours_name), self._read(theirs, prefix + theirs_name)
                 if found is not None and source is not None:
                     moved = change(source)
@@ -201,19 +203,22 @@ def _layouts(model: Architecture) -> list[LatentLayout] | None:
 
 
 def _moves(
-    layout: LatentLayout, pairs: torch.Tensor, query_map: bool
+    layout: LatentLayout, pairs: torch.Tensor, queries: bool
 ) -> Iterator[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]:
-    """(name in the conversion, name in the original, what becomes of it) of one layer's attention but the factors."""
+    """(name in the conversion, name in the original, what becomes of it) of one layer's attention but the factors.
+
+    queries: whether they are only moved, not mapped or scaled.
+    """
     order, r = head_row_order(pairs, layout.head_dim), layout.qk_rope_head_dim
     for kind in ("weight", "bias"):
         yield f"o_proj.{kind}", f"o_proj.{kind}", lambda rows: rows
         yield f"v_proj.{kind}", f"v_proj.{kind}", lambda rows: rows
         yield f"k_rope_proj.{kind}", f"k_proj.{kind}", lambda rows: ordered_heads(rows, order)[:, 0, :r].flatten(0, 1)
         yield f"k_nope_proj.{kind}", f"k_proj.{kind}", lambda rows: ordered_heads(rows, order)[:, 0, r:].flatten(0, 1)
-        if not query_map:
+        if queries:
             yield f"q_proj.{kind}", f"q_proj.{kind}", lambda rows: ordered_heads(rows, order).flatten(0, 2)
     yield "v_up_proj.bias", "v_proj.bias", lambda rows: rows
-    for norm in ("q_norm.weight", "k_norm.weight"):
+    for norm in ("k_norm.weight", "q_norm.weight") if queries else ("k_norm.weight",):
         yield norm, norm, lambda rows: rows[order]
 
 

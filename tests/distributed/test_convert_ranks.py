@@ -109,6 +109,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
         Case("statistics", "convert_mha_to_mla", model, [*PLAIN, statistics, "dtype=bfloat16"]),
         Case("budget", "convert_mha_to_mla", model, [statistics, "cache_budget=0.5", *SHARDS]),
         Case("megatron", "convert_hf_to_megatron", root / "plain", []),
+        Case("straight", "convert_mha_to_mla", model, [*PLAIN, "ckpt_format=torch_dist"]),
         Case("exported", "convert_megatron_to_hf", root / "megatron", SHARDS),
     ]
     assert start(root, 1, *cases) == [0], logs(root)
@@ -245,5 +246,6 @@ def test_refused_by_all_with_one_line(cases: dict[str, Case], tmp_path: Path) ->
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "mine").write_text("mine")
     assert "exists and is not empty" in refused(plain)
-    assert "runs in one process" in refused(Case("imported", "import_mha2mla", plain.source, []))
+    for tool in ("import_mha2mla", "export_deepseek"):
+        assert f"{tool}.py runs in one process" in refused(Case("single", tool, plain.source, []))
     assert not list(tmp_path.glob(".*.partial"))
