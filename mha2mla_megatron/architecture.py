@@ -11,14 +11,14 @@ from typing import Any
 
 from mha2mla_megatron.config import MHA2MLAConfig, config_from_dict
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.families import FAMILIES, MLA_MODEL_TYPE, flag, layers_with_window, layers_without_rope
+from mha2mla_megatron.experts import Experts, read_experts
+from mha2mla_megatron.families import FAMILIES, flag, is_converted, layers_with_window, layers_without_rope
 from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, LatentLayout, biased_projections
 
 MAX_LAYERS = 1 << 14
 """Far more than any model has, and few enough to list their tensors."""
 
 __all__ = [
-    "MLA_MODEL_TYPE",
     "Architecture",
     "parse_architecture",
     "read_architecture",
@@ -29,12 +29,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Architecture:
-    """A dense Llama-like decoder, original (`mla` is None) or converted."""
+    """A Llama-like decoder, original (`mla` is None) or converted."""
 
     model_type: str
     num_layers: int
     hidden_size: int
     intermediate_size: int
+    """Of the feed-forwards that are no experts."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
@@ -53,6 +54,7 @@ class Architecture:
     sliding_window: int | None
     """Tokens that the layers of `window_layers` see, the query's own among them; None where there are none."""
     window_layers: tuple[int, ...]
+    experts: Experts | None
     mla: MHA2MLAConfig | None
 
     @property
@@ -80,6 +82,10 @@ class Architecture:
                 "are cached normalised, and no low-rank function of the input gives that; valid: value, none"
             )
         return resolved
+
+    def converted(self, mla: MHA2MLAConfig) -> Architecture:
+        """This model after a conversion that leaves nothing open."""
+        return dataclasses.replace(self, model_type=FAMILIES[self.model_type].converted, mla=mla)
 
     def layout(self, layer: int) -> LatentLayout:
         """The shapes of one converted layer."""
@@ -124,6 +130,9 @@ class Architecture:
             for name, shape in self.attention_shapes(layer).items():
                 tensors[f"{prefix}self_attn.{name}"] = shape
             tensors[prefix + "post_attention_layernorm.weight"] = (h,)
+            if self.experts is not None and layer in self.experts.layers:
+                tensors.update({prefix + name: shape for name, shape in self.experts.tensor_shapes(h).items()})
+                continue
             for name, shape in mlp.items():
                 tensors[f"{prefix}mlp.{name}.weight"] = shape
                 if self.mlp_bias:
@@ -191,7 +200,7 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
             raise UserError(f"{source}: {key}=true: interleaved rotary embeddings are not supported, only half-split")
     _refuse_quantised(config, source)
     project = config.get("mha2mla") or config.get("RoPE")
-    if model_type != MLA_MODEL_TYPE and isinstance(project, dict) and not project.get("is_baseline"):
+    if not is_converted(model_type) and isinstance(project, dict) and not project.get("is_baseline"):
         raise UserError(f"{source}: a model of the MHA2MLA authors' code; tools/import_mha2mla.py makes it one of ours")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported; valid: 'silu'")
@@ -230,9 +239,10 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         no_rope_layers=no_rope,
         sliding_window=number("sliding_window") if windows else None,
         window_layers=windows,
+        experts=read_experts(config, family.experts, num_layers, number, source),
         mla=None,
     )
-    if model_type != MLA_MODEL_TYPE:
+    if not is_converted(model_type):
         return architecture
     mla = config_from_dict(config.get("mha2mla") or {}, f"{source}: mha2mla")
     return dataclasses.replace(architecture, mla=architecture.resolve(mla))

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_architecture, read_config
+from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
 from mha2mla_megatron.attention_converter import AttentionConverter
 from mha2mla_megatron.calibration.original import OriginalModel
 from mha2mla_megatron.checkpoint.causal_lm import pick_device, rank_device
@@ -31,15 +31,26 @@ from mha2mla_megatron.ranks import launched_ranks, process_group
 
 OF_ORIGINALS = (
     "auto_map",
+    "decoder_sparse_step",
     "layer_types",
     "max_window_layers",
     "no_rope_layer_interval",
     "no_rope_layers",
+    "num_experts",
+    "output_router_logits",
+    "router_aux_loss_coef",
     "sliding_window",
     "torch_dtype",
     "use_sliding_window",
 )
 """Keys of an original's config.json that a converted model has not, or in one form for all families."""
+
+MODEL_CLASSES = {
+    "mha2mla_llama": "modeling_mha2mla.MHA2MLALlama",
+    "mha2mla_mixtral": "experts_mha2mla.MHA2MLAMixtral",
+    "mha2mla_qwen3_moe": "experts_mha2mla.MHA2MLAQwen3Moe",
+}
+"""The file and the beginning of the name of each converted family's classes."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CKPT_FORMATS = ("hf", "torch_dist")
@@ -178,7 +189,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
             if settings.heal.steps > 0:
                 healer = Healer(model, original, sequences, settings.heal)
         report["mha2mla"], report["heal"] = dataclasses.asdict(mla), dataclasses.asdict(settings.heal)
-        converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
+        converted = original.converted(mla)
         tensors = _planned_tensors(reader, converted, settings.dtype)
         if settings.ckpt_format == "hf":
             writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
@@ -213,13 +224,15 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
     """config.json of the converted model: the original's, in Llama's terms, plus the conversion."""
     assert converted.mla is not None
     config = {key: value for key, value in config.items() if key not in OF_ORIGINALS}
+    classes = MODEL_CLASSES[converted.model_type]
+    name = classes.split(".")[1]
     config.update(
-        architectures=["MHA2MLALlamaForCausalLM"],
-        model_type=MLA_MODEL_TYPE,
+        architectures=[f"{name}ForCausalLM"],
+        model_type=converted.model_type,
         auto_map={
-            "AutoConfig": "configuration_mha2mla.MHA2MLALlamaConfig",
-            "AutoModel": "modeling_mha2mla.MHA2MLALlamaModel",
-            "AutoModelForCausalLM": "modeling_mha2mla.MHA2MLALlamaForCausalLM",
+            "AutoConfig": f"configuration_mha2mla.{name}Config",
+            "AutoModel": f"{classes}Model",
+            "AutoModelForCausalLM": f"{classes}ForCausalLM",
         },
         num_key_value_heads=converted.num_key_value_heads,
         head_dim=converted.head_dim,
@@ -238,6 +251,11 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
     if converted.window_layers:
         config["sliding_window"] = converted.sliding_window
         config["layer_types"] = [LAYER_TYPES[layer in converted.window_layers] for layer in layers]
+    if (experts := converted.experts) is not None:
+        config["mlp_only_layers"] = [layer for layer in layers if layer not in experts.layers]
+        config["num_local_experts"], config["num_experts_per_tok"] = experts.num_experts, experts.num_experts_per_tok
+        config[experts.names.intermediate_size] = experts.intermediate_size
+        config["norm_topk_prob"] = experts.norm_topk_prob
     if dtype != "auto":
         config["dtype"] = dtype
     return config

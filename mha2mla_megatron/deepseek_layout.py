@@ -139,6 +139,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
 def _require_plain(model: Architecture, source: str) -> None:
     """Raise UserError, naming the key, for what DeepSeek's layout has no place for."""
     for key, found in {
+        "num_local_experts": model.experts is not None,
         "attention_bias": model.qkv_bias,
         "attention_output_bias": model.attention_output_bias,
         "mlp_bias": model.mlp_bias,

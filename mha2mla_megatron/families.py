@@ -1,15 +1,38 @@
-"""What a model family (`model_type`) says of its models beyond their sizes. A new dense family is a row in FAMILIES."""
+"""What a model family (`model_type`) says of its models beyond their sizes. A new dense family is a row in FAMILIES.
+
+One with experts has rows in `checkpoint/mapping.py` and classes in `hf/experts_mha2mla.py`, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mha2mla_megatron.errors import UserError
 
 MLA_MODEL_TYPE = "mha2mla_llama"
 LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """How a family's experts are read from its config.json and named, without `.weight`, under a layer of its files."""
+
+    intermediate_size: str
+    """The key of an expert's width."""
+
+    norm_topk_prob: str | bool
+    """Whether the weights of a token's experts are divided by their sum."""
+
+    router: str
+
+    gate_proj: str
+    """An expert's; {} is its number, from 0."""
+
+    up_proj: str
+
+    down_proj: str
 
 
 @dataclass(frozen=True)
@@ -33,9 +56,27 @@ class Family:
     no_rope_layers: bool = False
     """Whether some layers rotate nothing: zeros in `no_rope_layers`, or every `no_rope_layer_interval`-th."""
 
+    experts: ExpertNames | None = None
+    """Of the experts that stand for the feed-forward of each layer, but those of `mlp_only_layers` and, with
+    `decoder_sparse_step`, all but every n-th."""
+
+    converted: str = MLA_MODEL_TYPE
+    """The model_type of its conversions; a converted family's is its own."""
+
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What transformers takes for a key that config.json has not, where it is not what it takes for Llama."""
 
+
+MIXTRAL_EXPERTS = ExpertNames(
+    intermediate_size="intermediate_size", norm_topk_prob=True, router="block_sparse_moe.gate",
+    gate_proj="block_sparse_moe.experts.{}.w1", up_proj="block_sparse_moe.experts.{}.w3",
+    down_proj="block_sparse_moe.experts.{}.w2",
+)  # fmt: skip
+QWEN3_EXPERTS = ExpertNames(
+    intermediate_size="moe_intermediate_size", norm_topk_prob="norm_topk_prob", router="mlp.gate",
+    gate_proj="mlp.experts.{}.gate_proj", up_proj="mlp.experts.{}.up_proj", down_proj="mlp.experts.{}.down_proj",
+)  # fmt: skip
+CONVERTED = Family(output_bias="attention_output_bias", qk_norm="qk_norm", windows=True, no_rope_layers=True)
 
 FAMILIES = {
     "llama": Family(),
@@ -55,10 +96,31 @@ FAMILIES = {
         windows="use_sliding_window", windowed_layers="no_rope_layers", no_rope_layers=True,
         defaults={"no_rope_layer_interval": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
     ),
-    MLA_MODEL_TYPE: Family(
-        output_bias="attention_output_bias", qk_norm="qk_norm", windows=True, no_rope_layers=True,
+    "mixtral": Family(
+        qkv_bias=False, output_bias=False, mlp_bias=False, windows=True, windowed_layers="all",
+        experts=MIXTRAL_EXPERTS, converted="mha2mla_mixtral",
+        defaults={
+            "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
     ),
+    "qwen3_moe": Family(
+        mlp_bias=False, qk_norm=True, windows="use_sliding_window", windowed_layers="all",
+        experts=QWEN3_EXPERTS, converted="mha2mla_qwen3_moe",
+        defaults={
+            "num_key_value_heads": 4, "sliding_window": 4096, "moe_intermediate_size": 768, "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    MLA_MODEL_TYPE: CONVERTED,
+    "mha2mla_mixtral": replace(CONVERTED, experts=MIXTRAL_EXPERTS, converted="mha2mla_mixtral"),
+    "mha2mla_qwen3_moe": replace(CONVERTED, experts=QWEN3_EXPERTS, converted="mha2mla_qwen3_moe"),
 }  # fmt: skip
+
+
+def is_converted(model_type: Any) -> bool:
+    """Whether this is the model_type of converted models."""
+    return isinstance(model_type, str) and model_type in FAMILIES and FAMILIES[model_type].converted == model_type
 
 
 def flag(config: Mapping[str, Any], value: str | bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from functools import lru_cache, reduce
@@ -12,12 +11,13 @@ from typing import Any
 import torch
 import yaml
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture, read_config
+from mha2mla_megatron.architecture import Architecture, parse_architecture, read_config
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.families import is_converted
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 from mha2mla_megatron.project_config import ProjectConfig, ProjectNames, parse_project_config
 from mha2mla_megatron.ranks import require_one_process
@@ -85,8 +85,8 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
     require_one_process("import_mha2mla.py")
     config = _read_project_config(source, settings.rope_config)
     where = str(source / "config.json")
-    if config.get("model_type") == MLA_MODEL_TYPE:
-        raise UserError(f"{where}: model_type={MLA_MODEL_TYPE}: is in our format already")
+    if is_converted(config.get("model_type")):
+        raise UserError(f"{where}: model_type={config['model_type']}: is in our format already")
     original = parse_architecture({k: v for k, v in config.items() if k not in PROJECT_KEYS}, where)
     if original.model_type not in ("llama", "qwen2") or original.window_layers:
         raise UserError(
@@ -96,7 +96,7 @@ def import_model(source: Path, target: Path, settings: ImportSettings) -> Archit
     if project.names is not None and project.names.query_by_head and original.qkv_bias:
         raise UserError(f"{where}: attention_bias=true: latents with a bias have no place in our layout")
     mla = original.resolve(project.mla)
-    converted = dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=mla)
+    converted = original.converted(mla)
     pairs = _pairs(source, converted, settings.qk_tensor)
     theirs = original if project.names is None else _ProjectArchitecture(**vars(converted), names=project.names)
     reader = HFReader(source, theirs)

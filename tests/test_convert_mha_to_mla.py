@@ -340,7 +340,7 @@ BAD_MODELS = {
     "broken config": (lambda f: (f / "config.json").write_text("{"), ["config.json", "JSON"]),
     "unknown architecture": (lambda f: _rewrite_config(f, model_type="gpt2"), ["gpt2", "llama"]),
     "interleaved": (lambda f: _rewrite_config(f, rope_interleaved=True), ["rope_interleaved"]),
-    "mixture of experts": (lambda f: _rewrite_config(f, model_type="mixtral"), ["mixtral", "mistral"]),
+    "mixture of experts": (lambda f: _rewrite_config(f, model_type="qwen2_moe"), ["qwen2_moe", "mixtral"]),
     "Gemma": (lambda f: _rewrite_config(f, model_type="gemma2"), ["gemma2", "llama"]),
     "partly rotated": (lambda f: _rewrite_config(f, partial_rotary_factor=0.5), ["partial_rotary_factor"]),
     "incomplete scaling": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
 
 from mha2mla_megatron.architecture import parse_architecture, read_architecture
 from mha2mla_megatron.calibration.original import OriginalModel
@@ -20,24 +20,39 @@ from mha2mla_megatron.checkpoint.megatron import iteration_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
+from mha2mla_megatron.hf.experts_mha2mla import MHA2MLAMixtralForCausalLM, MHA2MLAQwen3MoeForCausalLM
 from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
 from mha2mla_megatron.model.parallel import ParallelConfig, check_layout, initialize_parallel
-from mha2mla_megatron.model.provider import build_model, transformer_config
+from mha2mla_megatron.model.provider import build_model, sharded_weights, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
+from mha2mla_megatron.training.checks import check_kernels
+from mha2mla_megatron.training.config import FinetuneSettings
 from tests.conftest import make_tokenizer, refused, run_tool
+from tests.finetune_cases import checkpoint_tensors, finetune, log_text, put_back, write_tokens
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
+POSITIONS = torch.arange(TOKENS.shape[1]).expand_as(TOKENS)
 SIZES: dict[str, Any] = dict(
     vocab_size=256, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.15, pad_token_id=0,
 )  # fmt: skip
 """Without a head_dim of its own, a family's heads have 12 dims."""
 
+EXPERTS = ("mixtral-window", "qwen3_moe")
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": dict(model_type="qwen3", head_dim=16, attention_bias=True),
     "mistral-window": dict(model_type="mistral", head_dim=16, sliding_window=7),
     "qwen2-windows": dict(model_type="qwen2", use_sliding_window=True, sliding_window=7, max_window_layers=2),
+    "mixtral-window": dict(model_type="mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=7),
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", head_dim=16, attention_bias=True, moe_intermediate_size=32, num_experts=6,
+        num_experts_per_tok=3, norm_topk_prob=True, mlp_only_layers=[2],
+    ),
+    "qwen3_moe-windows": dict(
+        model_type="qwen3_moe", head_dim=16, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2,
+        norm_topk_prob=False, decoder_sparse_step=2, use_sliding_window=True, sliding_window=7,
+    ),
     "smollm3": dict(model_type="smollm3", no_rope_layers=[1, 0, 1, 0]),
     "smollm3-windows": dict(
         model_type="smollm3", no_rope_layer_interval=2, use_sliding_window=True, sliding_window=7, attention_bias=True
@@ -74,19 +89,23 @@ def logits(folder: Path) -> torch.Tensor:
         return load(folder)(TOKENS).logits
 
 
-def megatron_logits(folder: Path, checkpoint: Path) -> torch.Tensor:
-    run_tool("convert_hf_to_megatron", folder, checkpoint)
+def megatron_model(checkpoint: Path) -> Any:
     architecture = read_architecture(checkpoint / "hf")
     initialize_parallel(ParallelConfig())
     model = build_model(architecture, transformer_config(architecture, ParallelConfig(), torch.float32))
     load_weights([model], iteration_folder(checkpoint, 0), architecture)
+    return model
+
+
+def megatron_logits(folder: Path, checkpoint: Path) -> torch.Tensor:
+    run_tool("convert_hf_to_megatron", folder, checkpoint)
     with torch.no_grad():
-        return model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)
+        return megatron_model(checkpoint)(TOKENS, POSITIONS, None)
 
 
 def full_rank(name: str) -> list[str]:
     """Ranks at which nothing is lost: of V, G d; of [K; V] where no key is rotated, the hidden size."""
-    method = "value" if name == "qwen3" else "joint"
+    method = "value" if name.startswith("qwen3") else "joint"
     values = 2 * (16 if "head_dim" in FAMILIES[name] else 12)
     ranks = [values, 48, values, 48] if name.startswith("smollm3") else values
     return ["partial_rope.strategy=full", f"low_rank.method={method}", f"low_rank.kv_lora_rank={ranks}"]
@@ -175,9 +194,54 @@ def change_config(folder: Path, **changes: Any) -> None:
     (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_pass_through_all_formats(tmp_path: Path, sources: dict[str, Path], name: str) -> None:
+    """Bit for bit and under their names: in the conversion, in what transformers saves of it, and through Megatron."""
+    run_tool("convert_mha_to_mla", sources[name], tmp_path / "mla", "partial_rope.strategy=full")
+    run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "megatron")
+    run_tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+    model = load(tmp_path / "mla")
+    with torch.no_grad():
+        assert (model(TOKENS).logits - logits(sources[name])).abs().max() < 1e-5
+    assert model.config._experts_implementation == "grouped_mm"
+    model.save_pretrained(tmp_path / "again")
+    type(model)(model.config).save_pretrained(tmp_path / "random")
+    original, mla = (load_file(folder / "model.safetensors") for folder in (sources[name], tmp_path / "mla"))
+    experts = [key for key in original if ".self_attn." not in key]
+    assert sum(".experts." in key for key in experts) > 20
+    assert all(torch.equal(original[key], mla[key]) for key in experts)
+    for copy in ("back", "again"):
+        found = load_file(tmp_path / copy / "model.safetensors")
+        assert found.keys() == mla.keys() and all(torch.equal(found[key], mla[key]) for key in mla)
+    random = load_file(tmp_path / "random" / "model.safetensors")
+    # As wide as config.json says, which memory that nobody filled is not.
+    assert random.keys() == mla.keys()
+    assert all(random[key].std() == pytest.approx(0.15, rel=0.1) for key in experts if ".experts." in key)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_gradients_of_experts_are_those_of_transformers(tmp_path: Path, sources: dict[str, Path], name: str) -> None:
+    """Of the cross entropy alone: nothing is added that would balance the load."""
+    model = load(sources[name])
+    model(TOKENS, labels=TOKENS).loss.backward()
+    expected = revert_weight_conversion(model, {key: weight.grad for key, weight in model.named_parameters()})
+    run_tool("convert_hf_to_megatron", sources[name], tmp_path / "megatron")
+    megatron = megatron_model(tmp_path / "megatron")
+    labels = TOKENS.roll(-1, 1)
+    megatron(TOKENS, POSITIONS, None, labels=labels)[:, :-1].mean().backward()
+    gradients = {entry.key: entry.data.grad for entry in sharded_weights(megatron).values()}
+    architecture = read_architecture(sources[name])
+    for row in parameter_map(architecture):
+        for key, found in zip(row.hf, row.layout.unpack(gradients[row.megatron], architecture), strict=True):
+            assert (found - expected[key]).abs().max() <= 1e-4 * expected[key].abs().max(), key
+    experts = [gradient for key, gradient in expected.items() if ".experts." in key]
+    assert sum(bool(gradient.any()) for gradient in experts) > 0.9 * len(experts)  # one may have got no token
+
+
 CACHED = {
     "qwen3": ["partial_rope.qk_rope_head_dim=6", "low_rank.method=value", "low_rank.kv_lora_rank=20"],
     "mistral-window": ["partial_rope.qk_rope_head_dim=4", "low_rank.method=joint", "low_rank.kv_lora_rank=20"],
+    "qwen3_moe": ["partial_rope.qk_rope_head_dim=6", "low_rank.method=value", "low_rank.kv_lora_rank=20"],
     "smollm3-windows": ["partial_rope.qk_rope_head_dim=4", "low_rank.method=split", "low_rank.kv_lora_rank=12"],
 }
 
@@ -211,6 +275,7 @@ def test_every_cache_gives_what_no_cache_gives(tmp_path: Path, sources: dict[str
 AWARE = {
     "qwen3": ["low_rank.method=value", "cache_budget=0.75"],
     "mistral-window": ["cache_budget=0.5"],
+    "mixtral-window": ["cache_budget=0.5"],
     "smollm3": ["cache_budget=0.5"],
 }
 
@@ -242,7 +307,7 @@ def test_data_aware_conversion(tmp_path: Path, sources: dict[str, Path], text: P
         assert len({layer["kv_lora_rank"] for layer in report["layers"]}) == 1
 
 
-@pytest.mark.parametrize("name", ["mistral-window", "smollm3", "qwen3"])
+@pytest.mark.parametrize("name", ["mistral-window", "mixtral-window", "smollm3", "qwen3"])
 def test_layers_run_one_by_one_are_the_model(sources: dict[str, Path], name: str) -> None:
     """What measurements and healing compare with sees the same windows and rotations as transformers' forward pass."""
     model = OriginalModel(sources[name], torch.device("cpu"))
@@ -267,11 +332,27 @@ REAL = {
         model_type="smollm3", vocab_size=128256, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36,
         num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True,
     ),
+    "mixtral-8x7b-v0.1": dict(
+        model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None,
+        tie_word_embeddings=False,
+    ),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=48,
+        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+        moe_intermediate_size=768, norm_topk_prob=True, mlp_only_layers=[], tie_word_embeddings=False,
+    ),
     "mistral-nemo": dict(
         model_type="mistral", vocab_size=131072, hidden_size=5120, intermediate_size=14336, num_hidden_layers=40,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, sliding_window=None, tie_word_embeddings=False,
     ),
 }  # fmt: skip
+
+CLASSES = {
+    "mha2mla_llama": MHA2MLALlamaForCausalLM,
+    "mha2mla_mixtral": MHA2MLAMixtralForCausalLM,
+    "mha2mla_qwen3_moe": MHA2MLAQwen3MoeForCausalLM,
+}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -281,16 +362,18 @@ def test_the_table_covers_real_models(name: str) -> None:
     original = parse_architecture(config, name)
     method = "value" if original.qk_norm else "joint"
     mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=16), LowRankConfig(method=method, kv_lora_rank=256))
-    converted = dataclasses.replace(original, model_type="mha2mla_llama", mla=original.resolve(mla))
+    converted = original.converted(original.resolve(mla))
     as_mla = converted_config(config, converted, "auto")
+    model_class: Any = CLASSES[converted.model_type]
     with torch.device("meta"):
         models = [
             AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)),
-            MHA2MLALlamaForCausalLM(MHA2MLALlamaConfig(**as_mla)),
+            model_class(model_class.config_class(**as_mla)),
         ]
     assert parse_architecture(as_mla, name) == converted
     for model, architecture in zip(models, (original, converted), strict=True):
-        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        on_disk = revert_weight_conversion(model, model.state_dict())  # experts, of which there is one tensor in memory
+        expected = {key: tuple(tensor.shape) for key, tensor in on_disk.items()}
         if config["tie_word_embeddings"]:
             del expected["lm_head.weight"]
         assert architecture.tensor_shapes() == expected
@@ -330,6 +413,11 @@ BAD_CONFIGS: dict[str, tuple[str, dict[str, Any], str]] = {
     "window": ("mistral-window", {"sliding_window": 0}, "sliding_window"),
     "rotations": ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers"),
     "interval": ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 0}, "no_rope_layer_interval"),
+    "no experts": ("mixtral-window", {"num_local_experts": 0}, "num_local_experts=0"),
+    "too many experts": ("qwen3_moe", {"num_experts": 1 << 20}, "num_experts=1048576"),
+    "too few experts": ("mixtral-window", {"num_experts_per_tok": 5}, "num_experts_per_tok=5; .* from 1 to 4"),
+    "dense layers": ("qwen3_moe", {"mlp_only_layers": 2}, "mlp_only_layers=2"),
+    "sparse step": ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step=0"),
     "first window": ("qwen2-windows", {"layer_types": None, "max_window_layers": -1}, "max_window_layers"),
 }
 
@@ -345,3 +433,47 @@ def test_context_parallel_windows_are_refused() -> None:
     architecture = parse_architecture(config_of("mistral-window"), "test")
     with pytest.raises(UserError, match="context_parallel_size: 2 with sliding windows"):
         check_layout(architecture, ParallelConfig(context_parallel_size=2), 2)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "named"),
+    [
+        (dict(tensor_model_parallel_size=2), "2 with mixtures of experts needs parallel.sequence_parallel: true"),
+        (dict(tensor_model_parallel_size=2, sequence_parallel=True), "2 does not divide moe_intermediate_size 33"),
+    ],
+)
+def test_layouts_that_experts_cannot_have(parallel: dict[str, Any], named: str) -> None:
+    architecture = parse_architecture({**config_of("qwen3_moe"), "moe_intermediate_size": 33}, "test")
+    with pytest.raises(UserError, match=named):
+        check_layout(architecture, ParallelConfig(**parallel), 2)
+
+
+def test_experts_are_fine_tuned_and_resumed(tmp_path: Path, sources: dict[str, Path]) -> None:
+    """What a run that was ended goes on with is what it had, experts and their moments too."""
+    (tmp_path / "settings.yaml").write_text("")
+    write_tokens(tmp_path / "text")
+    run_tool("convert_mha_to_mla", sources["qwen3_moe"], tmp_path / "mla", "partial_rope.qk_rope_head_dim=4")
+    run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "mla-megatron")
+    words = ["steps=4", "save_interval=2", "optimizer.warmup_steps=0"]
+    whole = finetune(tmp_path, "mla", tmp_path / "whole", *words)
+    resumed = finetune(tmp_path, "mla", put_back(whole, tmp_path / "resumed", 2), *words)
+    assert log_text(resumed)[-2:] == log_text(whole)[-2:]
+    before, after = checkpoint_tensors(whole, 4), checkpoint_tensors(resumed, 4)
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    run_tool("convert_megatron_to_hf", whole, tmp_path / "tuned")
+    change = logits(tmp_path / "tuned") - logits(tmp_path / "mla")
+    assert change.abs().max() > 1e-3 and change.isfinite().all()
+
+
+def test_what_experts_cannot_have(tmp_path: Path, sources: dict[str, Path]) -> None:
+    original, architecture = sources["mixtral-window"], read_architecture(sources["mixtral-window"])
+    for words in (dict(fp8="current"), dict(cuda_graph=True)):
+        with pytest.raises(UserError, match="is not supported with mixtures of experts"):
+            check_kernels(FinetuneSettings(**words), architecture, "transformer_engine", "bfloat16")
+    (tmp_path / "plan.yaml").write_text(f"model: {original}\n")
+    assert "no plan is made of mixtures of experts" in refused("plan", tmp_path / "plan.yaml")
+    one = parse_architecture({**config_of("mixtral-window"), "num_experts_per_tok": 1}, "test")
+    with pytest.raises(UserError, match="num_experts_per_tok: 1"):
+        transformer_config(one, ParallelConfig(), torch.float32)
+    run_tool("convert_mha_to_mla", original, tmp_path / "mla", "partial_rope.qk_rope_head_dim=4", "low_rank.d_kv=8")
+    assert "num_local_experts" in refused("export_deepseek", tmp_path / "mla", tmp_path / "out")

@@ -31,7 +31,11 @@ MODELS = {
     "original": original_config(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "joint": converted_config("joint", **SIZES, attention_bias=True, tie_word_embeddings=True),
     "split": converted_config("split", **SIZES, attention_bias=True, mlp_bias=True),
-}
+    "experts": {
+        **converted_config("joint", **SIZES, attention_bias=True), "model_type": "mha2mla_qwen3_moe",
+        "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0, 5],
+    },
+}  # fmt: skip
 """G = 4 groups of 2 heads; all with biases of q, k and v."""
 
 BATCH, LENGTH, LIMIT = 4, 16, 1e-5
@@ -39,7 +43,7 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
     1: [
         dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),
         dict(fused=True, micro=2, recompute="latent", only="split"),
-        dict(fused=True, recompute="full", only="split"),
+        dict(fused=True, recompute="full", only="split"), dict(micro=2, recompute="full", only="experts"),
     ],
     2: [
         dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
@@ -57,6 +61,7 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
         dict(tp=2, cp=2, sp=True, only="split"), dict(pp=2, cp=2, vpp=2, stages="Et|t*3|t*2|t*2L", only="original"),
         dict(tp=2, gather=True, only="joint"), dict(pp=2, vpp=2, gather=True, only="joint"),
         dict(pp=2, gather=True, only="original"), dict(cp=2, only="split"), dict(gather=True, only="original"),
+        dict(tp=2, pp=2, vpp=2, sp=True, only="experts"), dict(cp=2, gather=True, only="experts"),
     ],
     8: [
         dict(tp=2, pp=2, only="original"), dict(tp=2, pp=2, vpp=2, sp=True, gather=True, only="joint"),
@@ -67,7 +72,7 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
 """Processes -> layouts; the processes that a layout leaves over are data parallel.
 
 micro: samples a micro batch, else 1. fused: the converted attention's fused path, its kernel interpreted.
-only: the one model that it is run with, else all.
+only: the one model that it is run with, else all but `experts`.
 """
 
 REFERENCE = 1, WORLDS[1][0]
@@ -76,7 +81,7 @@ RUNS = [
     for world, layouts in WORLDS.items()
     for layout in layouts
     for model in MODELS
-    if layout.get("only", model) == model
+    if model == layout.get("only", model) and (model != "experts" or "only" in layout or (world, layout) == REFERENCE)
 ]
 COMPARED = [run for run in RUNS if run[:2] != REFERENCE]
 

@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture
+from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.resume import PartialFolder
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.families import is_converted
 
 CODE_FILES = (
-    "layout_mha2mla.py", "configuration_mha2mla.py", "modeling_mha2mla.py", "decode_mha2mla.py",
-    "decode_triton_mha2mla.py", "decode_packed_mha2mla.py", "quantise_mha2mla.py", "quantise_triton_mha2mla.py",
-    "packed_tokens_mha2mla.py", "latent_cache_mha2mla.py", "static_cache_mha2mla.py", "backend_cache_mha2mla.py",
+    "layout_mha2mla.py", "configuration_mha2mla.py", "modeling_mha2mla.py", "experts_mha2mla.py",
+    "decode_mha2mla.py", "decode_triton_mha2mla.py", "decode_packed_mha2mla.py", "quantise_mha2mla.py",
+    "quantise_triton_mha2mla.py", "packed_tokens_mha2mla.py", "latent_cache_mha2mla.py", "static_cache_mha2mla.py",
+    "backend_cache_mha2mla.py",
 )  # fmt: skip
 CODE_FOLDER = Path(__file__).resolve().parents[1] / "hf"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -159,7 +161,7 @@ class HFWriter:
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write config.json, and beside a converted model's the code files that its auto_map names."""
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if config["model_type"] == MLA_MODEL_TYPE:
+    if is_converted(config["model_type"]):
         for name in CODE_FILES:
             shutil.copyfile(CODE_FOLDER / name, folder / name)
 

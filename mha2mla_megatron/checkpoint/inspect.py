@@ -75,7 +75,8 @@ def inspect_checkpoint(path: Path, settings: InspectSettings) -> dict[str, Any]:
 
 
 def format_inspection(found: dict[str, Any]) -> str:
-    """Lines about the step and a table of its tensors; those that differ only in the layer's number share a row."""
+    """Lines about the step and a table of its tensors; those that differ only in numbers of layers and experts share a
+    row."""
     steps, model, layout, run = (found[key] for key in ("saved_steps", "model", "layout", "run"))
     conversion = model["mla"]
     lines = [
@@ -139,7 +140,7 @@ def _same(values: Any) -> Any:
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for tensor in found["tensors"]:
-        name = re.sub(r"(?<=\blayers\.)\d+", "*", tensor["name"])
+        name = re.sub(r"\b(layers|local_experts)\.\d+", r"\1.*", tensor["name"])
         shape = str(tensor["shape"])
         if kind := re.match(r"optimizer\.\w+\.\w+\.", name):  # as many as the model has, three times over
             name, shape = f"{kind[0]}*", ""

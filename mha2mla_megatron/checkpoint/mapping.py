@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ SAME = Layout(lambda tensors, _: tensors[0], lambda tensor, _: [tensor])
 STACKED = Layout(lambda tensors, _: torch.cat(list(tensors)), lambda tensor, _: tensor.chunk(2))
 QKV = Layout(_pack_qkv, _unpack_qkv)
 
-# `*` stands for weight or bias, L for the layer. A row whose tensors a model does not have is not its row.
+# `*` stands for weight or bias, {} for an expert. A row whose tensors a model does not have is not its row.
 MODEL_ROWS = (
     ("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), SAME),
     ("decoder.final_layernorm.weight", ("model.norm.weight",), SAME),
@@ -57,10 +58,25 @@ LAYER_ROWS = (
     ("self_attention.linear_proj.*", ("self_attn.o_proj.*",), SAME),
     ("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",), SAME),
     ("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",), SAME),
-    ("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), SAME),
     ("mlp.linear_fc1.*", ("mlp.gate_proj.*", "mlp.up_proj.*"), STACKED),
     ("mlp.linear_fc2.*", ("mlp.down_proj.*",), SAME),
+    ("mlp.router.weight", ("block_sparse_moe.gate.weight",), SAME),
+    (
+        "mlp.experts.local_experts.{}.linear_fc1.weight",
+        ("block_sparse_moe.experts.{}.w1.weight", "block_sparse_moe.experts.{}.w3.weight"),
+        STACKED,
+    ),
+    ("mlp.experts.local_experts.{}.linear_fc2.weight", ("block_sparse_moe.experts.{}.w2.weight",), SAME),
+    ("mlp.router.weight", ("mlp.gate.weight",), SAME),
+    (
+        "mlp.experts.local_experts.{}.linear_fc1.weight",
+        ("mlp.experts.{}.gate_proj.weight", "mlp.experts.{}.up_proj.weight"),
+        STACKED,
+    ),
+    ("mlp.experts.local_experts.{}.linear_fc2.weight", ("mlp.experts.{}.down_proj.weight",), SAME),
 )
+DENSE_ROWS = (("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",), SAME),)
+EXPERT_ROWS = (("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",), SAME),)
 ORIGINAL_ROWS = (
     ("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",), SAME),
     ("self_attention.linear_qkv.*", ("self_attn.q_proj.*", "self_attn.k_proj.*", "self_attn.v_proj.*"), QKV),
@@ -82,11 +98,16 @@ def parameter_map(architecture: Architecture) -> list[ParamMap]:
     """The table for one model, in the order of its Hugging Face tensors; covers every one of them exactly once."""
     layer_rows = LAYER_ROWS + (ORIGINAL_ROWS if architecture.mla is None else CONVERTED_ROWS)
     candidates = [ParamMap(*row) for row in MODEL_ROWS]
+    experts = architecture.experts
     for layer in range(architecture.num_layers):
-        for megatron, hf, layout in layer_rows:
-            for kind in ("weight", "bias") if megatron.endswith("*") else ("",):
-                names = tuple(f"model.layers.{layer}.{name.replace('*', kind)}" for name in hf)
-                candidates.append(ParamMap(f"decoder.layers.{layer}.{megatron.replace('*', kind)}", names, layout))
+        norm_rows = EXPERT_ROWS if experts is not None and layer in experts.layers else DENSE_ROWS
+        for megatron, hf, layout in layer_rows + norm_rows:
+            kinds = ("weight", "bias") if megatron.endswith("*") else ("",)
+            numbers = range(experts.num_experts if experts is not None else 0) if "{}" in megatron else (0,)
+            for kind, number in itertools.product(kinds, numbers):
+                ours, *theirs = (name.replace("*", kind).format(number) for name in (megatron, *hf))
+                names = tuple(f"model.layers.{layer}.{name}" for name in theirs)
+                candidates.append(ParamMap(f"decoder.layers.{layer}.{ours}", names, layout))
     order = {name: i for i, name in enumerate(architecture.tensor_shapes())}
     rows = [row for row in candidates if all(name in order for name in row.hf)]
     covered = [name for row in rows for name in row.hf]

@@ -83,6 +83,42 @@ class MHA2MLALlamaConfig(LlamaConfig):
         )
 
 
+class MHA2MLAMixtralConfig(MHA2MLALlamaConfig):
+    """The same with mixtures of experts in Mixtral's manner, of width `intermediate_size`.
+
+    num_local_experts, num_experts_per_tok: experts of a layer, and of a token.
+    mlp_only_layers: layers, from 0, that have an ordinary feed-forward all the same.
+    router_jitter_noise: half the width of the noise on inputs in training.
+    """
+
+    model_type = "mha2mla_mixtral"
+    attribute_map = {"num_experts": "num_local_experts"}
+
+    num_local_experts: int = 8
+    num_experts_per_tok: int = 2
+    mlp_only_layers: list[int] | None = None
+    router_jitter_noise: float = 0.0
+
+
+class MHA2MLAQwen3MoeConfig(MHA2MLALlamaConfig):
+    """The same with mixtures of experts in Qwen3's manner.
+
+    num_local_experts, num_experts_per_tok: experts of a layer, and of a token.
+    moe_intermediate_size: width of an expert.
+    norm_topk_prob: whether the weights of a token's experts are divided by their sum.
+    mlp_only_layers: layers, from 0, that have an ordinary feed-forward, of width `intermediate_size`.
+    """
+
+    model_type = "mha2mla_qwen3_moe"
+    attribute_map = {"num_experts": "num_local_experts"}
+
+    num_local_experts: int = 128
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 768
+    norm_topk_prob: bool = False
+    mlp_only_layers: list[int] | None = None
+
+
 def _part(mha2mla: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """mha2mla.<name>, which has to hold what is read here."""
     keys = {"partial_rope": ("qk_rope_head_dim",), "low_rank": ("method", "kv_lora_rank")}[name]
@@ -92,4 +128,4 @@ def _part(mha2mla: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part
 
 
-__all__ = ["MHA2MLALlamaConfig"]
+__all__ = ["MHA2MLALlamaConfig", "MHA2MLAMixtralConfig", "MHA2MLAQwen3MoeConfig"]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, read_architecture
+from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import HF_FOLDER
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
@@ -133,7 +132,7 @@ def planned_architecture(settings: PlanSettings) -> Architecture:
     if architecture.mla is not None:
         raise UserError(f"{path}: is converted already; leave out conversion, partial_rope and low_rank")
     mla = architecture.resolve(mla)
-    return dataclasses.replace(architecture, model_type=MLA_MODEL_TYPE, mla=mla)
+    return architecture.converted(mla)
 
 
 def planned_teacher(settings: PlanSettings) -> Architecture | None:
@@ -159,8 +158,10 @@ def check_planned(settings: PlanSettings, architecture: Architecture, teacher: A
 
 
 def _read_config_at(path: Path) -> Architecture:
-    """Refuses a rope scaling that training refuses."""
+    """Refuses a rope scaling that training refuses, and what no plan is made of."""
     architecture = read_architecture(path.parent if path.name == "config.json" else path)
+    if architecture.experts is not None:
+        raise UserError(f"{path}: model_type={architecture.model_type}: no plan is made of mixtures of experts")
     if architecture.rope_parameters["rope_type"] != "default":
         inverse_frequencies(architecture)  # asks transformers, which takes seconds to import
     return architecture

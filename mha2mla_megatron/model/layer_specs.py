@@ -30,6 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention, MHA2MLASelfAttentionSubmodules
 from mha2mla_megatron.model.context_attention import GatheredAttention
+from mha2mla_megatron.model.experts import with_experts
 from mha2mla_megatron.model.implementation import (
     Implementation,
     fuses_projections,
@@ -68,7 +69,8 @@ def layer_specs(
     first = get_transformer_layer_offset(config, vp_stage)
     stage = range(first, first + get_num_layers_to_build(config, vp_stage))
     if architecture.mla is None:
-        layers = [original_layer(architecture, layer, core_attention, linear_proj, norm)] * len(stage)
+        original = original_layer(architecture, layer, core_attention, linear_proj, norm)
+        layers = dict.fromkeys(stage, original)
     else:
         column_parallel_linear = backend.column_parallel_linear()
         attention: type[MHA2MLASelfAttention] = MHA2MLASelfAttention
@@ -85,8 +87,12 @@ def layer_specs(
             core_attention=core_attention,
             linear_proj=linear_proj,
         )
-        layers = [converted_layer(architecture, index, layer, attention, parts, norm) for index in stage]
-    specs = [ModuleSpec(module=TransformerLayer, submodules=submodules) for submodules in layers]
+        layers = {index: converted_layer(architecture, index, layer, attention, parts, norm) for index in stage}
+    if architecture.experts is not None:
+        layers |= {
+            index: with_experts(layers[index], backend, norm) for index in stage if index in architecture.experts.layers
+        }
+    specs = [ModuleSpec(module=TransformerLayer, submodules=submodules) for submodules in layers.values()]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 

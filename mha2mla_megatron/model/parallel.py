@@ -108,6 +108,13 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
         "intermediate_size": architecture.intermediate_size,
         "vocab_size": architecture.vocab_size,
     }
+    if (experts := architecture.experts) is not None:
+        sizes[experts.names.intermediate_size] = experts.intermediate_size
+        if tp > 1 and not parallel.sequence_parallel:
+            raise UserError(
+                f"parallel.tensor_model_parallel_size: {tp} with mixtures of experts needs "
+                "parallel.sequence_parallel: true"
+            )
     for name, size in sizes.items():
         if size % tp:
             raise UserError(

@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
+from mha2mla_megatron.model.experts import expert_settings
 from mha2mla_megatron.model.frequencies import inverse_frequencies
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.layer_specs import layer_specs
@@ -31,7 +32,7 @@ def transformer_config(
     """Megatron's config of this model.
 
     dtype: of the weights and activations, float32 or bfloat16. overrides: any other TransformerConfig fields.
-    Raises UserError for a switch that the converted attention cannot work with.
+    Raises UserError for a switch that the converted attention cannot work with, and for a router that is not there.
     """
     if architecture.mla is not None:
         for name in NOT_FOR_CONVERTED:
@@ -90,6 +91,8 @@ def transformer_config(
         # With the local linear layers this would need apex.
         gradient_accumulation_fusion=False,
     )
+    if architecture.experts is not None:
+        settings |= expert_settings(architecture.experts, architecture.num_layers)
     return TransformerConfig(**{**settings, **overrides})
 
 

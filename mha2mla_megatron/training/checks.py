@@ -52,8 +52,12 @@ def check_reset(settings: FinetuneSettings, architecture: Architecture, implemen
 
 
 def check_kernels(settings: FinetuneSettings, architecture: Architecture, implementation: str, dtype: str) -> None:
-    """Refuse a `recompute` or `fp8` that the model's layers cannot have. implementation: the one that will run; dtype:
-    float32 or bfloat16."""
+    """Refuse a `recompute`, `fp8` or `cuda_graph` that the model's layers cannot have. implementation: the one that
+    will run; dtype: float32 or bfloat16."""
+    if architecture.experts is not None:
+        for key, found in (("fp8", settings.fp8), ("cuda_graph", settings.cuda_graph)):
+            if found:
+                raise UserError(f"{key}: {found} is not supported with mixtures of experts; leave it off")
     fused = fuses_projections(implementation, architecture.qk_norm, settings.fp8 is not None)
     if settings.recompute == "latent" and not (architecture.mla is not None and fused):
         raise UserError(

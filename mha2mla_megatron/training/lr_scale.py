@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Mapping
 
 from mha2mla_megatron.architecture import Architecture
@@ -33,7 +34,8 @@ def lr_factors(architecture: Architecture, lr_scale: Mapping[str, float]) -> dic
     for pattern, factor in lr_scale.items():
         found = [name for name in factors if any(fnmatch.fnmatchcase(name, p) for p in PARTS.get(pattern, (pattern,)))]
         if not found:
-            names = [name for name in factors if not name.startswith("decoder.layers.") or ".layers.0." in name]
+            others = re.compile(r"\.(layers|local_experts)\.[1-9]")
+            names = [name for name in factors if not others.search(name)]
             raise UserError(
                 f"optimizer.lr_scale: '{pattern}' matches no tensor of this model; valid: {', '.join(PARTS)}, or a "
                 f"pattern (with * and ?) of names such as {', '.join(names)}"

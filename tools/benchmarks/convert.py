@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, parse_architecture
+from mha2mla_megatron.architecture import parse_architecture
 from mha2mla_megatron.checkpoint.hf import HFWriter, write_config
 from mha2mla_megatron.checkpoint.resume import resumable_folder
 from mha2mla_megatron.cli import split_words
@@ -155,8 +155,8 @@ def make_model(settings: ConvertBenchmarkSettings, target: Path, converted: bool
             PartialRopeConfig(qk_rope_head_dim=settings.rope),
             LowRankConfig(method="joint", kv_lora_rank=settings.rank),
         )
-        sizes = {**config, "model_type": MLA_MODEL_TYPE, "mha2mla": dataclasses.asdict(mla)}
-        config = converted_config(config, parse_architecture(sizes, "the settings"), "auto")
+        original = parse_architecture(config, "the settings")
+        config = converted_config(config, original.converted(original.resolve(mla)), "auto")
     shapes = parse_architecture(config, "the settings").tensor_shapes()
     torch.manual_seed(0)
     pool = (torch.randn(1 << 25) * 0.02).to(torch.bfloat16)

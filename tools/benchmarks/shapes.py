@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mha2mla_megatron.architecture import MLA_MODEL_TYPE, Architecture, parse_architecture
+from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 
 
@@ -89,7 +88,7 @@ def make_architecture(shape: Shape, model: str) -> Architecture:
     original = parse_architecture(original_config(shape), "shape")
     if model == "original":
         return original
-    return dataclasses.replace(original, model_type=MLA_MODEL_TYPE, mla=original.resolve(conversion(shape, model)))
+    return original.converted(original.resolve(conversion(shape, model)))
 
 
 def step_flops(shape: Shape, model: str) -> float:
