@@ -153,7 +153,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a Hugging Face model folder (no config.json)") from None
+        hint = "; tools/import_mha2mla.py reads nanotron's" if (folder / "model_config.json").is_file() else ""
+        raise UserError(f"{folder}: not a Hugging Face model folder (no config.json){hint}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from None
     if not isinstance(values, dict):

@@ -1,10 +1,15 @@
-"""Models of the MHA2MLA authors' own code -> our exported format: the same function, other names and row orders."""
+"""Models of the MHA2MLA authors' own code -> our exported format: the same function, other names and row orders.
+
+Their code trains with transformers or with nanotron. A nanotron checkpoint of an ordinary Llama becomes an ordinary
+Hugging Face folder.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache, partial, reduce
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -12,8 +17,15 @@ import torch
 import yaml
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture, read_config
-from mha2mla_megatron.checkpoint.folders import copy_companions
+from mha2mla_megatron.checkpoint.folders import copy_companions, resolve_folder
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
+from mha2mla_megatron.checkpoint.nanotron import (
+    MODEL_CONFIG,
+    WEIGHTS,
+    NanotronReader,
+    nanotron_step,
+    read_nanotron_config,
+)
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
@@ -35,6 +47,9 @@ class ImportSettings:
 
     rope_config: str | None = None
     """The YAML file of partial-RoPE settings, for a checkpoint of partial RoPE alone whose config.json has none."""
+
+    tokenizer: str | None = None
+    """The folder or hub id of a model whose tokenizer goes along: nanotron keeps none. None: what SRC has."""
 
     max_shard_size: str = "5GB"
     """Largest safetensors file written."""
@@ -80,51 +95,80 @@ class _ProjectArchitecture(Architecture):
 def import_model(source: Path, target: Path, settings: ImportSettings) -> Architecture:
     """Write the model of `source` in our format, every number as it is stored; returns its architecture.
 
+    What nanotron saved of a model that is not converted is written as an ordinary Hugging Face folder.
+
     Raises UserError before anything is written for what is missing, damaged or cannot be expressed.
     """
     require_one_process("import_mha2mla.py")
-    config = _read_project_config(source, settings.rope_config)
-    where = str(source / "config.json")
+    step = nanotron_step(source)
+    where = source / "config.json" if step is None else step / MODEL_CONFIG
+    config = read_config(source) if step is None else read_nanotron_config(step)
+    config = _with_rope_config(config, where, settings.rope_config)
     if is_converted(config.get("model_type")):
         raise UserError(f"{where}: model_type={config['model_type']}: is in our format already")
-    original = parse_architecture({k: v for k, v in config.items() if k not in PROJECT_KEYS}, where)
+    kept = {key: value for key, value in config.items() if key not in PROJECT_KEYS}
+    original = parse_architecture(kept, str(where))
     if original.model_type not in ("llama", "qwen2") or original.window_layers:
         raise UserError(
             f"{where}: model_type={original.model_type}: only their llama and qwen2 without windows are read"
         )
-    project = parse_project_config(config, where, original.num_key_value_heads, original.head_dim)
-    if project.names is not None and project.names.query_by_head and original.qkv_bias:
-        raise UserError(f"{where}: attention_bias=true: latents with a bias have no place in our layout")
-    mla = original.resolve(project.mla)
-    converted = original.converted(mla)
-    pairs = _pairs(source, converted, settings.qk_tensor)
-    theirs = original if project.names is None else _ProjectArchitecture(**vars(converted), names=project.names)
-    reader = HFReader(source, theirs)
+    read = partial(HFReader, source) if step is None else partial(NanotronReader, step)
+    if step is not None and not any(config.get(key) for key in PROJECT_KEYS):
+        if settings.qk_tensor is not None:
+            raise UserError(f"qk_tensor: {where} has no RoPE: an ordinary model, of which all pairs are rotated")
+        model, reader = original, read(original)
+        tensor = reader.__getitem__
+    else:
+        project = parse_project_config(config, str(where), original.num_key_value_heads, original.head_dim)
+        if project.names is not None and project.names.query_by_head and original.qkv_bias:
+            raise UserError(f"{where}: attention_bias=true: latents with a bias have no place in our layout")
+        model = original.converted(original.resolve(project.mla))
+        pairs = _pairs(where, model, settings.qk_tensor)
+        theirs = original if project.names is None else _ProjectArchitecture(**vars(model), names=project.names)
+        reader = read(theirs)
+        tensor = _converted_tensors(reader, theirs, model, project, pairs)
+        kept = converted_config(kept, model, "auto")
+    if step is not None:
+        kept["dtype"] = str(reader.dtypes["model.embed_tokens.weight"]).removeprefix("torch.")
+    companions = where.parent if settings.tokenizer is None else resolve_folder(settings.tokenizer)
+
+    shapes = model.tensor_shapes()
+    tensors = {name: torch.empty(shape, dtype=_dtype(name, reader), device="meta") for name, shape in shapes.items()}
+    inputs = [where.parent, *(Path(file) for file in (settings.qk_tensor, settings.rope_config) if file is not None)]
+    inputs += (where.parent / WEIGHTS).rglob("*.safetensors")  # nanotron's
+    with resumable_folder(target, settings.overwrite, identity("import", settings, inputs)) as folder:
+        writer = HFWriter(folder, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
+        for name in folder.parts_to_do("import", {name: planned.nbytes for name, planned in tensors.items()}):
+            writer.add(name, tensor(name).to(tensors[name].dtype))
+            folder.finish(name)
+        writer.close()
+        write_config(folder.path, kept)
+        copy_companions(companions, folder.path)
+    return model
+
+
+def _converted_tensors(
+    reader: HFReader | NanotronReader,
+    theirs: Architecture,
+    converted: Architecture,
+    project: ProjectConfig,
+    pairs: list[torch.Tensor],
+) -> Callable[[str], torch.Tensor]:
+    """Gives each tensor of our model by its name, from theirs."""
 
     @lru_cache(maxsize=1)
     def attention(layer: int) -> dict[str, torch.Tensor]:
         weights = {name: reader[f"model.layers.{layer}.self_attn.{name}"] for name in theirs.attention_shapes(layer)}
         return _attention(weights, converted, project, layer, pairs[layer])
 
-    shapes = converted.tensor_shapes()
-    tensors = {name: torch.empty(shape, dtype=_dtype(name, reader), device="meta") for name, shape in shapes.items()}
-    inputs = [source, *(Path(file) for file in (settings.qk_tensor, settings.rope_config) if file is not None)]
-    with resumable_folder(target, settings.overwrite, identity("import", settings, inputs)) as partial:
-        writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
-        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
-        for name in partial.parts_to_do("import", sizes):
-            match = _ATTENTION.fullmatch(name)
-            tensor = reader[name] if match is None else attention(int(match[1]))[match[2]]
-            writer.add(name, tensor.to(tensors[name].dtype))
-            partial.finish(name)
-        writer.close()
-        kept = {key: value for key, value in config.items() if key not in PROJECT_KEYS}
-        write_config(partial.path, converted_config(kept, converted, "auto"))
-        copy_companions(source, partial.path)
-    return converted
+    def tensor(name: str) -> torch.Tensor:
+        match = _ATTENTION.fullmatch(name)
+        return reader[name] if match is None else attention(int(match[1]))[match[2]]
+
+    return tensor
 
 
-def _dtype(name: str, reader: HFReader) -> torch.dtype:
+def _dtype(name: str, reader: HFReader | NanotronReader) -> torch.dtype:
     """The type that our tensor gets: its own, or for attention weights the widest that the layer has."""
     if name.endswith(".rope_pairs"):
         return torch.int64
@@ -134,12 +178,12 @@ def _dtype(name: str, reader: HFReader) -> torch.dtype:
     return reduce(torch.promote_types, (dtype for key, dtype in reader.dtypes.items() if key.startswith(layer)))
 
 
-def _read_project_config(source: Path, rope_config: str | None) -> dict[str, Any]:
-    config = read_config(source)
+def _with_rope_config(config: dict[str, Any], where: Path, rope_config: str | None) -> dict[str, Any]:
+    """The config of the file `where`, with the settings of the file `rope_config`."""
     if rope_config is None:
         return config
     if any(config.get(key) for key in PROJECT_KEYS):
-        raise UserError(f"rope_config: {source / 'config.json'} has settings of its own; leave it out")
+        raise UserError(f"rope_config: {where} has settings of its own; leave it out")
     try:
         values = yaml.safe_load(Path(rope_config).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -150,17 +194,17 @@ def _read_project_config(source: Path, rope_config: str | None) -> dict[str, Any
     return {**config, "RoPE": values}
 
 
-def _pairs(source: Path, converted: Architecture, qk_tensor: str | None) -> list[torch.Tensor]:
-    """The rotated pairs of each layer: int64 [G, r/2]."""
+def _pairs(where: Path, converted: Architecture, qk_tensor: str | None) -> list[torch.Tensor]:
+    """The rotated pairs of each layer: int64 [G, r/2]. where: the file of the model's config."""
     assert converted.mla is not None
     rope, groups, d = converted.mla.partial_rope, converted.num_key_value_heads, converted.head_dim
     scores: list[torch.Tensor | None] = [None] * converted.num_layers
     if rope.strategy == "2-norm":
         stored = str(rope.scores)
-        file = source / PurePosixPath(stored).name if qk_tensor is None else Path(qk_tensor)
+        file = where.parent / PurePosixPath(stored).name if qk_tensor is None else Path(qk_tensor)
         if qk_tensor is None and not file.is_file():
             raise UserError(
-                f"{source / 'config.json'}: qk_tensor_path: {stored} says which pairs are rotated, and {file} does not "
+                f"{where}: qk_tensor_path: {stored} says which pairs are rotated, and {file} does not "
                 "exist; give that file as qk_tensor=FILE (the authors' repository has theirs in utils/)"
             )
         loaded = load_scores(file, converted.num_layers, groups, d, key="qk_tensor")

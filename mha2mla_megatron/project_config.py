@@ -71,10 +71,10 @@ def parse_project_config(config: Mapping[str, Any], source: str, groups: int, he
             raise UserError(f"{source}: mha2mla has no partial_rope_version: not a config of the MHA2MLA project")
         return _second(values, groups, head_dim)
     if isinstance(config.get("RoPE"), Mapping):
-        svd = config.get("SVD") or None
-        return _first(
-            _Values(config["RoPE"], f"{source}: RoPE"), svd and _Values(svd, f"{source}: SVD"), groups, head_dim
-        )
+        svd = _Values(config["SVD"], f"{source}: SVD") if config.get("SVD") else None
+        if svd is not None and svd.values.get("method") == 0:  # their nanotron code's word for partial RoPE alone
+            svd = None
+        return _first(_Values(config["RoPE"], f"{source}: RoPE"), svd, groups, head_dim)
     raise UserError(
         f"{source}: neither RoPE nor mha2mla: not a model of the MHA2MLA project, or one of partial RoPE alone, whose "
         "settings are in a YAML file of its own: give rope_config=FILE"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+import torch.distributed
+from torch.distributed.rendezvous import rendezvous
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.together import names_lost_processes, on_every_rank
@@ -63,6 +65,21 @@ def require_one_process(tool: str) -> None:
         raise UserError(f"{tool} runs in one process")
 
 
+def join_launched_ranks(backend: str, timeout: timedelta) -> None:
+    """Form torch's group of the launched ranks.
+
+    torchrun (2.11) keeps one store over its restarts, where a rank would look for the others as they were before. So
+    each start has names of its own there; but not over several nodes, whose counts of restarts may differ.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if start is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        torch.distributed.init_process_group(backend, timeout=timeout)
+        return
+    store, rank, world = next(rendezvous("env://", timeout=timeout))
+    own = torch.distributed.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
+    torch.distributed.init_process_group(backend, timeout=timeout, store=own, rank=rank, world_size=world)
+
+
 @contextmanager
 def process_group(backend: str = "gloo") -> Iterator[Ranks]:
     """The launched ranks, which can call for each other within the block.
@@ -73,7 +90,7 @@ def process_group(backend: str = "gloo") -> Iterator[Ranks]:
     if ranks.world == 1 or torch.distributed.is_initialized():
         yield ranks
         return
-    torch.distributed.init_process_group(backend, timeout=timedelta(days=30))
+    join_launched_ranks(backend, timedelta(days=30))
     try:
         yield ranks
     finally:

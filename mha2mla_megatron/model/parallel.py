@@ -14,6 +14,7 @@ import torch.distributed
 
 from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of
 from mha2mla_megatron.model.cpu_mode import prepare_device
+from mha2mla_megatron.ranks import join_launched_ranks
 
 if TYPE_CHECKING:
     from mha2mla_megatron.architecture import Architecture
@@ -280,13 +281,13 @@ def _has_groups(parallel: ParallelConfig) -> bool:
     )
 
 
-def _join_world(timeout: timedelta | None = None) -> torch.device:
+def _join_world(timeout: timedelta) -> torch.device:
     device = prepare_device()
     if torch.distributed.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        torch.distributed.init_process_group(backend, timeout=timeout)
+        join_launched_ranks(backend, timeout)
     else:
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -384,11 +387,28 @@ def _start_writers_helper() -> None:
     """Start the process that Megatron's writer hands its results to, deaf to the signals that end a run.
 
     A scheduler or a shell may send those to every process of a job, and without its helper the last save would fail.
+    Where Megatron starts it, it outlives a run that is killed, with half a gigabyte.
     """
+    if filesystem_async._results_queue is not None:
+        return
     resource_tracker.ensure_running()  # it unblocks the signals, so it must not be started in between
     deaf_to = (signal.SIGINT, signal.SIGTERM)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
     try:
-        filesystem_async.get_write_results_queue()
+        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        manager.start(_end_with_parent)
+        filesystem_async._results_queue = manager.Queue()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, however it did."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from tests.conftest import ROOT, run_tool
 from tests.finetune_cases import (
     checkpoint_tensors,
     finetune,
+    log_text,
     losses,
     make_workspace,
     put_back,
@@ -55,6 +60,8 @@ PARTS = [
 ]  # fmt: skip
 WITH_PARTS = ("pp2", "tp2-sp", "dp2")
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LONG = ("steps=24", "save_interval=4", *LAYOUTS["tp2"])
+"""Many more steps than a process does while it is found and killed."""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +98,7 @@ def results(workspace: Path) -> Path:
     finetune(workspace, "mla", folder / "parts-single", *SCHEDULE, *words)
     for layout in WITH_PARTS:
         add(f"parts-{layout}", "mla", *LAYOUTS[layout], *words)
+    add("unbroken", "mla", *LONG)
     add("stopped", "mla", "save_interval=4", fault="signal")
     add("full", "mla", "save_interval=1", *LAYOUTS["tp2"], fault="full disk")
     add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
@@ -225,3 +233,47 @@ def test_under_torchrun_a_signal_to_the_whole_job_still_saves(workspace: Path, t
     assert stopped is not None and 3 <= stopped == len(read_log(root)), errors
     finetune(workspace, "mla", root, "save_interval=2", f"steps={stopped + 2}")
     assert len(read_log(root)) == stopped + 2
+
+
+@pytest.mark.slow
+def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
+    workspace: Path, results: Path, tmp_path: Path
+) -> None:
+    """One of two processes gets SIGKILL once a step is saved; the end is, bit for bit, that of an unbroken run."""
+    root, output = tmp_path / "run", tmp_path / "output.txt"
+    words = run_words(workspace, "mla", root, *SCHEDULE, *LONG)
+    command = [*LAUNCHER, "--max-restarts", "1", str(ROOT / "tools" / "finetune.py"), *words]
+    with output.open("w") as stream:
+        torchrun = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    end = time.monotonic() + 240
+    try:
+        while not (root.is_dir() and read_latest(root)):
+            assert torchrun.poll() is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.01)
+        worker = children(torchrun.pid, "finetune.py")[-1]
+        helpers = children(worker, "spawn_main")
+        os.kill(worker, signal.SIGKILL)
+        code = torchrun.wait(end - time.monotonic())
+    finally:
+        if torchrun.poll() is None:
+            torchrun.terminate()  # it ends its processes, with SIGKILL after half a minute
+            torchrun.wait(60)
+    assert code == 0, output.read_text()
+    first, second = (int(step) for step in re.findall(r"from step (\d+) to 24", output.read_text()))
+    assert first == 0 < second < 24
+    assert log_text(root) == log_text(results / "unbroken")
+    expected, found = (checkpoint_tensors(folder, 24) for folder in (results / "unbroken", root))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert helpers and not any(command_line(helper) for helper in helpers)
+
+
+def children(process: int, words: str) -> list[int]:
+    """The processes that this one started with these words in their command lines."""
+    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process), "-f", words], text=True).split()]
+
+
+def command_line(process: int) -> bytes:
+    """Empty for a process that has ended."""
+    file = Path(f"/proc/{process}/cmdline")
+    return file.read_bytes() if file.exists() else b""
