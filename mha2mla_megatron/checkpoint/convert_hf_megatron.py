@@ -15,12 +15,12 @@ from mha2mla_megatron.checkpoint.manifest import check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
 from mha2mla_megatron.checkpoint.megatron import (
     HF_FOLDER,
-    TorchDistReader,
     check_coverage,
     iteration_folder,
     locate_checkpoint,
     write_latest,
 )
+from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.checkpoint.torch_dist_writer import TorchDistWriter
 from mha2mla_megatron.model.parallel import ParallelConfig
@@ -91,14 +91,15 @@ def write_hf_side(source: Path, root: Path) -> None:
 
 
 def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
-    """Export one step of a Megatron checkpoint, saved at any parallel layout, as a Hugging Face folder.
+    """Export one step of a Megatron checkpoint, saved at any parallel layout, as a Hugging Face folder, with low-rank
+    updates merged.
 
     Raises UserError naming a missing, surplus or mis-shaped tensor.
     """
     side, step = locate_checkpoint(source, settings.iteration)
     architecture = read_architecture(side)
     check_manifest(step)
-    reader = TorchDistReader(step)
+    reader = MergedReader(step)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
     rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, architecture.tensor_shapes()
     tensors = {
