@@ -58,7 +58,8 @@ class _Layer:
 class AttentionConverter:
     """Converts the layers of one model, one at a time and as often as asked.
 
-    mla: resolved but for r and c, which come with each call as a layout.
+    The model is an original, or one with partial RoPE alone, of which only keys and values are factored. mla: resolved
+    but for r and c, which come with each call as a layout.
 
     Raises UserError for score and statistics files that do not belong to the model.
     """
@@ -69,6 +70,9 @@ class AttentionConverter:
         self.attention_factor = attention_factor(original)
         self.scores: torch.Tensor | None = None
         self.statistics: Statistics | None = None
+        self._layer = lru_cache(maxsize=1)(self._read_layer)
+        if original.mla is not None:
+            return
         files = set()
         if rope.strategy == "2-norm":
             self.scores = load_scores(
@@ -85,10 +89,31 @@ class AttentionConverter:
             )
         for file in files:
             self.statistics = Statistics(Path(file), original, model_fingerprint(reader, original))
-        self._layer = lru_cache(maxsize=1)(self._read_layer)
 
     def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
         """The layer in the given shapes: rows reordered to [r | d - r] per head, then K_nope and V factored."""
+        if self.original.mla is None:
+            converted, pairs, metric = self._partial_rope(layer, layout)
+        else:
+            converted, metric = dict(self._layer(layer).weights), IDENTITY
+            pairs = converted.get("rope_pairs", torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)).cpu()
+        v = converted["v_proj.weight"]
+        k_nope = converted.get("k_nope_proj.weight", v[:0])
+        k_rope = converted.get("k_rope_proj.weight", v[:0])
+        factors = self._factor(k_nope, v, layout, metric)
+        converted.update(factors)
+        if layout.factors_key:
+            del converted["k_nope_proj.weight"]
+        if layout.factors_value:
+            del converted["v_proj.weight"]
+            if "v_proj.bias" in converted:
+                converted["v_up_proj.bias"] = converted.pop("v_proj.bias")
+        return ConvertedAttention(
+            converted, pairs, _relative_errors(torch.cat((k_rope, k_nope)), v, k_nope, factors, layout)
+        )
+
+    def _partial_rope(self, layer: int, layout: LatentLayout) -> tuple[dict[str, torch.Tensor], torch.Tensor, Metric]:
+        """The layer with nothing factored, the pairs that it rotates, and the objective over its [K_nope; V]."""
         source, weights = self._layer(layer), self._layer(layer).weights
         d, r = layout.head_dim, layout.qk_rope_head_dim
         pairs = self._pairs(source, layout)
@@ -101,18 +126,19 @@ class AttentionConverter:
 
         converted = {"o_proj.weight": weights["o_proj.weight"], "q_proj.weight": queries(weights["q_proj.weight"])}
         k = ordered_heads(weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
-        k_rope, k_nope = k[:, :r].flatten(0, 1), k[:, r:].flatten(0, 1)
-        v = weights["v_proj.weight"]
+        converted["v_proj.weight"] = weights["v_proj.weight"]
         if r > 0:
-            converted["k_rope_proj.weight"] = k_rope
+            converted["k_rope_proj.weight"] = k[:, :r].flatten(0, 1)
             converted["rope_pairs"] = pairs
+        if r < d:
+            converted["k_nope_proj.weight"] = k[:, r:].flatten(0, 1)
         if "q_proj.bias" in weights:
             converted["q_proj.bias"] = queries(weights["q_proj.bias"])
             if r > 0:
                 converted["k_rope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, :r].flatten()
             if r < d and "k_norm.weight" in weights:
                 converted["k_nope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, r:].flatten()
-            converted["v_up_proj.bias" if layout.factors_value else "v_proj.bias"] = weights["v_proj.bias"]
+            converted["v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
             converted["o_proj.bias"] = weights["o_proj.bias"]
         if "q_norm.weight" in weights:
@@ -121,14 +147,7 @@ class AttentionConverter:
                 converted[norm] = weights[norm].to(torch.float64)[order]
             # Here, as the norm would undo a map of the queries before it.
             converted["q_norm.weight"][:, r:] *= self._unrotated_scale(layer)
-
-        factors = self._factor(k_nope, v, layout, self._metric(source, layout, order))
-        converted.update(factors)
-        if not layout.factors_key and layout.nope_dim > 0:
-            converted["k_nope_proj.weight"] = k_nope
-        if not layout.factors_value:
-            converted["v_proj.weight"] = v
-        return ConvertedAttention(converted, pairs, _relative_errors(k, v, k_nope, factors, layout))
+        return converted, pairs, self._metric(source, layout, order)
 
     def pair_loss(self, layer: int, layout: LatentLayout) -> float:
         """The price of the lost rotations: KL divergence of the attention weights per query, summed over heads."""

@@ -150,6 +150,8 @@ class ConvertSettings:
 def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any] | None:
     """Convert the model of a Hugging Face folder; returns the report that it wrote on rank 0, None on the others.
 
+    The source is an original, or a model with partial RoPE alone (low_rank.method=none), which is factored then.
+
     One layer is in memory at a time, unless a cache budget or healing needs the running model. After an interrupt the
     same call goes on from the last layer that was written. Under torchrun the ranks share the layers.
 
@@ -157,7 +159,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     """
     original = read_architecture(source)
     if original.mla is not None:
-        raise UserError(f"{source}: is converted already")
+        settings = _second_stage(source, original.mla, settings)
     mla = MHA2MLAConfig(settings.partial_rope, settings.low_rank)
     if settings.budgeted:
         mla = _open_ranks(mla)
@@ -209,6 +211,29 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
 
         partial.first(complete)
     return report if ranks.rank == 0 else None
+
+
+def _second_stage(source: Path, first: MHA2MLAConfig, settings: ConvertSettings) -> ConvertSettings:
+    """The settings that factor a model with partial RoPE alone, whose rotation is as it is."""
+    if first.low_rank.method != "none":
+        raise UserError(
+            f"{source}: is converted already (low_rank.method={first.low_rank.method}); valid: an original, or a model "
+            "with partial RoPE alone"
+        )
+    if settings.low_rank.statistics is not None or settings.partial_rope.scores is not None:
+        raise UserError(
+            f"{source}: has partial RoPE already, and statistics are of an original model; it is factored without them "
+            "(low_rank.objective=weights), and without a cache budget and healing, which need them"
+        )
+    if settings.partial_rope != PartialRopeConfig():
+        rope = first.partial_rope
+        raise UserError(
+            f"partial_rope: {source} has its rotation already (strategy {rope.strategy}, qk_rope_head_dim "
+            f"{rope.qk_rope_head_dim}); leave partial_rope unset"
+        )
+    if settings.low_rank.resolve(1).method == "none":
+        raise UserError(f"{source}: has partial RoPE already; give low_rank.kv_lora_rank or low_rank.d_kv to factor it")
+    return dataclasses.replace(settings, partial_rope=first.partial_rope)
 
 
 def _open_ranks(mla: MHA2MLAConfig) -> MHA2MLAConfig:
@@ -275,7 +300,7 @@ def _planned_tensors(reader: HFReader, converted: Architecture, dtype: str) -> d
     planned = {}
     for name, shape in converted.tensor_shapes().items():
         # New ones have their layer's type; with dtype=float32 they keep more digits than a bfloat16 source has.
-        source = reader.dtypes.get(name) or reader.dtypes[re.sub(r"self_attn\..*", "self_attn.k_proj.weight", name)]
+        source = reader.dtypes.get(name) or reader.dtypes[re.sub(r"self_attn\..*", "self_attn.v_proj.weight", name)]
         if name.endswith("rope_pairs"):
             written = torch.int64
         else:
@@ -346,6 +371,6 @@ def _summarise(report: dict[str, Any], original: Architecture) -> None:
     report["cache_elements_per_token"] = {"before": before, "after": after, "saved": round(1 - after / before, 6)}
     report["dropped"] = (
         ["k_proj.bias on unrotated dims: adds one number to all scores of a query, which softmax ignores"]
-        if original.qkv_bias and not original.qk_norm
+        if original.qkv_bias and not original.qk_norm and original.mla is None
         else []
     )

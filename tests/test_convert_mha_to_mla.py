@@ -378,6 +378,46 @@ def test_bad_models_are_refused(tmp_path: Path, tiny_llama: Path, case: str) -> 
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("method", [method for method in RANKS if method != "none"])
+def test_two_stages_are_one(tmp_path: Path, biased_llama: Path, score_file: Path, method: str) -> None:
+    """Partial RoPE, then factors, and nothing between: what one conversion gives, bit for bit."""
+    rope = [
+        "partial_rope.strategy=2-norm", f"partial_rope.scores={score_file}", "partial_rope.qk_rope_head_dim=[0,6,16]"
+    ]  # fmt: skip
+    factors = [f"low_rank.method={method}", f"low_rank.kv_lora_rank={RANKS[method]}", "low_rank.singular_values=sqrt"]
+    once = convert(biased_llama, tmp_path / "once", *rope, *factors)
+    first = convert(biased_llama, tmp_path / "first", *rope)
+    second = convert(first, tmp_path / "second", *factors)
+    expected, found = load_file(once / "model.safetensors"), load_file(second / "model.safetensors")
+    assert expected.keys() == found.keys()
+    assert [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)] == []
+    configs, reports = (
+        [json.loads((folder / name).read_text()) for folder in (once, second)]
+        for name in ("config.json", "conversion_report.json")
+    )
+    assert configs[0] == configs[1]
+    for one, other in zip(reports[0]["layers"], reports[1]["layers"], strict=True):
+        assert other.keys() == one.keys() and other["rope_pairs"] == one["rope_pairs"]
+        assert [other[key] for key in ("key_error", "value_error")] == pytest.approx(
+            [one[key] for key in ("key_error", "value_error")], rel=1e-6
+        )
+    assert reports[0]["dropped"] and not reports[1]["dropped"]
+
+    for source, words, named in (
+        (second, ["low_rank.d_kv=4"], ["converted already", f"low_rank.method={method}"]),
+        (first, ["partial_rope.strategy=high", "low_rank.d_kv=4"], ["partial_rope", "2-norm", "[0, 6, 16]", "unset"]),
+        (
+            first,
+            ["statistics=s.safetensors", "cache_budget=0.5"],
+            ["statistics", "original", "cache budget", "healing"],
+        ),
+        (first, [], ["low_rank.kv_lora_rank", "low_rank.d_kv"]),
+    ):
+        line = refused("convert_mha_to_mla", source, tmp_path / "bad", *words)
+        assert all(part in line for part in named), line
+        assert not (tmp_path / "bad").exists()
+
+
 def test_bad_scores_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     words = [tiny_llama, tmp_path / "mla", "partial_rope.strategy=2-norm"]
     save_file({"scores": torch.zeros(L, G, D)}, tmp_path / "s.safetensors")
@@ -399,7 +439,6 @@ def test_existing_target_needs_overwrite(tmp_path: Path, tiny_llama: Path) -> No
     assert [p.name for p in target.iterdir()] == ["mine.txt"]
     convert(tiny_llama, target, "partial_rope.strategy=full", "overwrite=true")
     assert not (target / "mine.txt").exists()
-    assert "converted already" in refused("convert_mha_to_mla", target, tmp_path / "again")
 
 
 def test_no_folder_and_no_words(tmp_path: Path) -> None:

@@ -97,21 +97,22 @@ def test_losses_of_split_logits_are_torchs(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     student, other = (30 * torch.randn((3, 5, 24), generator=generator, dtype=torch.float64) for _ in range(2))
     labels = torch.randint(0, 24, (3, 5), generator=generator)
-    upstream = torch.randn((2, 3, 5), generator=generator, dtype=torch.float64)
+    upstream = torch.randn((3, 3, 5), generator=generator, dtype=torch.float64)
     torch.save((student, other, labels, upstream), tmp_path / "inputs.pt")
     torch.multiprocessing.spawn(split_losses, (tmp_path,), nprocs=4)
-    whole = student.clone().requires_grad_()
-    log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (whole, other))
-    kl = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    lm = torch.nn.functional.cross_entropy(whole.transpose(1, 2), labels, reduction="none")
-    expected = torch.stack((lm, kl))
-    (expected * upstream).sum().backward()
-    for size in (1, 2, 4):
-        found = [torch.load(tmp_path / f"{size}.{rank}.pt") for rank in range(4)]
-        for first in range(0, 4, size):
-            torch.testing.assert_close(found[first][0], expected.detach(), rtol=1e-12, atol=1e-12)
-            gradient = torch.cat([found[first + part][1] for part in range(size)], -1)
-            torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-12)
+    for index, taught in enumerate((True, False)):
+        whole = student.clone().requires_grad_()
+        log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (whole, other))
+        kl = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        lm = torch.nn.functional.cross_entropy(whole.transpose(1, 2), labels, reduction="none")
+        expected = torch.stack((lm, kl * taught, whole.logsumexp(-1)))
+        (expected * upstream).sum().backward()
+        for size in (1, 2, 4):
+            found = [torch.load(tmp_path / f"{size}.{rank}.pt")[index] for rank in range(4)]
+            for first in range(0, 4, size):
+                torch.testing.assert_close(found[first][0], expected.detach(), rtol=1e-12, atol=1e-12)
+                gradient = torch.cat([found[first + part][1] for part in range(size)], -1)
+                torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_kernels_of_the_losses_in_the_interpreter() -> None:
@@ -130,6 +131,30 @@ def test_the_loss_and_its_parts_are_those_of_transformers(workspace: Path, disti
     assert first["lm_loss"] == pytest.approx(lm[:BATCH].mean().item(), rel=1e-5)
     assert first["kl"] == pytest.approx(kl[:BATCH].mean().item(), rel=1e-5)
     assert first["loss"] == pytest.approx((1 - WEIGHT) * first["lm_loss"] + WEIGHT * first["kl"], rel=1e-6)
+
+
+def test_z_loss_is_that_of_torch_on_transformers_model(workspace: Path, tmp_path: Path) -> None:
+    """Loss, parts and gradient norm of the first two steps, of which the first has rate 0; validation is without it."""
+    words = [*validation(workspace), "z_loss=0.01", "validation.interval=1"]
+    root = finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words)
+    model = AutoModelForCausalLM.from_pretrained(workspace / "mla", trust_remote_code=True, dtype=torch.float32)
+    tokens, labels = samples(workspace / "text", tmp_path / "cache", 2 * BATCH)
+    for step in range(2):
+        model.zero_grad()
+        logits = model(tokens[step * BATCH :][:BATCH]).logits
+        lm = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[step * BATCH :][:BATCH])
+        z = 0.01 * logits.logsumexp(-1).square().mean()
+        (lm + z).backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        line = steps_of(root)[step]
+        assert z > 0.1 and line["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
+        assert line["z_loss"] == pytest.approx(z.item(), rel=1e-5)
+        assert line["loss"] == pytest.approx((lm + z).item(), rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    first = next(line["validation_loss"] for line in read_log(root) if "validation_loss" in line)
+    tokens, labels = samples(workspace / "heldout", tmp_path / "held-out-cache", HELD_OUT)
+    expected = torch.nn.functional.cross_entropy(logits_of(workspace / "mla", tokens).transpose(1, 2), labels)
+    assert first == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_validation_is_the_loss_of_transformers(workspace: Path, distilled: Path, tmp_path: Path) -> None:
@@ -185,6 +210,7 @@ BAD_WORDS = {
     "vocabulary": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "257", "256"]),
     "context": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "sequence_length", "16"]),
     "damaged": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "{tmp}/teacher/iter_0000000"]),
+    "z loss": (["z_loss=-1"], ["z_loss", "-1", "at least 0"]),
     "no samples": (["validation.data=/nowhere/text"], ["validation.data", "/nowhere/text.bin"]),
     "samples": (["validation.samples=0"], ["validation.samples", "0"]),
     "blend": (["validation.data=[1]"], ["validation.data", "prefix"]),

@@ -193,6 +193,19 @@ def _all_of(key: str, values: Any) -> list[Any]:
     return [v for value in values for v in _all_of(key, value)] if isinstance(values, list | tuple) else []
 
 
+def test_a_trained_model_with_partial_rope_becomes_mla(
+    workspace: Path, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    """The second of two stages, at full rank: the same model."""
+    run_tool("convert_megatron_to_hf", unbroken["partial"], tmp_path / "trained")
+    words = ["low_rank.method=joint", "low_rank.kv_lora_rank=[64,56,32,48]"]
+    run_tool("convert_mha_to_mla", tmp_path / "trained", tmp_path / "mla", *words)
+    data = samples(workspace / "text", tmp_path / "cache", BATCH)
+    trained, mla = (mean_loss(load(tmp_path / name), data).item() for name in ("trained", "mla"))
+    assert mla == pytest.approx(trained, rel=1e-5)
+    assert abs(mla - losses(unbroken["partial"])[0]) > 1e-3
+
+
 def test_a_finished_run_stays_as_it_is(workspace: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
     root = shutil.copytree(unbroken["mla"], tmp_path / "run")
     finetune(workspace, "mla", root, *SCHEDULE)

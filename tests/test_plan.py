@@ -135,7 +135,8 @@ def test_activations_are_those_that_autograd_keeps(empty: Path, method: str, rec
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's kernels keep")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_loss_of_a_teacher_takes_what_is_planned(empty: Path, dtype: str) -> None:
+@pytest.mark.parametrize("taught", [True, False], ids=["teacher", "z-loss"])
+def test_our_losses_take_what_is_planned(empty: Path, dtype: str, taught: bool) -> None:
     """All that is allocated at the peak of a forward and a backward pass, by torch's own profile, of a model whose
     vocabulary makes everything but logits small. Within 2 %, the temporary tensors of its one layer."""
     length, samples = 64, 2
@@ -143,17 +144,19 @@ def test_the_loss_of_a_teacher_takes_what_is_planned(empty: Path, dtype: str) ->
     model = write_config(empty.parent / "model", config)
     words = [
         model, "gpus=1", "device=cpu", f"dtype={dtype}", f"micro_batch_size={samples}", f"global_batch_size={samples}",
-        f"data.sequence_length={length}", f"distillation.teacher={empty.parent / 'model'}",
+        f"data.sequence_length={length}", f"distillation.teacher={empty.parent / 'model'}" if taught else "z_loss=1",
     ]  # fmt: skip
     (stage,) = plan(empty, *words)["stages"]
     settings = load_settings(PlanSettings, words)
     architecture, device = planned_architecture(settings), initialize_parallel(settings.parallel)
     (student,) = build_training_model(architecture, settings, getattr(torch, dtype), device)
-    distillation = Distillation(architecture, settings, getattr(torch, dtype), device)
-    assert stage["teacher"] == sum(part.nbytes for part in distillation.model.parameters())
+    distillation = None
+    if taught:
+        distillation = Distillation(architecture, settings, getattr(torch, dtype), device)
+        assert stage["teacher"] == sum(part.nbytes for part in distillation.model.parameters())
     batch = random_batch(samples, length, config["vocab_size"])
     with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        output, loss = forward_step(iter([batch]), student, device, distillation)
+        output, loss = forward_step(iter([batch]), student, device, distillation, settings)
         total, *_ = loss(output)
         del output, loss
         total.backward()

@@ -77,9 +77,23 @@ def test_cache_of_the_conversions(folder: Path, saved: str) -> None:
     assert cached == before * SAVED[saved]
 
 
-def test_partial_rope_alone_saves_nothing(tmp_path: Path) -> None:
+def test_partial_rope_alone_saves_nothing_and_a_second_stage_does(tmp_path: Path) -> None:
     make_llama(tmp_path / "model")
     run_tool("convert_mha_to_mla", tmp_path / "model", tmp_path / "out", f"config={RECIPES / 'partial_rope.yaml'}")
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     assert report["cache_elements_per_token"]["saved"] == 0
     assert report["mha2mla"]["partial_rope"]["qk_rope_head_dim"] == 2
+    words = [f"config={RECIPES / 'second_stage.yaml'}", "low_rank.d_kv=4"]
+    run_tool("convert_mha_to_mla", tmp_path / "out", tmp_path / "mla", *words)
+    report = json.loads((tmp_path / "mla" / "conversion_report.json").read_text())
+    assert report["cache_elements_per_token"]["saved"] == 1 - (2 + 4) / 32
+
+
+@pytest.mark.parametrize("folder", MODELS, indirect=True)
+def test_sizes_of_the_second_stage(folder: Path) -> None:
+    """The words in its comment have the sizes that it says."""
+    text, architecture = (RECIPES / "second_stage.yaml").read_text(), read_architecture(folder)
+    (line,) = re.findall(rf"#     (.*)     heads of {architecture.head_dim}", text)
+    sizes = [word.removeprefix("low_rank.d_kv=") for word in line.split(" | ")]
+    d = architecture.head_dim
+    assert [1 - (d // 8 + int(size)) / (2 * d) for size in sizes] == [0.6875, 0.8125, 0.875]

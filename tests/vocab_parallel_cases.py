@@ -1,4 +1,4 @@
-"""Random shapes for the kernels of the distillation loss against torch's own losses in float64.
+"""Random shapes for the kernels of our losses against torch's own losses in float64.
 
     python -m tests.vocab_parallel_cases COUNT SEED
 
@@ -30,31 +30,29 @@ def run_case(rng: random.Random, generator: torch.Generator, device: str) -> Non
     size, temperature = rng.choice((0.1, 1.0, 20.0)), rng.choice((0.5, 1.0, 3.0))
     wide = torch.randn((2, n, v + 3), generator=generator) * size
     student, teacher = wide.to(device, dtype)[..., :v]  # rows that do not begin where the last one ended
-    if rng.random() < 0.2:
-        teacher = student
+    if (chance := rng.random()) < 0.4:
+        teacher = student if chance < 0.2 else None
     labels = torch.randint(0, v, (n,), generator=generator).to(device)
-    upstream = torch.randn((2, n), generator=generator).to(device)
+    upstream = torch.randn((3, n), generator=generator).to(device)
 
     highest, sums = sum_columns(student, teacher, labels, temperature)
     total, total_q, total_p, difference, at_label = sums.double()
-    found = torch.stack(
-        (
-            total.log() - (at_label - highest[0].double()),
-            temperature**2 * (difference / total_p + total_q.log() - total_p.log()),
-        )
-    )
+    kl = temperature**2 * (difference / total_p + total_q.log() - total_p.log())
+    normaliser = total.log() + highest[0].double()
+    found = torch.stack((normaliser - at_label, torch.zeros_like(kl) if teacher is None else kl, normaliser))
     gradient = logits_gradient(student, teacher, labels, highest, sums, upstream, temperature)
 
     exact = student.double().requires_grad_()
-    log_q, log_p = ((x / temperature).log_softmax(-1) for x in (exact, teacher.double()))
+    same = exact.detach() if teacher is None else teacher.double()
+    log_q, log_p = ((x / temperature).log_softmax(-1) for x in (exact, same))
     kl = temperature**2 * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    expected = torch.stack((F.cross_entropy(exact, labels, reduction="none"), kl))
+    expected = torch.stack((F.cross_entropy(exact, labels, reduction="none"), kl, exact.logsumexp(-1)))
     (expected * upstream).sum().backward()
     case = f"{dtype} n={n} v={v} size={size} temperature={temperature}"
     error = (found - expected).abs().max().item()
     assert error <= LOSS_LIMIT * max(1.0, temperature**2 * size / temperature), f"{case}: losses differ by {error}"
     assert exact.grad is not None
-    scale = (upstream[0].abs() + temperature * upstream[1].abs()).double()[:, None]
+    scale = (upstream[0].abs() + temperature * upstream[1].abs() + upstream[2].abs()).double()[:, None]
     error = ((gradient.double() - exact.grad).abs() / scale).max().item()
     assert error <= GRADIENT_LIMIT[dtype], f"{case}: gradients differ by {error} of the largest possible"
     outside = sum_columns(student, teacher, labels - v, temperature)[1][4]  # a label of another process's part

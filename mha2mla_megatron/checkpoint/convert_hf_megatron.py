@@ -12,8 +12,9 @@ from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.manifest import check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
-from mha2mla_megatron.checkpoint.megatron import HF_FOLDER, TorchDistReader, check_coverage, locate_checkpoint
+from mha2mla_megatron.checkpoint.megatron import HF_FOLDER, check_coverage, locate_checkpoint
 from mha2mla_megatron.checkpoint.megatron_writer import MegatronWriter
+from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.ranks import process_group
 
@@ -77,14 +78,15 @@ def write_hf_side(source: Path, root: Path) -> None:
 
 
 def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
-    """Export one step of a Megatron checkpoint, saved at any parallel layout, as a Hugging Face folder.
+    """Export one step of a Megatron checkpoint, saved at any parallel layout, as a Hugging Face folder, with low-rank
+    updates merged.
 
     Raises UserError naming a missing, surplus or mis-shaped tensor.
     """
     side, step = locate_checkpoint(source, settings.iteration)
     architecture = read_architecture(side)
     check_manifest(step)
-    reader = TorchDistReader(step)
+    reader = MergedReader(step)
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
     rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, architecture.tensor_shapes()
     tensors = {

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.checkpoint.adapters import with_adapters
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.checkpoint.manifest import check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
-from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, locate_checkpoint
+from mha2mla_megatron.checkpoint.megatron import LATEST, locate_checkpoint
+from mha2mla_megatron.checkpoint.merged import MergedReader
 
 
 class ModelTensors(ABC):
@@ -80,7 +82,7 @@ class HFTensors(ModelTensors):
 
 
 class MegatronTensors(ModelTensors):
-    """The latest step of a checkpoint root, or a step folder."""
+    """The latest step of a checkpoint root, or a step folder; low-rank updates are merged."""
 
     def __init__(self, path: Path) -> None:
         hf, self.step = locate_checkpoint(path)
@@ -91,10 +93,10 @@ class MegatronTensors(ModelTensors):
 
     def open(self) -> None:
         check_manifest(self.step)
-        self.reader = TorchDistReader(self.step)
+        self.reader = MergedReader(self.step)
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        return megatron_shapes(self.architecture)
+        return with_adapters(megatron_shapes(self.architecture), self.found())
 
     def found(self) -> dict[str, tuple[int, ...]]:
         return {k: v for k, v in self.reader.shapes().items() if not k.startswith("optimizer.")}

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from mha2mla_megatron.checkpoint.adapters import with_adapters
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.files import replace_text
 
@@ -290,7 +291,9 @@ def _place(chunk: Any) -> tuple[slice, ...]:
 
 
 def check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], step: Path) -> None:
-    """Raise UserError for the first tensor of a step folder that is missing, mis-shaped or surplus for its model."""
+    """Raise UserError for the first tensor of a step folder that is missing, mis-shaped or surplus for its model, whose
+    matrices may have low-rank updates."""
+    expected = with_adapters(expected, found)
     for name, shape in expected.items():
         if name not in found:
             raise UserError(f"{step}: tensor {name} is missing")

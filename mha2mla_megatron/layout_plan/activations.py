@@ -50,8 +50,9 @@ class ForwardPass:
     fp8: bool
     """The layers' projections keep their inputs in 8 bits, each its own copy."""
 
-    distilled: bool
-    """The loss is made of the logits of two models."""
+    loss_models: int
+    """How many models' logits our own loss is made of: 2 with a teacher, 1 with z_loss alone; 0: the loss is
+    Megatron's."""
 
     @property
     def positions(self) -> int:
@@ -100,11 +101,11 @@ class ForwardPass:
         """Kept by the final norm, the output layer and the loss: its probabilities, or with Transformer Engine logits
         and three numbers a token.
 
-        With a teacher both models' logits.
+        With a loss of ours the logits that it is made of.
         """
         per_logit, per_token = (self.element_size, 3 * FLOAT32) if self.transformer_engine else (FLOAT32, 9)
-        if self.distilled:
-            per_logit = 2 * self.element_size
+        if self.loss_models:
+            per_logit = self.loss_models * self.element_size
         return self._norm + self.hidden + self.tokens * per_token + self._logits * per_logit
 
     def working(self, layers: Iterable[int], last: bool, largest_weight: int) -> int:
@@ -114,7 +115,9 @@ class ForwardPass:
         largest_weight: numbers in it; its gradient stands by itself before it is added to the float32 sum.
 
         With a teacher the loss takes logits of the student in another order, or the gradient; without a kernel for it
-        three times the logits in float32, and the gradient if that is another type.
+        three times the logits in float32, and the gradient if that is another type. Without a teacher, by when the
+        logits are gone, the gradient is there in both orders, and that of the output layer's weight; without a kernel
+        the logits are there in float32 before, twice if that is another type.
         """
         backward = max((self._backward(layer) for layer in layers), default=0)
         if last:
@@ -122,7 +125,10 @@ class ForwardPass:
             gradient = 0 if in_place else self._logits * self.element_size
             backward = max(gradient, backward - self.output_saved)
         backward += largest_weight * self.element_size
-        if last and self.distilled:
+        if last and self.loss_models == 1:
+            copies = 0 if self.fused else FLOAT32 * (2 if self.element_size < FLOAT32 else 1)
+            return max(backward, self._logits * copies, (self._logits + largest_weight) * self.element_size)
+        if last and self.loss_models == 2:
             copies = 0 if self.fused else 3 * FLOAT32
             gradient = self.element_size if self.fused or self.element_size < FLOAT32 else 0
             return max(backward, self._logits * (copies + gradient))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.checkpoint.adapters import FIRST, SECOND
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.model.parallel import ParallelConfig, layers_of_chunks
 
@@ -48,18 +51,20 @@ def split_dim(name: str, shape: tuple[int, ...]) -> int | None:
     *_, layer, kind = name.split(".")
     if layer in HEAD_NORMS and len(shape) == 2:
         return 0
-    if layer in COLUMN_PARALLEL and kind in ("weight", "bias"):
+    if layer in COLUMN_PARALLEL and kind in ("weight", "bias", SECOND):
         return 0
-    return 1 if layer in ROW_PARALLEL and kind == "weight" else None
+    return 1 if layer in ROW_PARALLEL and kind in ("weight", FIRST) else None
 
 
-def stage_parameters(architecture: Architecture, parallel: ParallelConfig) -> list[dict[str, tuple[int, ...]]]:
-    """For each pipeline stage: Megatron name -> shape on one rank, of every parameter.
+def stage_parameters(
+    architecture: Architecture, parallel: ParallelConfig, adapters: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> list[dict[str, tuple[int, ...]]]:
+    """For each pipeline stage: Megatron name -> shape on one rank, of every parameter, and of `adapters`.
 
     Where the output layer is the embedding and they are on two stages, the last one has a copy of it.
     """
     tp, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    shapes = megatron_shapes(architecture)
+    shapes = {**megatron_shapes(architecture), **adapters}
     if architecture.tie_word_embeddings and stages > 1:
         shapes["output_layer.weight"] = shapes["embedding.word_embeddings.weight"]
     found = []

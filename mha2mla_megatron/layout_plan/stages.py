@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.checkpoint.adapters import adapter_names
 from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
 from mha2mla_megatron.layout_plan.schedule import backward_passes
 from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.shards import Chunk, count, fp8_copies, stage_chunks, stage_parameters
 from mha2mla_megatron.layout_plan.traffic import step_traffic, teacher_traffic
 from mha2mla_megatron.model.implementation import fuses_projections, rotates_fused, uses_transformer_engine
+from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 
 
@@ -25,7 +27,7 @@ class StagePlan:
     layers: int
     parameter_count: int
     trained_count: int
-    """Those of them that optimizer.lr_scale does not freeze."""
+    """Those of them that neither optimizer.lr_scale nor lora freezes."""
 
     parameters: int
     """Weights, and their copies in 8 bits."""
@@ -70,10 +72,11 @@ def plan_stages(
     parallel = settings.parallel
     work = _forward_pass(architecture, settings)
     element, half = work.element_size, work.element_size < FLOAT32
-    factors = lr_factors(architecture, settings.optimizer.lr_scale)
+    adapters = lora_shapes(architecture, settings.lora)
+    factors = lr_factors(architecture, settings.optimizer.lr_scale, adapters)
     tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if architecture.tie_word_embeddings else {}
     found = []
-    for stage, parameters in enumerate(stage_parameters(architecture, parallel)):
+    for stage, parameters in enumerate(stage_parameters(architecture, parallel, adapters)):
         trained = {name: shape for name, shape in parameters.items() if factors[tied.get(name, name)] > 0}
         chunks = stage_chunks(architecture, parallel)[stage]
         number, updated = count(parameters), count(trained)
@@ -81,6 +84,9 @@ def plan_stages(
         sizes = [sum(of.values()) for of in kept]
         outputs = [0 if chunk.last else work.hidden for chunk in chunks]
         largest = max(map(math.prod, parameters.values()))
+        if adapters:  # the sum of a matrix and its update, and the gradient of that
+            updated_weights = (shape for name, shape in parameters.items() if adapter_names(name)[0] in adapters)
+            largest = 2 * max(map(math.prod, updated_weights), default=0)
         moments = [
             {
                 "in_flight": sum(in_flight),
@@ -118,6 +124,7 @@ def most_used(stages: list[StagePlan]) -> int:
 def _forward_pass(architecture: Architecture, settings: PlanSettings) -> ForwardPass:
     half = settings.planned_dtype == "bfloat16"
     implementation, fp8 = settings.planned_implementation, settings.fp8 is not None
+    by_module = fp8 or settings.lora.rank is not None
     return ForwardPass(
         architecture,
         settings.parallel,
@@ -128,10 +135,10 @@ def _forward_pass(architecture: Architecture, settings: PlanSettings) -> Forward
         # Its fused attention is for 16-bit types.
         transformer_engine=half and uses_transformer_engine(implementation),
         fused_rotation=rotates_fused(implementation, architecture.qk_norm),
-        fused_projections=fuses_projections(implementation, architecture.qk_norm, fp8),
+        fused_projections=fuses_projections(implementation, architecture.qk_norm, by_module),
         fused=settings.device == "cuda",
         fp8=fp8,
-        distilled=settings.distillation.teacher is not None,
+        loss_models=2 if settings.distillation.teacher is not None else int(settings.z_loss > 0),
     )
 
 

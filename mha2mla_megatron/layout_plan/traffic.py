@@ -9,8 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mha2mla_megatron.checkpoint.adapters import FIRST, SECOND
 from mha2mla_megatron.layout_plan.activations import FLOAT32, ForwardPass
-from mha2mla_megatron.layout_plan.shards import HEAD_NORMS, Chunk, count, split_dim, stage_chunks
+from mha2mla_megatron.layout_plan.shards import (
+    COLUMN_PARALLEL,
+    HEAD_NORMS,
+    ROW_PARALLEL,
+    Chunk,
+    count,
+    split_dim,
+    stage_chunks,
+)
 
 
 def step_traffic(
@@ -37,8 +46,12 @@ def step_traffic(
             sent["tensor: all-reduce"] = _share(2 * ring, tp)
         if partial := _partial_gradients(trained, parallel.uses_sequence_parallel):
             sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * partial, tp)
+        if shared := count(_shared_halves(trained)):
+            sent["tensor: all-reduce of low-rank gradients"] = _share(
+                2 * work.element_size * shared * micro_batches, tp
+            )
         if last:
-            numbers = 7 if work.distilled else 3  # two maxima and five sums for both losses
+            numbers = 7 if work.loss_models else 3  # two maxima and five sums for both losses
             sent["tensor: loss"] = _share(2 * numbers * FLOAT32 * work.tokens * micro_batches, tp)
     if parallel.context_parallel_size > 1 and (layers := sum(len(chunk.layers) for chunk in chunks)):
         sent["context: keys and values"] = sum(_context_parallel(work)) * layers * micro_batches
@@ -72,10 +85,24 @@ def teacher_traffic(work: ForwardPass, micro_batches: int) -> dict[str, int]:
 def _partial_gradients(parameters: dict[str, tuple[int, ...]], sequence_parallel: bool) -> int:
     """Numbers of the parameters that every tensor-parallel rank has whole, but sees only a part of the gradient of:
     under sequence parallelism that of its tokens, and for norms of heads that of its heads."""
-    whole = {name: shape for name, shape in parameters.items() if split_dim(name, shape) is None}
+    elsewhere = _shared_halves(parameters)
+    whole = {
+        name: shape for name, shape in parameters.items() if split_dim(name, shape) is None and name not in elsewhere
+    }
     return count(
         {name: shape for name, shape in whole.items() if sequence_parallel or name.split(".")[-2] in HEAD_NORMS}
     )
+
+
+def _shared_halves(parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """A of layers split by rows, B of those split by columns: every tensor-parallel rank has them whole, and a part of
+    their gradient in each micro-batch."""
+    return {
+        name: shape
+        for name, shape in parameters.items()
+        if (name.split(".")[-2] in COLUMN_PARALLEL and name.endswith(FIRST))
+        or (name.split(".")[-2] in ROW_PARALLEL and name.endswith(SECOND))
+    }
 
 
 def _share(size: int, ranks: int) -> int:

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention
 from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv, rebuild_key, rebuild_value
 from mha2mla_megatron.model.plain_layers import ReplicatedLinear
+from mha2mla_megatron.model.rebuilding import rebuilt
 from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
 
 
@@ -161,22 +162,7 @@ class RebuildingAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """As the core's. Other tensors that it keeps, such as copies of keys for each query head, it keeps."""
         ways, self.rebuild = self.rebuild, {}
-        found = {"key": key, "value": value}
-        # Neither tensor may be mentioned by the functions below: it would live on.
-        known = {(found[name].data_ptr(), found[name].numel()): way for name, way in ways.items()}
-        del found
-
-        def pack(tensor: torch.Tensor) -> Any:
-            way = known.get((tensor.data_ptr(), tensor.numel()))
-            return tensor if way is None else (way, tensor.shape, tensor.stride())
-
-        def unpack(kept: Any) -> torch.Tensor:
-            if isinstance(kept, torch.Tensor):
-                return kept
-            way, shape, stride = kept
-            return way().as_strided(shape, stride)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with rebuilt([{"key": key, "value": value}[name] for name in ways], list(ways.values())):
             return self.core(query, key, value, *args, **kwargs)
 
 

@@ -43,3 +43,8 @@ def rotates_fused(implementation: str, qk_norm: bool) -> bool:
 def fuses_projections(implementation: str, qk_norm: bool, fp8: bool = False) -> bool:
     """Whether it goes from input to queries, keys and values at once, which is not made for 8 bits."""
     return implementation in ("local_fused", "transformer_engine") and not qk_norm and not fp8
+
+
+def unfused(implementation: Implementation) -> Implementation:
+    """The one with the same layers that goes module by module."""
+    return "transformer_engine_unfused" if implementation == "transformer_engine" else implementation

@@ -156,6 +156,13 @@ def sharded_weights(model: Any) -> dict[str, Any]:
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
 
 
+def parameters_of(model: Any) -> Iterator[tuple[str, Any]]:
+    """(name in the whole model, as in checkpoints, parameter) of what this process holds of a chunk."""
+    names = {name: entry.key for name, entry in sharded_weights(model).items()}
+    for name, parameter in model.named_parameters():
+        yield names[name.removeprefix("module.")], parameter
+
+
 @contextmanager
 def _no_deprecation_notice() -> Iterator[None]:
     """GPTModel logs that HybridModel replaces it; that one takes neither our layers nor the models' rope scaling."""

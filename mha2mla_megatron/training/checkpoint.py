@@ -33,6 +33,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.checkpoint.adapters import ALPHA, with_adapters
 from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.checkpoint.megatron import (
@@ -43,13 +44,16 @@ from mha2mla_megatron.checkpoint.megatron import (
     read_latest,
     write_best,
 )
+from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.rotation import delete_older, partial_folder, publish_step, remove_leftovers
 from mha2mla_megatron.errors import UserError, first_line
-from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.model.provider import parameters_of, sharded_weights
 from mha2mla_megatron.together import describe_os_error, on_every_rank, on_first_rank
+from mha2mla_megatron.training.config import LoraSettings
 from mha2mla_megatron.training.host_copies import HostCopies
+from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.own_shards import own_weights
-from mha2mla_megatron.training.param_groups import parameters_of, take_own_groups
+from mha2mla_megatron.training.param_groups import take_own_groups
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""
@@ -58,19 +62,22 @@ METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 def load_weights(model: Sequence[torch.nn.Module], step_folder: Path, architecture: Architecture) -> None:
     """Fill the parameters and buffers of the model's chunks from a step folder, saved at any layout.
 
-    The folder may come from anywhere: nothing in it is executed, which `dist_checkpointing.load` does not promise.
+    Low-rank updates in it are added to their matrices; those that the model has stay as they are. The folder may come
+    from anywhere: nothing in it is executed, which `dist_checkpointing.load` does not promise.
 
     Raises UserError for a checkpoint of another model, named by its first tensor that differs.
     """
     check_manifest(step_folder)
-    reader = TorchDistReader(step_folder)
-    check_coverage(reader.shapes(), megatron_shapes(architecture), step_folder)
+    reader, shapes = MergedReader(step_folder), megatron_shapes(architecture)
+    check_coverage(reader.shapes(), shapes, step_folder)
     whole = lru_cache(maxsize=1)(reader.__getitem__)
     pieces = _model_state(model)
     apply_factories(pieces)
     with torch.no_grad():
         for piece in nested_values(pieces):
             assert isinstance(piece, ShardedTensor) and piece.data is not None
+            if piece.key not in shapes:
+                continue
             piece.data.copy_(whole(piece.key)[piece.global_slice()])
 
 
@@ -223,19 +230,21 @@ def resume_run(
     model: Sequence[torch.nn.Module],
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
+    lora: LoraSettings,
 ) -> dict[str, Any] | None:
     """Load the newest step of `root` into the objects and return its `run` values; None where there is none.
 
     Learning rates, weight decay and moments' decay are those of the optimizer, not the saved ones.
 
-    Raises UserError for a step of another model, one with other tensors frozen, or one that is damaged.
+    Raises UserError for a step of another model, one with other tensors frozen or other low-rank updates, or one that
+    is damaged.
     """
     latest = read_latest(root)
     if latest is None:
         return None
     folder = iteration_folder(root, latest)
     trained = {name: parameter.requires_grad for chunk in model for name, parameter in parameters_of(chunk)}
-    on_every_rank(lambda: _check_step(root, folder, architecture, trained), f"{folder}: cannot be read")
+    on_every_rank(lambda: _check_step(root, folder, architecture, trained, lora), f"{folder}: cannot be read")
     model_state = _model_state(model)
     state = {
         **model_state,
@@ -256,7 +265,9 @@ def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
     return {f"model{index}": sharded_weights(chunk) for index, chunk in enumerate(model)}
 
 
-def _check_step(root: Path, folder: Path, architecture: Architecture, trained: dict[str, bool]) -> None:
+def _check_step(
+    root: Path, folder: Path, architecture: Architecture, trained: dict[str, bool], lora: LoraSettings
+) -> None:
     """Raise UserError unless all of a step's files are as they were saved, of this model, and of a run that trained the
     tensors that this one trains; of these each process knows its own.
 
@@ -269,6 +280,13 @@ def _check_step(root: Path, folder: Path, architecture: Architecture, trained: d
         check_coverage(reader.shapes(), megatron_shapes(architecture), folder)
     except UserError as error:
         raise UserError(f"save: {root} holds a run of another model ({error})") from None
+    own, alpha = megatron_shapes(architecture), reader.values().get("run", {}).get(ALPHA)
+    other = with_adapters(own, reader.shapes()) != {**own, **lora_shapes(architecture, lora)}
+    if other or alpha != lora.saved.get(ALPHA):
+        raise UserError(
+            f"lora: {folder} was saved with other low-rank updates, or with none; valid: the settings that "
+            f"{root / 'settings.yaml'} has, or a new run (another save) with load={folder}"
+        )
     for name, now in trained.items():
         before = f"optimizer.state.exp_avg.{name}" in reader.shapes()
         if before != now:

@@ -58,11 +58,20 @@ def check_kernels(settings: FinetuneSettings, architecture: Architecture, implem
         for key, found in (("fp8", settings.fp8), ("cuda_graph", settings.cuda_graph)):
             if found:
                 raise UserError(f"{key}: {found} is not supported with mixtures of experts; leave it off")
-    fused = fuses_projections(implementation, architecture.qk_norm, settings.fp8 is not None)
+    by_module = settings.fp8 is not None or settings.lora.rank is not None
+    fused = fuses_projections(implementation, architecture.qk_norm, by_module)
     if settings.recompute == "latent" and not (architecture.mla is not None and fused):
         raise UserError(
             "recompute: latent needs a converted model whose attention takes the fused path (implementation "
-            "transformer_engine or local_fused, no norms on queries and keys, fp8 null); valid: none, selective, full"
+            "transformer_engine or local_fused, no norms on queries and keys, fp8 and lora.rank null); valid: none, "
+            "selective, full"
+        )
+    if settings.lora.rank is not None and settings.fp8 is not None:
+        raise UserError(f"fp8: {settings.fp8} is not possible with lora; valid: null")
+    if settings.lora.rank is not None and implementation == "local_fused":
+        raise UserError(
+            "implementation: local_fused is not possible with lora, which goes module by module; valid: local, "
+            "transformer_engine, transformer_engine_unfused"
         )
     if settings.fp8 is not None:
         _check_fp8(settings, architecture, implementation, dtype)

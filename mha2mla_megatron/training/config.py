@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from mha2mla_megatron.checkpoint.adapters import ALPHA
 from mha2mla_megatron.data.blend import blend_weights, source_names
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
@@ -171,6 +172,44 @@ class OptimizerSettings:
         require_at_least("optimizer.spike_window", self.spike_window, 1)
 
 
+LORA_TARGETS = ("attention",)
+"""What a conversion changes."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Train low-rank updates of some matrices, W + alpha / rank B A, and nothing else (Hu et al., arXiv 2106.09685)."""
+
+    rank: int | None = None
+    """Rows of A and columns of B. None: no such updates, all weights are trained."""
+
+    alpha: float | None = None
+    """The update's factor is alpha / rank. None: rank, so that it is 1."""
+
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    """The layers' matrices that get one: patterns of Megatron names (`*`, `?`), or the words of optimizer.lr_scale."""
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            require_at_least("lora.rank", self.rank, 1)
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise UserError(f"lora.alpha: {self.alpha} is not a positive number")
+        if self.rank is None and (self.alpha is not None or self.targets != list(LORA_TARGETS)):
+            raise UserError("lora: alpha or targets are given, lora.rank is not")
+
+    @property
+    def factor(self) -> float:
+        """alpha / rank; 1 without a rank."""
+        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """What a checkpoint says of the updates beside their tensors."""
+        if self.rank is None:
+            return {}
+        return {ALPHA: float(self.rank if self.alpha is None else self.alpha)}
+
+
 @dataclass(frozen=True)
 class FinetuneSettings:
     """Everything a run is made of."""
@@ -229,11 +268,15 @@ class FinetuneSettings:
     max_skips_in_a_row: int = 10
     """Stop where more steps than this follow each other without an update, left out as NaN or as a spike."""
 
+    z_loss: float = 0.0
+    """Factor of the squared logarithm of the softmax's normaliser, added to the loss of each token, so that logits do
+    not drift (PaLM: 1e-4). 0: none."""
+
     wandb: str | None = None
     """Weights & Biases project to log to as well, offline under save/wandb unless WANDB_MODE says otherwise."""
 
     seed: int = 1234
-    """Order of the samples."""
+    """Order of the samples, and where lora begins."""
 
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -242,6 +285,8 @@ class FinetuneSettings:
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
 
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
@@ -258,6 +303,8 @@ class FinetuneSettings:
             ("recompute", ("none", "latent", "selective", "full")),
         ):
             require_one_of(key, getattr(self, key), valid)
+        if not 0 <= self.z_loss < math.inf:
+            raise UserError(f"z_loss: {self.z_loss} is not a number of at least 0")
         if self.fp8 is not None:
             require_one_of("fp8", self.fp8, ("delayed", "current"))
         if self.cuda_graph:

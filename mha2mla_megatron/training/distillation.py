@@ -1,12 +1,10 @@
-"""The frozen teacher of a run, and the loss that its predictions make with the text."""
+"""The frozen teacher of a run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
@@ -15,8 +13,7 @@ from mha2mla_megatron.model.parallel import launched_world_size
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.checks import check_teacher
-from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings
-from mha2mla_megatron.training.vocab_parallel_losses import vocab_parallel_losses
+from mha2mla_megatron.training.config import FinetuneSettings
 
 
 class Distillation:
@@ -25,7 +22,6 @@ class Distillation:
     def __init__(
         self, architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.settings: DistillationSettings = settings.distillation
         config = transformer_config(architecture, settings.parallel, dtype)
         self.model = build_on_device(architecture, config, settings.implementation, device)
         self.model.requires_grad_(False).eval()
@@ -36,16 +32,6 @@ class Distillation:
         """The teacher's logits [b, s, V/tp] of tokens [b, s]. mask: as the student's, None for causal attention."""
         with torch.no_grad():
             return self.model(tokens, position_ids, mask)
-
-    def losses(self, labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each token's `loss` and its parts `lm_loss` and `kl`, [b, s] all; labels [b, s], logits [b, s, V/tp] both.
-
-        loss = (1 - weight) lm_loss + weight kl, with kl = temperature^2 KL(teacher || student).
-        """
-        group: Any = parallel_state.get_tensor_model_parallel_group()
-        lm_loss, kl = vocab_parallel_losses(student, teacher, labels, self.settings.temperature, group)
-        weight = self.settings.weight
-        return {"loss": (1 - weight) * lm_loss + weight * kl, "lm_loss": lm_loss, "kl": kl}
 
 
 def find_teacher(settings: FinetuneSettings, student: Architecture) -> tuple[Architecture, Path]:

@@ -28,6 +28,7 @@ from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
 from mha2mla_megatron.training.log import StepLog
+from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.position import Position
@@ -50,7 +51,7 @@ def finetune(settings: FinetuneSettings) -> None:
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
     check_samples(settings, architecture, launched_world_size())
-    lr_factors(architecture, settings.optimizer.lr_scale)
+    lr_factors(architecture, settings.optimizer.lr_scale, lora_shapes(architecture, settings.lora))
     check_wandb(settings)
     eod = _end_of_document(settings, side)
     # Where something depends on the ends of documents, the files must have the model's.
@@ -69,7 +70,7 @@ def finetune(settings: FinetuneSettings) -> None:
     distillation = None if teacher is None else load_teacher(*teacher, settings, dtype, device)
     model = [chunk.module for chunk in chunks]
     prepare_root(root)
-    resumed = resume_run(root, architecture, model, optimizer, schedule)
+    resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
     run: dict[str, Any] = {"step": 0} if resumed is None else resumed
     step, best = run["step"], BestStep.of(run)
     if best is not None and not iteration_folder(root, best.step).is_dir():
@@ -222,6 +223,7 @@ def _train(
                 run = {
                     "step": step,
                     **guard.state(),
+                    **settings.lora.saved,
                     "samples": position.at(step),
                     "order": position.order,
                     "best": None if best is None else dataclasses.asdict(best),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_standard_config_overrides
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 
-from mha2mla_megatron.model.provider import sharded_weights
+from mha2mla_megatron.model.provider import parameters_of
 
 
 def mark_parameters(model: Any, factors: Mapping[str, float]) -> None:
@@ -24,13 +24,6 @@ def mark_parameters(model: Any, factors: Mapping[str, float]) -> None:
     if frozen and start.config.recompute_granularity == "full":
         # Autograd does not see the parameters of a recomputed layer: where its input needs no gradient, they get none.
         start.embedding.register_forward_hook(lambda _, __, output: output.requires_grad_())
-
-
-def parameters_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """(name in the whole model, as in checkpoints, parameter) of what this process holds of a chunk."""
-    names = {name: entry.key for name, entry in sharded_weights(model).items()}
-    for name, parameter in model.named_parameters():
-        yield names[name.removeprefix("module.")], parameter
 
 
 def group_overrides(config: OptimizerConfig, factors: set[float]) -> dict[ParamKey, Any]:

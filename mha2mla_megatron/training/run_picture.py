@@ -12,7 +12,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.files import new_files
 
 PANELS = {
-    "loss": ("loss", "lm_loss", "kl"),
+    "loss": ("loss", "lm_loss", "kl", "z_loss"),
     "validation loss": ("validation_loss",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),

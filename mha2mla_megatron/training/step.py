@@ -17,14 +17,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_batch_on_this_cp_rank
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.model.implementation import choose_implementation
+from mha2mla_megatron.model.implementation import choose_implementation, unfused
+from mha2mla_megatron.model.low_rank_update import LowRankUpdate, add_low_rank_updates
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checks import check_kernels
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import only_where
 from mha2mla_megatron.training.param_groups import mark_parameters
+from mha2mla_megatron.training.token_losses import part_names, token_losses
 
 if TYPE_CHECKING:
     from mha2mla_megatron.training.step_graph import StepGraph
@@ -82,11 +85,15 @@ def build_training_model(
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # it raises on one rank alone; the optimizer sees the norm over all of them
     )
-    factors = lr_factors(architecture, settings.optimizer.lr_scale)
+    adapters = lora_shapes(architecture, settings.lora)
+    factors = lr_factors(architecture, settings.optimizer.lr_scale, adapters)
+    if adapters:
+        implementation = unfused(implementation)
     chunks = []
     for index in range(count):
         stage = index if count > 1 else None
         model = build_on_device(architecture, config, implementation, device, stage)
+        add_low_rank_updates(model, adapters, settings.lora.factor, settings.seed)
         mark_parameters(model, factors)
         # Of the later chunks each is one bucket: they communicate while other chunks compute anyway.
         chunks.append(DistributedDataParallel(config, ddp, model, disable_bucketing=index > 0))
@@ -110,11 +117,12 @@ def build_training_model(
 def _accumulate_in_place(chunk: DistributedDataParallel) -> None:
     """Let Transformer Engine's layers add weight gradients to Megatron's float32 buffers as they compute them.
 
-    The setting for it, `gradient_accumulation_fusion`, is for all layers, of which Megatron-core's own need apex.
+    The setting for it, `gradient_accumulation_fusion`, is for all layers, of which Megatron-core's own need apex. An
+    updated weight has no such buffer: its gradient goes on to the update.
     """
     module: Any
     for module in chunk.modules():
-        if hasattr(module, "fuse_wgrad_accumulation"):
+        if hasattr(module, "fuse_wgrad_accumulation") and not isinstance(module, LowRankUpdate):
             module.fuse_wgrad_accumulation = True
 
 
@@ -154,7 +162,7 @@ def train_step(
     else:
         losses = graph.run(chunks, batches, count, settings, device, distillation)
     sources = len(settings.data.sources)
-    means = StepMeans(losses, device, sources)
+    means = StepMeans(losses, device, sources, part_names(settings))
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
     # looked at as late as the gradient norm: until then the host is ahead of the GPU.
     only_where(optimizer, lambda norm: math.isfinite(means.of()["loss"]) and is_usual(norm))
@@ -179,11 +187,14 @@ def run_micro_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`.
 
-    In training the losses of each source of a blend are summed apart, too.
+    In training the loss has all its parts, and the losses of each source of a blend are summed apart, too; without
+    gradients it is that of the text.
     """
-    sources = 0 if forward_only else len(settings.data.sources)
+    step = partial(forward_step, device=device)
+    if not forward_only:
+        step = partial(step, distillation=distillation, settings=settings)
     return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, device=device, distillation=distillation, sources=sources),
+        forward_step_func=step,
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
         model=list(chunks),
         num_microbatches=count,
@@ -198,9 +209,13 @@ def forward_step(
     model: torch.nn.Module,
     device: torch.device,
     distillation: Distillation | None = None,
-    sources: int = 0,
+    settings: FinetuneSettings | None = None,
 ) -> Any:
-    """Megatron's forward step: the model's output and the function that makes a loss of it."""
+    """Megatron's forward step: the model's output and the function that makes a loss of it.
+
+    settings: those of the loss; None is the text's alone.
+    """
+    sources = 0 if settings is None else len(settings.data.sources)
     found = next(batches)  # and what else the dataset says of a sample
     batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
     mask = None if "document" not in found else document_mask(found["document"].to(device, non_blocking=True))
@@ -215,16 +230,16 @@ def forward_step(
             sums |= _sums_by_source(batch["loss_mask"], losses, source, sources)
         return total, count, sums
 
-    if distillation is None:
+    if settings is None or not part_names(settings):
         return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]), summed
-    teacher = distillation.predict(batch["tokens"], batch["position_ids"], mask)
+    teacher = None if distillation is None else distillation.predict(batch["tokens"], batch["position_ids"], mask)
 
-    def distilled_loss(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        parts = distillation.losses(batch["labels"], student, teacher)
+    def loss_of_logits(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        parts = token_losses(batch["labels"], student, teacher, settings)
         total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 
-    return model(batch["tokens"], batch["position_ids"], mask), distilled_loss
+    return model(batch["tokens"], batch["position_ids"], mask), loss_of_logits
 
 
 def document_mask(document: torch.Tensor) -> torch.Tensor:
@@ -249,9 +264,16 @@ class StepMeans:
     They are summed over ranks as this is made, and waited for as they are read.
     """
 
-    def __init__(self, sums: list[dict[str, torch.Tensor]], device: torch.device, sources: int = 0) -> None:
-        # Empty but on the last pipeline stage; distillation, which has no pipeline, adds parts.
-        self.names = list(sums[0]) if sums else ["tokens", "loss", *_source_names(sources)]
+    def __init__(
+        self,
+        sums: list[dict[str, torch.Tensor]],
+        device: torch.device,
+        sources: int = 0,
+        parts: Sequence[str] = (),
+    ) -> None:
+        """sums: of each micro batch, none but on the last pipeline stage. sources: how many the blend has. parts: names
+        of what makes up the loss."""
+        self.names = ["tokens", "loss", *_source_names(sources), *parts]
         self.total = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         for micro_batch in sums:
             self.total += torch.stack([micro_batch[name].double() for name in self.names])

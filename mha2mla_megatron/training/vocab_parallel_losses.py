@@ -1,8 +1,9 @@
-"""Cross entropy with the text and divergence from a teacher, of logits that stay split over the vocabulary.
+"""Cross entropy with the text, divergence from a teacher and the normaliser, of logits that stay split over the
+vocabulary.
 
 Logits are the largest tensors of a step by far: at a vocabulary of 49152 those of 32768 tokens are 3.2 GB in bf16. So
-both losses, and later their common gradient, come from one reading of both models' logits, and nothing of that size is
-kept beside them. The processes exchange seven numbers a token.
+all losses, and later their common gradient, come from one reading of the logits, and nothing of that size is kept
+beside them. The processes exchange seven numbers a token.
 
 On a GPU each pass is one Triton kernel (`vocab_parallel_triton.py`); the same in plain torch stands here.
 """
@@ -17,17 +18,18 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 def vocab_parallel_losses(
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     labels: torch.Tensor,
     temperature: float,
     group: ProcessGroup | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(cross entropy, T^2 KL(p || q)) of each token, where p = softmax(teacher / T) and q = softmax(student / T).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(cross entropy, T^2 KL(p || q), log sum exp) of each token, where p = softmax(teacher / T) and
+    q = softmax(student / T); the last is of the student's logits, whose softmax it normalises.
 
-    student, teacher: logits [..., V/tp] of this process's part of the vocabulary. labels: int64 [...], of the whole
-    vocabulary. group: the tp processes that share it (None: all there are). The results [...] are float32, or float64
-    of float64 logits, and the same on all of them; their gradient goes to the student alone. T^2 keeps the gradient's
-    size whatever the temperature (Hinton et al., arXiv 1503.02531, section 2).
+    student, teacher: logits [..., V/tp] of this process's part of the vocabulary. Without a teacher the KL is 0.
+    labels: int64 [...], of the whole vocabulary. group: the tp processes that share it (None: all there are). The
+    results [...] are float32, or float64 of float64 logits, and the same on all of them; their gradient goes to the
+    student alone. T^2 keeps the gradient's size whatever the temperature (Hinton et al., arXiv 1503.02531, section 2).
     """
     return _VocabParallelLosses.apply(student, teacher, labels, temperature, group)  # type: ignore[no-any-return]
 
@@ -37,13 +39,13 @@ class _VocabParallelLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: torch.Tensor,
-        teacher: torch.Tensor,
+        teacher: torch.Tensor | None,
         labels: torch.Tensor,
         temperature: float,
         group: ProcessGroup | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         columns = student.shape[-1]
-        rows = [x.reshape(-1, columns) for x in (student, teacher)]
+        rows = [None if x is None else x.reshape(-1, columns) for x in (student, teacher)]
         own_labels = labels.flatten() - columns * torch.distributed.get_rank(group)
         highest, sums = _passes(student)[0](*rows, own_labels, temperature)
         if torch.distributed.get_world_size(group) > 1:
@@ -53,10 +55,13 @@ class _VocabParallelLosses(torch.autograd.Function):
             torch.distributed.all_reduce(sums, ReduceOp.SUM, group)
         total, total_q, total_p, difference, at_label = sums
         cross_entropy = total.log() - (at_label - highest[0])
-        divergence = (difference / total_p + (total_q.log() - total_p.log())) * temperature**2
+        divergence = torch.zeros_like(total)
+        if teacher is not None:
+            divergence = (difference / total_p + (total_q.log() - total_p.log())) * temperature**2
+        normaliser = total.log() + highest[0]
         ctx.save_for_backward(*rows, own_labels, highest, sums)
         ctx.temperature, ctx.shape = temperature, student.shape
-        return cross_entropy.view(labels.shape), divergence.view(labels.shape)
+        return cross_entropy.view(labels.shape), divergence.view(labels.shape), normaliser.view(labels.shape)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -76,20 +81,28 @@ def _passes(logits: torch.Tensor) -> tuple[Any, Any]:
 
 
 def sum_columns(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+    student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the losses are made of, over this process's columns. student, teacher [n, v], labels [n], from 0 to v - 1
     where they are in this part.
 
     Returns highest [2, n], the largest logits s' of the student and t' of the teacher, and sums [5, n]: of
     exp(s - s'), exp((s - s') / T), exp((t - t') / T), the last times ((t - t') - (s - s')) / T, and the student's logit
-    at the label, 0 if it is in another part. All float32, or float64 of float64 logits.
+    at the label, 0 if it is in another part. All float32, or float64 of float64 logits. Without a teacher t' and the
+    middle three are 0.
     """
-    s, t = _exact(student), _exact(teacher)
-    highest = torch.stack((s.amax(-1), t.amax(-1)))
+    s = _exact(student)
+    if teacher is None:
+        highest = torch.stack((s.amax(-1), torch.zeros_like(s[:, 0])))
+    else:
+        t = _exact(teacher)
+        highest = torch.stack((s.amax(-1), t.amax(-1)))
     at_label = s.gather(1, labels.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
     at_label = torch.where((labels >= 0) & (labels < s.shape[1]), at_label, 0)
     s = s - highest[0, :, None]
+    if teacher is None:
+        zero = torch.zeros_like(at_label)
+        return highest, torch.stack((s.exp_().sum(-1), zero, zero, zero, at_label))
     t = t - highest[1, :, None]
     p = (t / temperature).exp_()
     total_p = p.sum(-1)
@@ -110,25 +123,31 @@ def _move_to(sums: torch.Tensor, moved: torch.Tensor, temperature: float) -> Non
 
 def logits_gradient(
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     labels: torch.Tensor,
     highest: torch.Tensor,
     sums: torch.Tensor,
     upstream: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    """The gradient by the student's logits [n, v], in their type, from those of cross entropy and divergence [2, n].
+    """The gradient by the student's logits [n, v], in their type, from those of the three losses [3, n].
 
-    Of the cross entropy: softmax(student) - onehot(label). Of T^2 KL: T (q - p).
+    Of the cross entropy: softmax(student) - onehot(label). Of T^2 KL: T (q - p). Of log sum exp: softmax(student).
     """
-    s, t = _exact(student) - highest[0, :, None], _exact(teacher) - highest[1, :, None]
+    s = _exact(student) - highest[0, :, None]
     total, total_q, total_p = sums[:3, :, None]
-    p, q = t.div_(temperature).exp_().div_(total_p), (s / temperature).exp_().div_(total_q)
-    of_kl = q.sub_(p).mul_(temperature * upstream[1, :, None])
+    of_kl = None
+    if teacher is not None:
+        t = _exact(teacher) - highest[1, :, None]
+        p, q = t.div_(temperature).exp_().div_(total_p), (s / temperature).exp_().div_(total_q)
+        of_kl = q.sub_(p).mul_(temperature * upstream[1, :, None])
+    of_text, _, of_normaliser = upstream
     gradient = s.exp_().div_(total)
     inside = ((labels >= 0) & (labels < s.shape[1])).nonzero()[:, 0]
     gradient[inside, labels[inside]] -= 1
-    return gradient.mul_(upstream[0, :, None]).add_(of_kl).to(student.dtype)
+    gradient.mul_((of_text + of_normaliser)[:, None])
+    gradient[inside, labels[inside]] += of_normaliser[inside]
+    return (gradient if of_kl is None else gradient.add_(of_kl)).to(student.dtype)
 
 
 def _exact(logits: torch.Tensor) -> torch.Tensor:

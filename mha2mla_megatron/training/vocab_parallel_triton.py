@@ -14,14 +14,14 @@ BLOCK, WARPS = 4096, 8
 
 
 def sum_columns(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+    student: torch.Tensor, teacher: torch.Tensor | None, labels: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = student.shape
     highest = torch.empty(2, rows, dtype=torch.float32, device=student.device)
     sums = torch.empty(5, rows, dtype=torch.float32, device=student.device)
     kernel: Any = _sum_columns
     kernel[(rows,)](
-        student, teacher, labels, highest, sums, rows, 1 / temperature, student.stride(0), teacher.stride(0),
+        student, teacher, labels, highest, sums, rows, 1 / temperature, student.stride(0), _stride(teacher),
         columns=columns, block=_block(columns), num_warps=WARPS,
     )  # fmt: skip
     return highest, sums
@@ -29,7 +29,7 @@ def sum_columns(
 
 def logits_gradient(
     student: torch.Tensor,
-    teacher: torch.Tensor,
+    teacher: torch.Tensor | None,
     labels: torch.Tensor,
     highest: torch.Tensor,
     sums: torch.Tensor,
@@ -41,9 +41,13 @@ def logits_gradient(
     kernel: Any = _logits_gradient
     kernel[(rows, triton.cdiv(columns, _block(columns)))](
         student, teacher, labels, highest, sums, upstream, gradient, rows, temperature, 1 / temperature,
-        student.stride(0), teacher.stride(0), columns=columns, block=_block(columns), num_warps=WARPS,
+        student.stride(0), _stride(teacher), columns=columns, block=_block(columns), num_warps=WARPS,
     )  # fmt: skip
     return gradient
+
+
+def _stride(teacher: torch.Tensor | None) -> int:
+    return 0 if teacher is None else teacher.stride(0)
 
 
 def _block(columns: int) -> int:
@@ -67,30 +71,35 @@ def _sum_columns(
     """One row. Maxima grow from block to block, and the sums so far are moved to them."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
-    teacher += row * teacher_stride
     offsets = tl.arange(0, block)
     highest_s = -float("inf")
     highest_t = -float("inf")
+    if teacher is None:
+        highest_t = 0.0
     total, total_q, total_p, difference = 0.0, 0.0, 0.0, 0.0
     for start in range(0, columns, block):
         inside = start + offsets < columns
         s = tl.load(student + start + offsets, mask=inside, other=-float("inf")).to(tl.float32)
-        t = tl.load(teacher + start + offsets, mask=inside, other=-float("inf")).to(tl.float32)
         new_s = tl.maximum(highest_s, tl.max(s))
-        new_t = tl.maximum(highest_t, tl.max(t))
         # In the first block the old sums are 0, and what they are moved by would be infinite.
         moved_s = tl.where(start == 0, 0.0, highest_s - new_s)
-        moved_t = tl.where(start == 0, 0.0, highest_t - new_t)
         s -= new_s
-        t -= new_t
-        p = tl.exp(t * inverse_temperature)
-        apart = tl.where(inside, t - s, 0.0) * inverse_temperature
-        shrunk_p = tl.exp(moved_t * inverse_temperature)
-        difference = (difference + total_p * (moved_t - moved_s) * inverse_temperature) * shrunk_p + tl.sum(p * apart)
-        total_p = total_p * shrunk_p + tl.sum(p)
-        total_q = total_q * tl.exp(moved_s * inverse_temperature) + tl.sum(tl.exp(s * inverse_temperature))
+        if teacher is not None:
+            at = teacher + row * teacher_stride + start + offsets
+            t = tl.load(at, mask=inside, other=-float("inf")).to(tl.float32)
+            new_t = tl.maximum(highest_t, tl.max(t))
+            moved_t = tl.where(start == 0, 0.0, highest_t - new_t)
+            t -= new_t
+            p = tl.exp(t * inverse_temperature)
+            apart = tl.where(inside, t - s, 0.0) * inverse_temperature
+            shrunk_p = tl.exp(moved_t * inverse_temperature)
+            difference = (difference + total_p * (moved_t - moved_s) * inverse_temperature) * shrunk_p
+            difference += tl.sum(p * apart)
+            total_p = total_p * shrunk_p + tl.sum(p)
+            total_q = total_q * tl.exp(moved_s * inverse_temperature) + tl.sum(tl.exp(s * inverse_temperature))
+            highest_t = new_t
         total = total * tl.exp(moved_s) + tl.sum(tl.exp(s))
-        highest_s, highest_t = new_s, new_t
+        highest_s = new_s
     label = tl.load(labels + row)
     mine = (label >= 0) & (label < columns)
     at_label = tl.load(student + label, mask=mine, other=0.0).to(tl.float32)
@@ -125,12 +134,14 @@ def _logits_gradient(
     offsets = tl.program_id(1) * block + tl.arange(0, block)
     inside = offsets < columns
     s = tl.load(student + row * student_stride + offsets, mask=inside, other=0.0).to(tl.float32)
-    t = tl.load(teacher + row * teacher_stride + offsets, mask=inside, other=0.0).to(tl.float32)
     s -= tl.load(highest + row)
-    t -= tl.load(highest + rows + row)
     own = tl.where(offsets == tl.load(labels + row), 1.0, 0.0)
-    of_text = (tl.exp(s) / tl.load(sums + row) - own) * tl.load(upstream + row)
-    q = tl.exp(s * inverse_temperature) / tl.load(sums + rows + row)
-    p = tl.exp(t * inverse_temperature) / tl.load(sums + 2 * rows + row)
-    result = of_text + (q - p) * (temperature * tl.load(upstream + rows + row))
+    of_normaliser = tl.load(upstream + 2 * rows + row)
+    result = (tl.exp(s) / tl.load(sums + row) - own) * (tl.load(upstream + row) + of_normaliser) + own * of_normaliser
+    if teacher is not None:
+        t = tl.load(teacher + row * teacher_stride + offsets, mask=inside, other=0.0).to(tl.float32)
+        t -= tl.load(highest + rows + row)
+        q = tl.exp(s * inverse_temperature) / tl.load(sums + rows + row)
+        p = tl.exp(t * inverse_temperature) / tl.load(sums + 2 * rows + row)
+        result += (q - p) * (temperature * tl.load(upstream + rows + row))
     tl.store(gradient + row * columns + offsets, result.to(gradient.dtype.element_ty), mask=inside)

@@ -13,17 +13,21 @@ TEMPERATURE = 2.0
 
 
 def split_losses(rank: int, folder: Path) -> None:
-    """Both losses of inputs.pt and their gradient, the vocabulary over 1, 2 and 4 processes, into SIZE.RANK.pt."""
+    """The losses of inputs.pt and their gradient, with the teacher and without, into SIZE.RANK.pt.
+
+    The vocabulary is over 1, 2 and 4 processes.
+    """
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(str(folder / "store"), 4)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=4)
     student, teacher, labels, upstream = torch.load(folder / "inputs.pt")
     for size in (1, 2, 4):
         group, _ = torch.distributed.new_subgroups(size)
-        mine = student.chunk(size, -1)[rank % size].clone().requires_grad_()
-        found = torch.stack(
-            vocab_parallel_losses(mine, teacher.chunk(size, -1)[rank % size], labels, TEMPERATURE, group)
-        )
-        (found * upstream).sum().backward()
-        torch.save((found.detach(), mine.grad), folder / f"{size}.{rank}.pt")
+        found = []
+        for other in (teacher.chunk(size, -1)[rank % size], None):
+            mine = student.chunk(size, -1)[rank % size].clone().requires_grad_()
+            losses = torch.stack(vocab_parallel_losses(mine, other, labels, TEMPERATURE, group))
+            (losses * upstream).sum().backward()
+            found.append((losses.detach(), mine.grad))
+        torch.save(found, folder / f"{size}.{rank}.pt")
     torch.distributed.destroy_process_group()

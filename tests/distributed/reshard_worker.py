@@ -51,7 +51,7 @@ def load(name: str, source: str, config: dict[str, Any], folder: Path, settings:
     """Go on from folder/`source`, saved at whatever layout, at that of `settings`; leaves folder/NAME.RANK.pt."""
     architecture = parse_architecture(config, name)
     chunks, optimizer, schedule, device = build(architecture, settings)
-    run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule)
+    run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule, settings.lora)
     assert run == {"step": SAVED}
     schedule.step(0)
     state = state_pieces(chunks, optimizer)

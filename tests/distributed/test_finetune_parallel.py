@@ -58,7 +58,13 @@ PARTS = [
     *HELD_OUT, "keep_best=true", "optimizer.spike_factor=1", "optimizer.spike_window=3",
     'optimizer.lr_scale={{"*": 0, attention: 1, latents: 0.5, "decoder.layers.[01].*": 0}}',
 ]  # fmt: skip
-WITH_PARTS = ("pp2", "tp2-sp", "dp2")
+# The same of low-rank updates.
+LORA = [*HELD_OUT, "lora.rank=4", "lora.alpha=10", "lora.targets=['decoder.layers.[23].*']"]
+WITH_PARTS = {
+    **{f"parts-{layout}": (layout, PARTS) for layout in ("pp2", "tp2-sp", "dp2")},
+    **{f"lora-{layout}": (layout, LORA) for layout in ("pp2", "tp2", "tp2-sp")},
+    "lora-resumed-tp2": ("tp2", LORA),
+}
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LONG = ("steps=24", "save_interval=4", *LAYOUTS["tp2"])
 """Many more steps than a process does while it is found and killed."""
@@ -88,16 +94,17 @@ def results(workspace: Path) -> Path:
             add(f"{model}-resumed-{layout}", model, *LAYOUTS[layout])
         for layout, words in LAYOUTS.items():
             add(f"{model}-{layout}", model, *words)
-    for name, words in (("plain", HELD_OUT), ("taught", [*HELD_OUT, *TEACHER])):
-        words = [word.format(workspace=workspace) for word in words]
+    for name, words in (("plain", [*HELD_OUT, "z_loss=0.01"]), ("taught", [*HELD_OUT, *TEACHER, "z_loss=0.01"])):
+        words = _filled(words, workspace)
         finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *words)
         for layout in LAYOUTS:
             if (layout in NO_TEACHER) == (name == "plain"):
                 add(f"{name}-{layout}", "mla", *LAYOUTS[layout], *words)
-    words = [word.format(workspace=workspace) for word in PARTS]
-    finetune(workspace, "mla", folder / "parts-single", *SCHEDULE, *words)
-    for layout in WITH_PARTS:
-        add(f"parts-{layout}", "mla", *LAYOUTS[layout], *words)
+    for name, words in (("parts", PARTS), ("lora", LORA)):
+        finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *_filled(words, workspace))
+    put_back(folder / "lora-single", folder / "lora-resumed-tp2", 2)
+    for name, (layout, words) in WITH_PARTS.items():
+        add(name, "mla", *LAYOUTS[layout], *_filled(words, workspace))
     add("unbroken", "mla", *LONG)
     add("stopped", "mla", "save_interval=4", fault="signal")
     add("full", "mla", "save_interval=1", *LAYOUTS["tp2"], fault="full disk")
@@ -110,6 +117,10 @@ def results(workspace: Path) -> Path:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
+
+
+def _filled(words: list[str], workspace: Path) -> list[str]:
+    return [word.format(workspace=workspace) for word in words]
 
 
 def outcome(results: Path, name: str) -> list[dict[str, Any]]:
@@ -143,7 +154,7 @@ def test_same_as_one_process(results: Path, tmp_path: Path, model: str, layout: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_teacher_and_validation_are_those_of_one_process(results: Path, layout: str) -> None:
+def test_teacher_z_loss_and_validation_are_those_of_one_process(results: Path, layout: str) -> None:
     """The first moments of step 2 are means of two steps' gradients, both taken before a weight was changed."""
     name = "plain" if layout in NO_TEACHER else "taught"
     single, split = results / f"{name}-single", results / f"{name}-{layout}"
@@ -162,22 +173,22 @@ def test_teacher_and_validation_are_those_of_one_process(results: Path, layout: 
         assert (before[key] - after[key]).abs().max() <= 1e-5 * before[key].abs().max(), key
 
 
-@pytest.mark.parametrize("layout", WITH_PARTS)
-def test_frozen_parts_spikes_and_the_best_step_are_those_of_one_process(
-    workspace: Path, results: Path, tmp_path: Path, layout: str
+@pytest.mark.parametrize("case", WITH_PARTS)
+def test_frozen_parts_spikes_the_best_step_and_updates_are_those_of_one_process(
+    workspace: Path, results: Path, tmp_path: Path, case: str
 ) -> None:
-    single, split = results / "parts-single", results / f"parts-{layout}"
-    assert [run["code"] for run in outcome(results, split.name)] == [0, 0]
-    assert [line["step"] for line in read_log(single) if "skipped" in line] == [4]
+    single, split = results / f"{case.split('-')[0]}-single", results / case
+    assert [run["code"] for run in outcome(results, case)] == [0, 0]
+    assert [line["step"] for line in read_log(single) if "skipped" in line] == [4] * case.startswith("parts")
     again = put_back(split, tmp_path / "run", 2)
-    finetune(workspace, "mla", again, *SCHEDULE, *(word.format(workspace=workspace) for word in PARTS))
+    finetune(workspace, "mla", again, *SCHEDULE, *_filled(WITH_PARTS[case][1], workspace))
     for root in (split, again):
         for a, b in zip(read_log(single), read_log(root), strict=True):
             assert a.get("skipped") == b.get("skipped")
             for key in {"loss", "validation_loss", "grad_norm"} & a.keys():
                 assert b[key] == pytest.approx(a[key], rel=1e-4 if key == "grad_norm" else 1e-5)
         a, b = read_best(single), read_best(root)
-        assert a is not None and b is not None and a.step == b.step
+        assert (a and a.step) == (b and b.step) and (a is not None) == case.startswith("parts")
         expected, found = checkpoint_tensors(single, 4), checkpoint_tensors(root, 4)
         assert expected.keys() == found.keys()
         for name, tensor in expected.items():

@@ -155,7 +155,8 @@ def save_training(folder: str, name: str, **what: Any) -> dict[str, Any]:
 def load_training(folder: str, name: str, source: str, processes: int, **what: Any) -> dict[str, Any]:
     """Go on from folder/SOURCE, saved by so many processes; the losses, and the tensors that differ, bit for bit."""
     run, root = Run(**what, filled=False), Path(folder) / name
-    values = resume_run(Path(folder) / source, run.architecture, run.model, run.optimizer, run.schedule)
+    parts = run.model, run.optimizer, run.schedule
+    values = resume_run(Path(folder) / source, run.architecture, *parts, run.settings.lora)
     assert values == {"step": SAVED}, values
     _write_state(run, root)
     result: dict[str, Any] = {"losses": run.losses(SAVED, MORE)}

@@ -1,0 +1,39 @@
+"""The training loss of each token, where it is made of more than the text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.vocab_parallel_losses import vocab_parallel_losses
+
+
+def part_names(settings: FinetuneSettings) -> list[str]:
+    """What `token_losses` gives beside the loss; nothing where the loss is the text's alone."""
+    wanted = {"kl": settings.distillation.teacher is not None, "z_loss": settings.z_loss > 0}
+    parts = [name for name, there in wanted.items() if there]
+    return ["lm_loss", *parts] if parts else []
+
+
+def token_losses(
+    labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor | None, settings: FinetuneSettings
+) -> dict[str, torch.Tensor]:
+    """`loss` and its parts: `lm_loss`, with a teacher `kl`, with settings.z_loss `z_loss`; [b, s] all.
+
+    labels [b, s], logits [b, s, V/tp]. loss = (1 - weight) lm_loss + weight kl + z_loss, without a teacher
+    lm_loss + z_loss; kl = temperature^2 KL(teacher || student), z_loss the setting of that name times the squared
+    logarithm of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
+    """
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    wanted = settings.distillation
+    lm_loss, kl, normaliser = vocab_parallel_losses(student, teacher, labels, wanted.temperature, group)
+    loss, parts = lm_loss, {"lm_loss": lm_loss}
+    if teacher is not None:
+        loss, parts["kl"] = (1 - wanted.weight) * lm_loss + wanted.weight * kl, kl
+    if settings.z_loss > 0:
+        parts["z_loss"] = settings.z_loss * normaliser.square()
+        loss = loss + parts["z_loss"]
+    return {"loss": loss, **parts}
