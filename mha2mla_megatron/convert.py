@@ -152,8 +152,8 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
 
     The source is an original, or a model with partial RoPE alone (low_rank.method=none), which is factored then.
 
-    One layer is in memory at a time, unless a cache budget or healing needs the running model. After an interrupt the
-    same call goes on from the last layer that was written. Under torchrun the ranks share the layers.
+    One layer is in memory at a time. After an interrupt the same call goes on from the last layer that was written.
+    Under torchrun the ranks share the layers.
 
     Raises UserError before anything is written for a model or settings that cannot be converted.
     """
@@ -179,7 +179,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
         healer = plan = None
         if settings.budgeted or settings.heal.steps > 0:
             assert converter.statistics is not None
-            model, sequences = OriginalModel(source, device), converter.statistics.sequences
+            model, sequences = OriginalModel(reader, original, device), converter.statistics.sequences
             if settings.budgeted:
                 if "plan" not in partial.done:
                     planner = Planner(converter, settings.allocation, model, sequences, ranks)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.families import ExpertNames, flag
 
@@ -42,6 +44,28 @@ class Experts:
             for expert in range(self.num_experts)
             for name, shape in projections.items()
         }
+
+    def stacked(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor | None:
+        """A tensor as transformers has it in memory, from those of the files; None for what is no part of experts.
+
+        name: `model.layers.L.mlp.` and `gate.weight` (the router), `experts.gate_up_proj` [experts, 2 x width, h] or
+        `experts.down_proj` [experts, h, width]. read: gives a tensor of the files.
+        """
+        layer, _, part = name.partition(".mlp.")
+        if part == "gate.weight":
+            return read(f"{layer}.{self.names.router}.weight")
+        rows = {
+            "experts.gate_up_proj": (self.names.gate_proj, self.names.up_proj),
+            "experts.down_proj": (self.names.down_proj,),
+        }.get(part)
+        if rows is None:
+            return None
+        return torch.stack(
+            [
+                torch.cat([read(f"{layer}.{name.format(expert)}.weight") for name in rows])
+                for expert in range(self.num_experts)
+            ]
+        )
 
 
 def read_experts(

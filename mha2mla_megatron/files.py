@@ -54,12 +54,17 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
 
 def replace_text(file: Path, text: str) -> None:
     """Write a small file that changes all at once, also where the machine stops in between."""
-    scratch = file.with_name(f".{file.name}")
+    scratch = scratch_of(file)
     with scratch.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     scratch.replace(file)
+
+
+def scratch_of(file: Path) -> Path:
+    """Where `replace_text` writes; it is left there if the process ends meanwhile."""
+    return file.with_name(f".{file.name}")
 
 
 def file_sha256(file: Path) -> str:

@@ -69,34 +69,37 @@ class Healer:
         self.model, self.original, self.settings = model, original, settings
         length = min(settings.sequence_length, sequences.shape[1])
         pieces = sequences.shape[1] // length
-        tokens = sequences[:, : pieces * length].reshape(-1, length).to(model.device, torch.long)
+        tokens = sequences[:, : pieces * length].reshape(-1, length).long()
         self.batch = max(1, min(len(tokens), settings.batch_tokens // length))
         self.next_layer = 0
-        with torch.no_grad():
-            self.expected = model.embed(tokens)
+        self.expected = model.embed(tokens)
         self.reached = self.expected.clone()
 
     def heal(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The layer's tensors, trained. Returns tensors of the same names, float32."""
         assert layer == self.next_layer, "layers are healed in order"
-        model = self.model
-        with torch.no_grad():
-            targets = self._map(lambda x: x + model.attention(layer, model.normed(layer, x)), self.expected)
-            targets -= self.reached
-            inputs = self._map(lambda x: model.normed(layer, x), self.reached)
-        attention = make_attention(self.original, layout, balanced(tensors, layout), model.device)
-        self._train(attention, inputs, targets, model.mask(layer, inputs))
+        inputs, targets = self._task(layer)
+        attention = make_attention(self.original, layout, balanced(tensors, layout), self.model.device)
+        self._train(attention, inputs, targets, self.model.mask(layer, inputs))
         return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
+
+    @torch.no_grad()
+    def _task(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the converted attention gets, and what it should make of it: [n, S, h] each."""
+        original = self.model.layer(layer)
+        targets = self._map(lambda x: x + original.attention(original.normed(x)), self.expected)
+        targets -= self.reached
+        return self._map(original.normed, self.reached), targets
 
     def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
         """Go on to the next layer, from what this one puts out with its tensors as they are written."""
         assert layer == self.next_layer, "layers are healed in order"
         self.next_layer += 1
-        model, attention = self.model, make_attention(self.original, layout, tensors, self.model.device)
+        original = self.model.layer(layer)
+        attention = make_attention(self.original, layout, tensors, self.model.device)
         with torch.no_grad():
-            self.expected = self._map(lambda x: model.run_layer(layer, x), self.expected)
-            with model.swapped(layer, attention):
-                self.reached = self._map(lambda x: model.run_layer(layer, x), self.reached)
+            self.expected = self._map(original.run, self.expected)
+            self.reached = self._map(lambda x: original.run(x, attention), self.reached)
 
     def _train(
         self, attention: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None

@@ -203,33 +203,40 @@ class Planner:
 
     @torch.no_grad()
     def _measure(self, reference: tuple[int, int], layers: list[int]) -> dict[int, tuple[float, float]]:
-        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each of layers."""
+        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each of layers.
+
+        All these models go through the layers side by side, each from its converted layer on, so that every original
+        layer is read once. Their hidden states wait on the host.
+        """
         model = self.model
         count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
-        tokens = self.sequences[-count:].to(model.device, torch.long)
-        progress = Progress("measure", len(layers), "layers")
-        states = [model.embed(tokens)]
-        for layer in range(self.original.num_layers):
-            states.append(model.run_layer(layer, states[-1]))
-        # Every fourth position: logits cost more than a layer, and neighbours say much the same.
-        expected = model.log_probabilities(states[-1][:, 3::4])
-        results = {}
-        for layer in layers:
-            r, c = min(reference[0], self._dims(layer)[-1]), reference[1]
-            found = []
-            for layout in (self._layout(r, None), self._layout(r, c)):
-                tensors = self.converter.convert(layer, layout).tensors
-                attention = make_attention(self.original, layout, tensors, model.device)
-                with model.swapped(layer, attention):
-                    hidden = model.run_layer(layer, states[layer])
-                for above in range(layer + 1, self.original.num_layers):
-                    hidden = model.run_layer(above, hidden)
-                ratio = expected - model.log_probabilities(hidden[:, 3::4])
-                found.append((expected.exp() * ratio).sum(-1).mean().item())
-            results[layer] = found[0], found[1]
-            progress.advance()
+        original = model.embed(self.sequences[-count:].long())
+        progress = Progress("measure", sum(2 * (self.original.num_layers - layer) for layer in layers), "layers")
+        variants: dict[tuple[int, int], torch.Tensor] = {}
+        for index in range(self.original.num_layers):
+            layer = model.layer(index)
+            for key, hidden in variants.items():
+                variants[key] = layer.run(hidden.to(model.device)).cpu()
+            if index in layers:
+                r, c = min(reference[0], self._dims(index)[-1]), reference[1]
+                for which, layout in enumerate((self._layout(r, None), self._layout(r, c))):
+                    tensors = self.converter.convert(index, layout).tensors
+                    attention = make_attention(self.original, layout, tensors, model.device)
+                    variants[index, which] = layer.run(original, attention).cpu()
+            original = layer.run(original)
+            progress.advance(len(variants))
+            del layer  # before the next one is read
         progress.close()
-        return results
+        head = model.head()
+        # Every fourth position: logits cost more than a layer, and neighbours say much the same.
+        expected = head.log_probabilities(original[:, 3::4])
+
+        def divergence(hidden: torch.Tensor) -> float:
+            ratio = expected - head.log_probabilities(hidden[:, 3::4].to(model.device))
+            return (expected.exp() * ratio).sum(-1).mean().item()
+
+        found = {key: divergence(hidden) for key, hidden in variants.items()}
+        return {layer: (found[layer, 0], found[layer, 1]) for layer in layers}
 
     def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
         """The losses of each of `layers` at every r it can have."""

@@ -11,6 +11,7 @@ each, whatever has the target's name must be complete, byte for byte, and at the
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import random
 import shutil
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -101,14 +103,20 @@ def kill_conversions(folder: Path, kills: int, seed: int) -> dict[str, int]:
 
 
 def convert(tool: str, source: Path, target: Path, *more: str) -> BaseProcess:
-    """Start a converter as a process of its own."""
-    return fork(_convert, tool, source, target, *more)
+    """Start a converter as a process of its own, which can be ended from now on."""
+    ready, started = multiprocessing.Pipe(duplex=False)
+    process = fork(_convert, started, tool, source, target, *more)
+    ready.recv()
+    return process
 
 
-def _convert(tool: str, source: Path, target: Path, *more: str) -> None:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _convert(started: Connection, tool: str, source: Path, target: Path, *more: str) -> None:
     try:
-        code = run_tool(tool, source, target, *WORDS[tool], *more, check=False).returncode
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        started.send(True)
+        done = run_tool(tool, source, target, *WORDS[tool], *more, check=False)
+        if (code := done.returncode) not in (0, 130):
+            print(done.stdout, done.stderr, file=sys.stderr)
     except KeyboardInterrupt:  # outside of the command, which says so itself
         code = 130
     except BaseException:

@@ -241,6 +241,7 @@ BAD_CALIBRATION = {
     "short sequences": (["sequence_length=4"], ["sequence_length", "4"]),
     "no batch": (["batch_size=0"], ["batch_size", "0"]),
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
+    "memory": (["memory=much"], ["memory", "much", "5GB"]),
     "unknown key": (["sample=4"], ["sample", "samples"]),
 }
 

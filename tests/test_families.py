@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mha2mla_megatron.architecture import parse_architecture, read_architecture
 from mha2mla_megatron.calibration.original import OriginalModel
+from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
 from mha2mla_megatron.checkpoint.megatron import iteration_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
@@ -27,7 +28,7 @@ from mha2mla_megatron.model.provider import build_model, sharded_weights, transf
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.checks import check_kernels
 from mha2mla_megatron.training.config import FinetuneSettings
-from tests.conftest import make_tokenizer, refused, run_tool
+from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.finetune_cases import checkpoint_tensors, finetune, log_text, put_back, write_tokens
 
 TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -307,16 +308,74 @@ def test_data_aware_conversion(tmp_path: Path, sources: dict[str, Path], text: P
         assert len({layer["kv_lora_rank"] for layer in report["layers"]}) == 1
 
 
+def check_layers_one_by_one(folder: Path) -> None:
+    """What calibration, measurements and healing run sees what transformers' forward pass sees."""
+    architecture = read_architecture(folder)
+    model = OriginalModel(HFReader(folder, architecture), architecture, torch.device("cpu"))
+    hidden = model.embed(TOKENS)
+    for layer in range(architecture.num_layers):
+        hidden = model.layer(layer).run(hidden)
+    found = model.head().log_probabilities(hidden)
+    assert (found - logits(folder).log_softmax(-1)).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["mistral-window", "mixtral-window", "smollm3", "qwen3"])
 def test_layers_run_one_by_one_are_the_model(sources: dict[str, Path], name: str) -> None:
-    """What measurements and healing compare with sees the same windows and rotations as transformers' forward pass."""
-    model = OriginalModel(sources[name], torch.device("cpu"))
-    with torch.no_grad():
-        hidden = model.embed(TOKENS)
-        for layer in range(4):
-            hidden = model.run_layer(layer, hidden)
-        expected = model.model(TOKENS).logits.log_softmax(-1)
-        assert (model.log_probabilities(hidden) - expected).abs().max() < 1e-5
+    check_layers_one_by_one(sources[name])
+
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "linear": dict(factor=2.0),
+    "dynamic": dict(factor=2.0),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=32),
+    "llama3": dict(factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+}
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_layers_run_one_by_one_have_the_models_frequencies(tmp_path: Path, scaling: str) -> None:
+    rope = {"rope_type": scaling, "rope_theta": 10000.0, **SCALINGS[scaling]}
+    # Longer sequences than the model is made for, on which dynamic frequencies depend.
+    check_layers_one_by_one(
+        make_llama(tmp_path / "model", rope_parameters=rope, max_position_embeddings=16, tied=False)
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calibration_is_autograd_on_the_whole_model(
+    tmp_path: Path, sources: dict[str, Path], text: Path, name: str
+) -> None:
+    """Inputs and values' gradients of each layer, by transformers' own forward pass and autograd through all of it,
+    while calibration has one layer in memory, or some, or all."""
+    words = ["samples=4", "sequence_length=24", "batch_size=3", "seed=1"]
+    files = {}
+    for memory in ("1KB", "1MB", "auto"):
+        file = tmp_path / f"{memory}.safetensors"
+        run_tool("calibrate", sources[name], text, file, *words, f"memory={memory}")
+        files[memory] = load_file(file)
+    tokens = files["auto"]["sequences"][:4].long()
+    model, inputs, values = load(sources[name]), [], []
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        inputs.append(args[0])
+        values.append(output)
+
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.register_forward_hook(note)
+    distribution = model(tokens).logits.log_softmax(-1)
+    chance = [torch.rand(24, 1, generator=torch.Generator().manual_seed(1_000_003 + index)) for index in range(4)]
+    labels = (distribution.exp().cumsum(-1) < torch.stack(chance)).sum(-1, keepdim=True)
+    gradients = torch.autograd.grad(-distribution.gather(-1, labels).sum(), values)
+    for sums in files.values():
+        assert sums.keys() == files["auto"].keys()
+        assert all(torch.equal(tensor, files["auto"][key]) for key, tensor in sums.items())  # the same arithmetic
+        for layer, (x, y) in enumerate(zip(inputs, gradients, strict=True)):
+            x, y = x.flatten(0, 1), y.flatten(0, 1)
+            found = sums[f"layers.{layer}.input_moment"], sums[f"layers.{layer}.gradient_moment"]
+            for moment, part in zip(found, (x, y), strict=True):
+                moment, expected = moment[-part.shape[1] :, -part.shape[1] :], part.T @ part
+                # float32 sums in another order; a window, a rotation or a label more or less shows at 1e-2.
+                assert (moment - expected).abs().max() < 1e-5 * expected.abs().max(), (layer, len(moment))
 
 
 REAL = {

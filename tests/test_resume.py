@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mha2mla_megatron import healing
 from mha2mla_megatron.checkpoint import resume
@@ -19,7 +24,7 @@ from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.checkpoint.resume import JOURNAL, NEW, PartialFolder
 from mha2mla_megatron.planning import Planner
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
-from tests.forks import exit_codes
+from tests.forks import exit_codes, fork
 from tests.kill_conversion import WORDS, contents, convert, kill_conversions
 from tests.test_faults import small_files
 
@@ -81,6 +86,32 @@ def test_an_interrupted_conversion_goes_on(
     assert contents(tmp_path / "out") == contents(models[f"{tool} done"])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "model.embed_tokens.weight" not in read
+
+
+def test_an_interrupt_in_the_middle_of_other_code(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's C++ code, interrupted while it calls Python, raises errors of its own."""
+    getitem = HFReader.__getitem__
+
+    def swallowing(self: HFReader, name: str) -> torch.Tensor:
+        if "layers.1" in name:
+            with contextlib.suppress(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+            raise ValueError("could not determine the shape")
+        return getitem(self, name)
+
+    command = ["convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out"]
+    with monkeypatch.context() as patch:
+        patch.setattr(HFReader, "__getitem__", swallowing)
+        done = run_tool(*command, check=False)
+    assert done.returncode == 130 and "goes on from there" in done.stderr
+    # Killed in the middle of writing the manifest, too.
+    step = tmp_path / ".out.partial" / "new" / "iter_0000000"
+    (step / ".manifest.json").write_text("{")
+    run_tool(*command)
+    assert contents(tmp_path / "out") == contents(models["convert_hf_to_megatron done"])
 
 
 def test_straight_to_megatron_goes_on(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,12 +312,13 @@ def anonymous(process: int | None) -> int:
     return max([0, *(int(kilobytes) * 1024 for kilobytes in re.findall(r"RssAnon:\s*(\d+)", status))])
 
 
-def peak_of(tool: str, source: Path, target: Path, *more: str) -> int:
-    """The most memory that a conversion has, in bytes."""
-    process, peak = convert(tool, source, target, *more), 0
+def peak_of(tool: str, *words: object) -> int:
+    """The most memory that a command has, in bytes."""
+    process, peak = fork(run_tool, tool, *words), 0
     while process.is_alive():
         peak = max(peak, anonymous(process.ident))
-    assert target.is_dir()
+        time.sleep(0.001)
+    assert exit_codes([process]) == [0]
     return peak
 
 
@@ -302,6 +334,25 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, command: str) -> No
         if tool == "convert_megatron_to_hf":
             assert exit_codes([convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")]) == [0]
             source = tmp_path / f"{layers}-megatron"
-        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out", *more))
+        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out", *WORDS[tool], *more))
     assert sum(file.stat().st_size for file in (tmp_path / "18").iterdir()) > 3 * 25e6
     assert peaks[1] - peaks[0] < 25e6, peaks
+
+
+def test_memory_of_what_runs_the_model_does_not_grow(tmp_path: Path, text: Path) -> None:
+    """Calibration, the measurements of a budget, and healing: layers of 9 MB in float32, which is not the stored type,
+    so that none of it is the mapped file's own. Eight more of them are 70 MB more of model."""
+    peaks: dict[str, list[int]] = {"calibrate": [], "convert": []}
+    for layers in (2, 10):
+        shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 2560}
+        source = make_tokenizer(make_llama(tmp_path / f"{layers}", **shape))
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+        file = tmp_path / f"{layers}.safetensors"
+        words = ["sequence_length=32", "samples=4", "memory=1MB"]
+        peaks["calibrate"].append(peak_of("calibrate", source, text, file, *words))
+        words = [f"statistics={file}", "cache_budget=0.5", "allocation.rope_multiple=8", "allocation.tokens=32"]
+        words += ["heal.steps=2", "heal.batch_tokens=64", "heal.sequence_length=32"]
+        peaks["convert"].append(peak_of("convert_mha_to_mla", source, tmp_path / f"{layers}-mla", *words))
+    for few, many in peaks.values():
+        assert many - few < 25e6, peaks

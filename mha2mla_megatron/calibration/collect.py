@@ -1,15 +1,21 @@
-"""One pass of the original model over a text that sums up what `statistics` describes.
+"""A pass of the original model over a text, forwards and backwards, that sums up what `statistics` describes.
+
+A few neighbouring layers, a segment, are in memory at a time. Forwards, each segment's input is kept on the host for
+all sequences; backwards, from the last segment on, a segment is run again from its input, and the gradient goes through
+it and on to the segment below. One segment makes an ordinary forward and backward pass. The sums do not depend on where
+the model is cut.
 
 Each layer's sums are made while the gradient of its attention output comes by in the backward pass, from the layer's
-input and that gradient alone; nothing of one layer is kept for another. No weight gets a gradient.
+input and that gradient alone. No weight gets a gradient.
 
-Shape letters as in `statistics`; b sequences in a batch, S their length, m queries of a block.
+Shape letters as in `statistics`; b sequences in a batch, S their length, m queries of a block, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,91 +23,152 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.calibration.statistics import LayerStatistics
+from mha2mla_megatron.calibration.original import Head, Layer, OriginalModel
+from mha2mla_megatron.calibration.statistics import LayerStatistics, empty_statistics, layer_shapes
+from mha2mla_megatron.progress import Progress
 
 QUERY_BLOCK = 256
 """Queries whose attention rows are in memory at a time."""
 
 
-def collect_batch(
-    model: Any, architecture: Architecture, tokens: torch.Tensor, seeds: list[int], layers: list[LayerStatistics]
-) -> None:
-    """Add one batch to the sums.
+@dataclass(frozen=True)
+class Batch:
+    """tokens: int64 [b, S]. seeds: one for the labels of each sequence, so that they do not depend on how sequences are
+    batched or spread."""
 
-    model: a transformers causal LM of this architecture, in evaluation mode, whose weights need no gradient.
-    tokens: int64 [b, S] on its device.
-    seeds: one for the labels of each sequence, so that they do not depend on how sequences are batched or spread.
+    tokens: torch.Tensor
+    seeds: Sequence[int]
+
+
+def make_segments(architecture: Architecture, dtype: torch.dtype, batch_tokens: int, memory: int) -> list[range]:
+    """The layers cut into runs of as many as fit into `memory` bytes, at least one: with their weights, their sums, and
+    about what a backward pass over a batch needs of them."""
+    h, heads, _, d = architecture.heads
+    shapes = architecture.tensor_shapes().items()
+    weights = sum(math.prod(shape) for name, shape in shapes if name.startswith("model.layers.0."))
+    sums = sum(math.prod(shape) for shape in layer_shapes(architecture).values())
+    # Autograd keeps, of each token: the residual streams and the attention's input, rotated queries, the keys, values
+    # and outputs of each query head, and the MLP's three products.
+    activations = batch_tokens * (4 * h + 4 * heads * d + 3 * architecture.intermediate_size)
+    step = max(1, memory // ((weights + activations) * dtype.itemsize + sums * 4))
+    layers = architecture.num_layers
+    return [range(start, min(start + step, layers)) for start in range(0, layers, step)]
+
+
+def collect(
+    model: OriginalModel, batches: Sequence[Batch], segments: Sequence[range]
+) -> Iterator[tuple[int, LayerStatistics]]:
+    """(layer, sums over all batches), from the last layer to the first, each as soon as its segment is done."""
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    layers = model.architecture.num_layers
+    inputs = [[model.embed(batch.tokens).cpu() for batch in batches]]  # of each segment, for each batch
+    if len(segments) > 1:
+        forward = Progress("calibrate, forwards", segments[-1].start, "layers")
+        for segment in segments[:-1]:
+            inputs.append(_run_segment(model, segment, inputs[-1]))
+            forward.advance(len(segment))
+        forward.close()
+    progress = Progress("calibrate", tokens * layers, "tokens", scale=layers)
+    gradients: list[torch.Tensor] = []
+    for segment in reversed(segments):
+        head = model.head() if segment is segments[-1] else None
+        sums, gradients = _segment_sums(model, segment, head, batches, inputs.pop(), gradients, progress)
+        for index in reversed(segment):
+            yield index, sums.pop()
+    progress.close()
+
+
+@torch.no_grad()
+def _run_segment(model: OriginalModel, segment: range, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What the segment makes of each batch's states [b, S, h]."""
+    layers = [model.layer(index) for index in segment]
+    return [_run(layers, state.to(model.device)).cpu() for state in states]
+
+
+def _run(layers: Sequence[Layer], hidden: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        hidden = layer.run(hidden)
+    return hidden
+
+
+def _segment_sums(
+    model: OriginalModel,
+    segment: range,
+    head: Head | None,
+    batches: Sequence[Batch],
+    inputs: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+    progress: Progress,
+) -> tuple[list[LayerStatistics], list[torch.Tensor]]:
+    """The sums of a segment's layers, and each batch's gradient [b, S, h] with respect to the segment's input.
+
+    inputs: [b, S, h] of each batch. gradients: with respect to the segment's output; not of the last segment, whose
+    output goes to the head.
     """
-    with torch.enable_grad(), _watch_attention(model, architecture, layers):
-        embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
-        hidden = model.model(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        hidden.backward(_loss_gradient(model, hidden.detach(), seeds))
+    layers = [model.layer(index) for index in segment]
+    sums = [empty_statistics(model.architecture, model.device) for _ in segment]
+    for layer, its_sums in zip(layers, sums, strict=True):
+        _watch_attention(layer, its_sums)
+    below = []
+    for index, batch in enumerate(batches):
+        state = inputs[index].to(model.device).detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = _run(layers, state)
+            if head is None:
+                output.backward(gradients[index].to(model.device))
+            else:
+                hidden = head.norm(output)
+                hidden.backward(_loss_gradient(head, hidden.detach(), batch.seeds))
+        assert state.grad is not None
+        below.append(state.grad.cpu())
+        progress.advance(batch.tokens.numel() * len(segment))
+    return sums, below
 
 
-def _loss_gradient(model: Any, hidden: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-    """Gradient of the summed negative log-likelihood of sampled labels with respect to `hidden` [b, S, h].
+def _loss_gradient(head: Head, hidden: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """Gradient of the summed negative log-likelihood of sampled labels with respect to `hidden` [b, S, h], normed.
 
     With z = logits, it is (softmax(z) - onehot(label)) W. One sequence at a time, as logits are large.
     """
-    head = model.get_output_embeddings()
+    weight = head.output.weight  # [V, h]
     gradient = torch.empty_like(hidden)
     for row, seed in enumerate(seeds):
         with torch.no_grad():
-            probabilities = head(hidden[row]).float().softmax(-1)  # [S, V]
+            probabilities = head.output(hidden[row]).float().softmax(-1)  # [S, V]
             # On the CPU, where a seed gives the same numbers on every machine.
             chance = torch.rand(len(probabilities), 1, generator=torch.Generator().manual_seed(seed))
             cumulated = probabilities.cumsum(-1)
             labels = torch.searchsorted(cumulated, chance.to(cumulated) * cumulated[:, -1:])
             labels.clamp_(max=cumulated.shape[1] - 1)  # NaN is beyond all; the sums say so where they are saved
             probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))
-            gradient[row] = probabilities.to(head.weight.dtype) @ head.weight
+            gradient[row] = probabilities.to(weight.dtype) @ weight
     return gradient
 
 
-@contextmanager
-def _watch_attention(model: Any, architecture: Architecture, layers: list[LayerStatistics]) -> Iterator[None]:
-    """Hooks that call `_add_layer` with the layer's input and the gradient of its heads' outputs."""
-    handles = []
-    for number, (sums, layer) in enumerate(zip(layers, model.model.layers, strict=True)):
-        attention = layer.self_attn
-        seen: dict[str, Any] = {}
+def _watch_attention(layer: Layer, sums: LayerStatistics) -> None:
+    """Hooks that call `_add_layer` with the layer's input and the gradient of its heads' outputs, as long as the layer
+    lives. They hold no module and no tensor of the graph, so that the layer is freed when it is dropped."""
+    architecture, index = layer.model.architecture, layer.index
+    seen: dict[str, Any] = {}
 
-        def before(module: nn.Module, args: Any, kwargs: Any, seen: dict[str, Any] = seen) -> None:
-            seen["x"] = kwargs["hidden_states"].detach()
-            seen["tables"] = kwargs["position_embeddings"]
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen["attention"], seen["x"] = module, kwargs["hidden_states"].detach()
+        seen["tables"] = kwargs["position_embeddings"]
 
-        def before_output(
-            module: nn.Module,
-            args: Any,
-            seen: dict[str, Any] = seen,
-            index: int = number,
-            sums: LayerStatistics = sums,
-            attention: Any = attention,
-        ) -> None:
-            (output,) = args
+    def before_output(module: nn.Module, args: Any) -> None:
+        (output,) = args
+        seen["output"] = output.detach()
 
-            def backward(gradient: torch.Tensor) -> None:
-                with torch.no_grad():
-                    _add_layer(
-                        sums,
-                        architecture,
-                        index,
-                        attention,
-                        seen.pop("x"),
-                        seen.pop("tables"),
-                        output.detach(),
-                        gradient,
-                    )
+        def backward(gradient: torch.Tensor) -> None:
+            with torch.no_grad():
+                _add_layer(sums, architecture, index, gradient=gradient, **seen)
+            seen.clear()
 
-            output.register_hook(backward)
+        output.register_hook(backward)
 
-        handles.append(attention.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(attention.o_proj.register_forward_pre_hook(before_output))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    attention = layer.module.self_attn
+    attention.register_forward_pre_hook(before, with_kwargs=True)
+    attention.o_proj.register_forward_pre_hook(before_output)
 
 
 def _add_layer(

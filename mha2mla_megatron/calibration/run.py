@@ -6,32 +6,36 @@ the order of additions.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mha2mla_megatron.architecture import Architecture, read_architecture
-from mha2mla_megatron.calibration.collect import collect_batch
+from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.calibration.collect import Batch, collect, make_segments
+from mha2mla_megatron.calibration.original import OriginalModel
 from mha2mla_megatron.calibration.statistics import (
     LayerStatistics,
-    all_tensors,
-    empty_statistics,
+    StatisticsWriter,
+    layer_shapes,
     model_fingerprint,
-    save_statistics,
 )
-from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, rank_device
-from mha2mla_megatron.checkpoint.hf import HFReader
+from mha2mla_megatron.checkpoint.causal_lm import pick_device, rank_device
+from mha2mla_megatron.checkpoint.hf import HFReader, parse_size
 from mha2mla_megatron.data.documents import DocumentReader
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.files import new_files
-from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.ranks import Ranks, launched_ranks, process_group
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+CPU_MEMORY = 1 << 30
+"""Of the setting `memory`, in bytes, where there is no GPU whose free memory could be asked for."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,11 @@ class CalibrateSettings:
     """Sequences in a forward and backward pass. Does not change the result."""
 
     dtype: str = "float32"
-    """Type of the model: float32 or bfloat16 (for GPUs that cannot hold it otherwise). Sums are float32."""
+    """Type of the model: float32, or bfloat16, which halves weights and hidden states. Sums are float32."""
+
+    memory: str = "auto"
+    """As 16GB: for the layers that are held at a time, at least one, with their weights, sums and activations. auto:
+    half of the GPU's free memory, 1 GiB on a CPU. Does not change the result."""
 
     device: str = "auto"
     """auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
@@ -72,6 +80,8 @@ class CalibrateSettings:
         ):
             require_at_least(key, value, minimum)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
+        if self.memory != "auto":
+            parse_size(self.memory, "memory")
         pick_device(self.device)
 
 
@@ -111,14 +121,19 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
             f"warning: {provenance['tokens']} tokens give second moments of rank below the hidden size "
             f"{architecture.hidden_size}; the rest is damped. Raise samples or sequence_length"
         )
+    model = OriginalModel(reader, architecture, device, DTYPES[settings.dtype])
     with process_group("nccl" if device.type == "cuda" else "gloo") as ranks:
+        layers = _collect(model, sequences, settings, ranks)
+        failed = f"{target}: cannot be written"
         if ranks.rank != 0:
-            _collect(source, architecture, sequences, settings, device, ranks)
+            for _ in layers:
+                ranks.every(lambda: None, failed)  # rank 0 writes
             return None
         with new_files([target], settings.overwrite) as (scratch,):
-            layers = _collect(source, architecture, sequences, settings, device, ranks)
             stored = sequences[-int(provenance["stored_sequences"]) :]
-            save_statistics(scratch, architecture, layers, stored, provenance)
+            writer = StatisticsWriter(scratch, architecture.num_layers, layer_shapes(architecture), stored, provenance)
+            for layer, sums in layers:
+                ranks.every(functools.partial(_add, writer, layer, sums), failed)
         return provenance
 
 
@@ -147,25 +162,32 @@ def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> tor
 
 
 def _collect(
-    source: Path,
-    architecture: Architecture,
-    sequences: torch.Tensor,
-    settings: CalibrateSettings,
-    device: torch.device,
-    ranks: Ranks,
-) -> list[LayerStatistics]:
-    """The sums over the first `samples` sequences, this rank's part run here and all parts added up."""
-    model = load_causal_lm(str(source), source, DTYPES[settings.dtype], device).requires_grad_(False)
-    layers = [empty_statistics(architecture, device) for _ in range(architecture.num_layers)]
-    mine = list(range(ranks.rank, min(settings.samples, len(sequences)), ranks.world))
-    progress = Progress("calibrate", len(mine) * settings.sequence_length, "tokens")
-    for start in range(0, len(mine), settings.batch_size):
-        batch = mine[start : start + settings.batch_size]
-        seeds = [settings.seed * 1_000_003 + index for index in batch]
-        collect_batch(model, architecture, sequences[batch].to(device), seeds, layers)
-        progress.advance(len(batch) * settings.sequence_length)
-    if ranks.world > 1:
-        for tensor in all_tensors(layers):
-            torch.distributed.all_reduce(tensor)
-    progress.close()
-    return layers
+    model: OriginalModel, sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks
+) -> Iterator[tuple[int, LayerStatistics]]:
+    """Every layer's sums over the first `samples` sequences, this rank's part run here and all parts added up."""
+    mine = range(ranks.rank, min(settings.samples, len(sequences)), ranks.world)
+    batches = [
+        Batch(sequences[list(part)], [settings.seed * 1_000_003 + index for index in part])
+        for part in (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
+    ]
+    batch_tokens = settings.batch_size * settings.sequence_length
+    memory = _memory(settings.memory, model.device)
+    for layer, sums in collect(model, batches, make_segments(model.architecture, model.dtype, batch_tokens, memory)):
+        if ranks.world > 1:
+            for tensor in sums.tensors().values():
+                torch.distributed.all_reduce(tensor)
+        yield layer, sums
+
+
+def _memory(setting: str, device: torch.device) -> int:
+    """The setting `memory` in bytes."""
+    if setting != "auto":
+        return parse_size(setting, "memory")
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_MEMORY
+
+
+def _add(writer: StatisticsWriter, layer: int, sums: LayerStatistics) -> None:
+    for name, tensor in sums.tensors().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"calibration: {name} of layer {layer} is not finite: the model's activations overflow")
+    writer.add(layer, sums)

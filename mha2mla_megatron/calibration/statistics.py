@@ -26,17 +26,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.checkpoint.hf import HFReader
+from mha2mla_megatron.checkpoint.hf import HFReader, lay_out
 from mha2mla_megatron.errors import UserError, first_line
 
 FORMAT = "mha2mla_statistics 1"
@@ -135,29 +134,48 @@ class Statistics:
                     raise UserError(f"{self.file}: {key} has shape {found}, this model's is {shape}")
 
 
-def save_statistics(
-    file: Path,
-    architecture: Architecture,
-    layers: Sequence[LayerStatistics],
-    sequences: torch.Tensor,
-    metadata: dict[str, Any],
-) -> None:
-    """Write the sums (as float32), the 2-norm scores made of them and the provenance.
+class StatisticsWriter:
+    """Writes a statistics file, layer by layer in any order; it is whole when each has been added.
 
-    metadata: `tokens` (int), `model` (fingerprint and source) and whatever else says where the sums come from.
-    sequences: int [n, S].
-
-    Raises UserError for sums that are not finite, naming the layer.
+    shapes: of a layer's sums (`layer_shapes`). sequences: int [n, S]. metadata: `tokens` (int), `model` (fingerprint
+    and source) and whatever else says where the sums come from.
     """
-    tensors = {"sequences": sequences.to(torch.int32).cpu()}
-    for index, layer in enumerate(layers):
-        for name, tensor in layer.tensors().items():
-            if not tensor.isfinite().all():
-                raise UserError(f"calibration: {name} of layer {index} is not finite: the model's activations overflow")
-            tensors[f"layers.{index}.{name}"] = tensor.to(torch.float32).cpu().contiguous()
-    tokens = int(metadata["tokens"])
-    tensors["scores"] = torch.stack([layer.pair_scores(tokens) for layer in layers]).to(torch.float32).cpu()
-    save_file(tensors, file, metadata={"format": FORMAT, "provenance": json.dumps(metadata)})
+
+    def __init__(
+        self,
+        file: Path,
+        num_layers: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        sequences: torch.Tensor,
+        metadata: dict[str, Any],
+    ) -> None:
+        self.file, self.tokens = file, int(metadata["tokens"])
+        sequences = sequences.to(torch.int32)
+        with torch.device("meta"):
+            tensors = {
+                f"layers.{layer}.{name}": torch.empty(shape)
+                for layer in range(num_layers)
+                for name, shape in shapes.items()
+            }
+            tensors["scores"] = torch.empty(num_layers, *shapes["key_norms"])
+        head, self._offsets = lay_out(
+            {**tensors, "sequences": sequences}, {"format": FORMAT, "provenance": json.dumps(metadata)}
+        )
+        self.file.write_bytes(head)
+        self._write({self._offsets["sequences"]: sequences})
+
+    def add(self, layer: int, sums: LayerStatistics) -> None:
+        """Write a layer's sums (as float32) and the 2-norm scores made of them."""
+        sums = sums.to(torch.device("cpu"), torch.float32)
+        scores = sums.pair_scores(self.tokens)
+        pieces = {self._offsets[f"layers.{layer}.{name}"]: tensor for name, tensor in sums.tensors().items()}
+        self._write({**pieces, self._offsets["scores"] + layer * scores.nbytes: scores})
+
+    def _write(self, pieces: dict[int, torch.Tensor]) -> None:
+        with self.file.open("r+b") as stream:
+            for offset, tensor in pieces.items():
+                stream.seek(offset)
+                stream.write(tensor.flatten().numpy())
 
 
 def merge_statistics(files: Sequence[Path], target: Path) -> dict[str, Any]:
@@ -168,28 +186,24 @@ def merge_statistics(files: Sequence[Path], target: Path) -> dict[str, Any]:
     opened = [(file, _open(file)) for file in files]
     metadata = [_metadata(file, tensors) for file, tensors in opened]
     (first, reference), names = opened[0], set(opened[0][1].keys())
-    merged: dict[str, torch.Tensor] = {}
     for (file, tensors), data in zip(opened, metadata, strict=True):
         if data["model"]["fingerprint"] != metadata[0]["model"]["fingerprint"] or set(tensors.keys()) != names:
             raise UserError(f"{file}: statistics of another model than {first}")
     tokens = sum(int(data["tokens"]) for data in metadata)
-    for name in reference.keys():  # noqa: SIM118
-        parts = [tensors.get_tensor(name) for _, tensors in opened]
-        if name == "sequences":
-            length = min(part.shape[1] for part in parts)
-            merged[name] = torch.cat([part[:, :length] for part in parts])
-        elif name != "scores":
-            merged[name] = sum(part.to(torch.float64) for part in parts).to(torch.float32)  # type: ignore[union-attr]
-    layers = 1 + max(int(name.split(".")[1]) for name in merged if name.startswith("layers."))
+    sequences = [tensors.get_tensor("sequences") for _, tensors in opened]
+    length = min(part.shape[1] for part in sequences)
     fields = [field.name for field in dataclasses.fields(LayerStatistics)]
-    merged["scores"] = torch.stack(
-        [
-            LayerStatistics(**{name: merged[f"layers.{index}.{name}"] for name in fields}).pair_scores(tokens)
-            for index in range(layers)
-        ]
-    )
+    num_layers = 1 + max(int(name.split(".")[1]) for name in names if name.startswith("layers."))
+    shapes = {name: tuple(reference.get_slice(f"layers.0.{name}").get_shape()) for name in fields}
     provenance = {"tokens": tokens, "model": metadata[0]["model"], "merged": metadata}
-    save_file(merged, target, metadata={"format": FORMAT, "provenance": json.dumps(provenance)})
+    stored = torch.cat([part[:, :length] for part in sequences])
+    writer = StatisticsWriter(target, num_layers, shapes, stored, provenance)
+    for layer in range(num_layers):
+        merged = {}
+        for name in fields:
+            parts = [tensors.get_tensor(f"layers.{layer}.{name}") for _, tensors in opened]
+            merged[name] = sum(part.to(torch.float64) for part in parts)
+        writer.add(layer, LayerStatistics(**merged))
     return provenance
 
 
@@ -222,8 +236,3 @@ def _metadata(file: Path, tensors: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{file}: its provenance is missing or damaged") from None
     return provenance
-
-
-def all_tensors(layers: Iterable[LayerStatistics]) -> list[torch.Tensor]:
-    """Every tensor of every layer, in one order."""
-    return [tensor for layer in layers for tensor in layer.tensors().values()]

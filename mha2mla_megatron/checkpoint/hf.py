@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ CODE_FILES = (
 CODE_FOLDER = Path(__file__).resolve().parents[1] / "hf"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64"}
-"""What safetensors calls the types that a model folder may hold."""
+NAMES = {dtype: name for name, dtype in FLOATS.items()} | {torch.int64: "I64", torch.int32: "I32"}
+"""What safetensors calls the types that are written."""
 
 
 class HFReader:
@@ -139,23 +139,30 @@ class HFWriter:
             (self.partial.path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
     def _lay_out(self, file: str, names: list[str]) -> None:
-        """Give each tensor of a shard its place, wide types first so that all are aligned, and write the header."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        ordered = sorted(names, key=lambda name: (-self.tensors[name].dtype.itemsize, name))
-        for name in ordered:
-            tensor, start = self.tensors[name], end
-            end += tensor.nbytes
-            header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        for name in ordered:
-            self.files[name] = file
-            self.offsets[name] = 8 + len(text) + header[name]["data_offsets"][0]
+        """Give each tensor of a shard its place, and write the header."""
+        head, offsets = lay_out({name: self.tensors[name] for name in names}, {"format": "pt"})
+        self.files.update(dict.fromkeys(names, file))
+        self.offsets.update(offsets)
         if file not in self.partial.done and self.partial.ranks.rank == 0:
-            head = memoryview(len(text).to_bytes(8, "little") + text)
             self.partial.write(file, file, 0, lambda stream: stream.write(head))
             self.partial.finish(file)
+
+
+def lay_out(tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> tuple[memoryview, dict[str, int]]:
+    """The header of a safetensors file of these tensors, which may be on the meta device, and where each starts in it.
+
+    Wide types come first, so that all are aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)):
+        tensor, start = tensors[name], end
+        end += tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    offsets = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in tensors}
+    return memoryview(len(text).to_bytes(8, "little") + text), offsets
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:

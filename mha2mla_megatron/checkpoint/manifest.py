@@ -14,7 +14,7 @@ from typing import Any
 
 from mha2mla_megatron.checkpoint.megatron import TorchDistReader
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.files import replace_text
+from mha2mla_megatron.files import replace_text, scratch_of
 
 MANIFEST = "manifest.json"
 
@@ -31,6 +31,7 @@ def seal_step(folder: Path, iteration: int, layout: dict[str, int]) -> None:
         size = (folder / name).stat().st_size if (folder / name).is_file() else 0
         if size < end:
             raise UserError(f"{folder / name}: {size} bytes were written, the index says {end}; is the disk shared?")
+    scratch_of(folder / MANIFEST).unlink(missing_ok=True)  # of a process that ended at this point
     files = {file.name: _describe(file) for file in sorted(folder.iterdir()) if file.name != MANIFEST}
     content = {"format": 1, "step": iteration, "layout": layout, "files": files}
     replace_text(folder / MANIFEST, json.dumps({**content, "sha256": _digest(content)}, indent=2) + "\n")

@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import sys
 import zlib
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
@@ -319,9 +320,10 @@ def resumable_folder(
         ranks.every(lambda: None if opened else open_folder())
         partial = opened[0]
         try:
-            with _names_full_disk(target):
-                yield partial
-            ranks.first(_names_full_disk(target)(partial.publish))
+            with _interrupts_stay_interrupts():
+                with _names_full_disk(target):
+                    yield partial
+                ranks.first(_names_full_disk(target)(partial.publish))
         except (LostProcess, NoRoomLeft):
             raise
         except UserError:
@@ -353,6 +355,33 @@ def _names_full_disk(target: Path) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         raise NoRoomLeft(f"{target}: cannot be written ({error.strerror}); with more room {AGAIN}") from None
+
+
+@contextmanager
+def _interrupts_stay_interrupts() -> Iterator[None]:
+    """Within the block, what is raised after a Ctrl-C is a KeyboardInterrupt.
+
+    Where that strikes while torch's C++ code calls Python, torch makes another error of it.
+    """
+    struck = False
+
+    def strike(number: int, frame: object) -> None:
+        nonlocal struck
+        struck = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or somebody else's
+        yield
+        return
+    signal.signal(signal.SIGINT, strike)
+    try:
+        yield
+    except Exception as error:
+        if struck:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _line(values: dict[str, Any]) -> bytes:
