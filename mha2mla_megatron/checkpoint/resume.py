@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 from mha2mla_megatron import __version__
+from mha2mla_megatron.checkpoint.heap import freed_memory_is_kept
 from mha2mla_megatron.errors import LostProcess, UserError
 from mha2mla_megatron.files import NO_ROOM
 from mha2mla_megatron.progress import Progress
@@ -320,7 +321,7 @@ def resumable_folder(
         ranks.every(lambda: None if opened else open_folder())
         partial = opened[0]
         try:
-            with _interrupts_stay_interrupts():
+            with _interrupts_stay_interrupts(), freed_memory_is_kept():
                 with _names_full_disk(target):
                     yield partial
                 ranks.first(_names_full_disk(target)(partial.publish))
