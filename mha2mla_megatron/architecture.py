@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from mha2mla_megatron.config import MHA2MLAConfig, config_from_dict
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.experts import Experts, read_experts
 from mha2mla_megatron.families import FAMILIES, flag, is_converted, layers_with_window, layers_without_rope
+from mha2mla_megatron.files import read_json_object
 from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, LatentLayout, biased_projections
 
 MAX_LAYERS = 1 << 14
@@ -149,17 +149,8 @@ class Architecture:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json as a dict."""
-    file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        hint = "; tools/import_mha2mla.py reads nanotron's" if (folder / "model_config.json").is_file() else ""
-        raise UserError(f"{folder}: not a Hugging Face model folder (no config.json){hint}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a config")
-    return values
+    hint = "; tools/import_mha2mla.py reads nanotron's" if (folder / "model_config.json").is_file() else ""
+    return read_json_object(folder / "config.json", f"{folder}: not a Hugging Face model folder (no config.json){hint}")
 
 
 def refuse_special_weights(folder: Path) -> None:

@@ -76,6 +76,19 @@ def file_sha256(file: Path) -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
+def read_json_object(file: Path, missing: str) -> dict[str, Any]:
+    """A config as a dict. Raises UserError, with `missing` for its message where there is no such file."""
+    try:
+        values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: holds a {type(values).__name__}, not a config")
+    return values
+
+
 def write_json(file: Path, values: Any) -> None:
     """Write indented JSON; NaN and infinities, which JSON has not, are an error."""
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors.torch import load_file
 
 from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, iteration_folder
 from mha2mla_megatron.checkpoint.rotation import saved_steps
@@ -127,3 +128,9 @@ def terminate_at_step_3(command: list[str]) -> tuple[subprocess.Popen[str], str]
             break
     _, errors = process.communicate(timeout=60)
     return process, errors
+
+
+def exported(root: Path, target: Path, *words: str) -> dict[str, torch.Tensor]:
+    """The tensors of a run's latest step as a Hugging Face folder has them."""
+    run_tool("convert_megatron_to_hf", root, target, *words)
+    return load_file(target / "model.safetensors")

@@ -75,6 +75,31 @@ def mean_loss(model: torch.nn.Module, batch: list[dict[str, torch.Tensor]]) -> t
     return (torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels, reduction="none") * mask).sum() / mask.sum()
 
 
+def check_steps(
+    log: list[dict[str, Any]],
+    reference: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: list[dict[str, torch.Tensor]],
+) -> None:
+    """Each step's loss and gradient norm, while `optimizer` trains transformers' model on the same samples.
+
+    Its groups may have a `factor` of the learning rate.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for step, line in enumerate(log):
+        optimizer.zero_grad()
+        loss = mean_loss(reference, data[step * BATCH : (step + 1) * BATCH])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        # The same sums in another order; a decayed norm, a wrong clipping, a factor or a gradient forgotten shows at
+        # 1e-3 after a few steps.
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5), step
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), step
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATES[step] * group.get("factor", 1)
+        optimizer.step()
+
+
 def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
 
@@ -96,17 +121,7 @@ def test_same_as_torch_on_the_transformers_model(
     assert [line["step"] for line in log] == [1, 2, 3, 4, 5, 6]
     assert [line["lr"] for line in log] == pytest.approx(LEARNING_RATES, rel=1e-12)
     assert [line["tokens"] for line in log] == [BATCH * LENGTH] * STEPS
-    for step, line in enumerate(log):
-        optimizer.zero_grad()
-        loss = mean_loss(reference, data[step * BATCH : (step + 1) * BATCH])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        # The same sums in another order; a decayed norm or a wrong clipping shows at 1e-3 after a few steps.
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5), step
-        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), step
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.step()
+    check_steps(log, reference, optimizer, data)
 
 
 class Killed(Exception):

@@ -20,6 +20,7 @@ from tests.finetune_cases import (
     BATCH,
     checkpoint_tensors,
     checkpoint_values,
+    exported,
     finetune,
     log_text,
     losses,
@@ -28,7 +29,7 @@ from tests.finetune_cases import (
     read_log,
     run_words,
 )
-from tests.test_finetune import LEARNING_RATES, SCHEDULE, STEPS, load, mean_loss, samples
+from tests.test_finetune import SCHEDULE, STEPS, check_steps, load, samples
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
@@ -53,11 +54,6 @@ def trained(workspace: Path) -> dict[str, Path]:
 
 
 MODELS = ("original", "mla")
-
-
-def exported(root: Path, target: Path, *words: str) -> dict[str, torch.Tensor]:
-    run_tool("convert_megatron_to_hf", root, target, *words)
-    return load_file(target / "model.safetensors")
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -87,17 +83,7 @@ def test_same_as_the_formula_in_torch(workspace: Path, trained: dict[str, Path],
     }
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), eps=1e-4, weight_decay=0.1)
     data = samples(workspace / "text", tmp_path / "cache", STEPS * BATCH)
-    for step, line in enumerate(read_log(trained[model])):
-        optimizer.zero_grad()
-        loss = mean_loss(reference, data[step * BATCH : (step + 1) * BATCH])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        # The same sums in another order; another factor, or a gradient that is left out, shows at 1e-3.
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5), step
-        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), step
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step]
-        optimizer.step()
+    check_steps(read_log(trained[model]), reference, optimizer, data)
     before, merged = load_file(workspace / model / "model.safetensors"), exported(trained[model], tmp_path / "hf")
     assert before.keys() == merged.keys()
     changes = {

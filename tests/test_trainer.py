@@ -38,7 +38,7 @@ from tests.finetune_cases import (
     run_words,
 )
 from tests.megatron_cases import converted_config
-from tests.test_finetune import LEARNING_RATES, SCHEDULE, STEPS, load, mean_loss, samples
+from tests.test_finetune import LEARNING_RATES, SCHEDULE, STEPS, check_steps, load, samples
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
@@ -80,17 +80,7 @@ def test_scaled_and_frozen_tensors_are_those_of_torch(workspace: Path, scaled: P
     data = samples(workspace / "text", tmp_path / "cache", STEPS * BATCH)
     log = read_log(scaled)
     assert [line["lr"] for line in log] == pytest.approx(LEARNING_RATES, rel=1e-12)
-    for step, line in enumerate(log):
-        optimizer.zero_grad()
-        loss = mean_loss(reference, data[step * BATCH : (step + 1) * BATCH])
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        # The same sums in another order; a factor forgotten shows at 1e-3.
-        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5), step
-        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4), step
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATES[step] * group["factor"]
-        optimizer.step()
+    check_steps(log, reference, optimizer, data)
     before, after = checkpoint_tensors(workspace / "mla-megatron", 0), checkpoint_tensors(scaled, STEPS)
     factors = {row.megatron: hf_factor(row.hf[0]) for row in parameter_map(read_architecture(workspace / "mla"))}
     for name, tensor in before.items():

@@ -7,7 +7,6 @@ is. Queries, keys and values are one parameter, their rows in this order; gate a
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.hf import FLOATS
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import read_json_object
 
 MODEL_CONFIG, LATEST, WEIGHTS = "model_config.json", "latest.txt", "model"
 VERSIONS = ("1.2", "1.3", "1.4", "1.5")
@@ -234,16 +234,7 @@ def _tile(regions: list[Region], shape: tuple[int, ...]) -> bool:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    file = folder / MODEL_CONFIG
-    try:
-        values = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder}: a nanotron checkpoint without {MODEL_CONFIG}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: holds a {type(values).__name__}, not a config")
-    return values
+    return read_json_object(folder / MODEL_CONFIG, f"{folder}: a nanotron checkpoint without {MODEL_CONFIG}")
 
 
 def _interleaved(values: dict[str, Any]) -> bool:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, run_tool
 from tests.finetune_cases import (
     checkpoint_tensors,
+    exported,
     finetune,
     log_text,
     losses,
@@ -125,11 +125,6 @@ def _filled(words: list[str], workspace: Path) -> list[str]:
 
 def outcome(results: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads((results / f"{name}.{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def exported(root: Path, target: Path) -> dict[str, torch.Tensor]:
-    run_tool("convert_megatron_to_hf", root, target)
-    return load_file(target / "model.safetensors")
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *(f"resumed-{layout}" for layout in RESUMED)])
