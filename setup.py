@@ -49,7 +49,6 @@ setup(
         "dev": [
             "pytest",
             "pytest-timeout",
-            "pytest-xdist",
             "ruff",
             "pyright[nodejs]",
             "gguf",

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Every check of this repository: lint, format, types, and the tests that need no GPU.
 # usage: bash tools/test.sh [pytest's arguments]      e.g.  bash tools/test.sh -k partial_rope -x
+# Without arguments each test file runs in a process of its own (tests/run_files.py); with some, pytest runs once.
 # All steps run even where one fails; the exit code is 0 only if all passed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,9 +19,13 @@ python=.venv/bin/python
 step "ruff check" "$python" -m ruff check .
 step "ruff format" "$python" -m ruff format --check .
 step "pyright" "$python" -m pyright
-# Two test processes of one thread each: tiny models gain nothing from more threads.
+# One thread a process: tiny models gain nothing from more.
 export OMP_NUM_THREADS=1
-step "pytest" "$python" -m pytest -m "not gpu" -n 2 --dist loadfile --durations=25 "$@"
+if [ $# -eq 0 ]; then
+    step "tests" "$python" -m tests.run_files -m "not gpu" -q --durations=3
+else
+    step "tests" "$python" -m pytest -m "not gpu" "$@"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
     printf 'FAILED:'
