@@ -15,13 +15,15 @@ import pytest
 from tests.conftest import ROOT
 from tests.run_files import Runner
 
+NAP = f"1000.{os.getpid()}"
+"""Seconds, by which this process's sleepers are known."""
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"
 TESTS = {
     "good": "pass",
     "bad": "assert 1 + 1 == 3",
     "once": f"import pathlib; file = pathlib.Path(__file__ + '.seen')\n    if not file.exists(): file.touch(); {CRASH}",
     "crashing": CRASH,
-    "hanging": "import subprocess; subprocess.Popen(['sleep', '1000.25']).wait()",
+    "hanging": f"import subprocess; subprocess.Popen(['sleep', '{NAP}']).wait()",
 }
 
 
@@ -32,22 +34,30 @@ def make(folder: Path, *names: str) -> list[Path]:
     return files
 
 
-def test_crashes_and_hangs_are_run_once_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    files = make(tmp_path, *TESTS)
-    assert Runner(["-q", "-p", "no:cacheprovider"], limit=8).run(files) == 1
-    lines = capsys.readouterr().out.splitlines()
+def run(files: list[Path], limit: float, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
+    code = Runner(["-q", "-p", "no:cacheprovider"], limit).run(files)
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_failing_and_crashing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["good", "bad", "once", "crashing"]
+    code, lines = run(make(tmp_path, *names), 120, capsys)
     first = [line for line in lines[: lines.index("")] if re.match(r" +\d+ s  ", line)]
-    ended = {name: [line.split(": ", 1)[1] for line in first if f"test_{name}.py" in line] for name in TESTS}
-    assert ended["good"] == [ended["good"][0]] and ended["good"][0].startswith("1 passed")
+    ended = {name: [line.split(": ", 1)[1] for line in first if f"test_{name}.py" in line] for name in names}
+    assert len(ended["good"]) == 1 and ended["good"][0].startswith("1 passed")
     assert len(ended["bad"]) == 1 and ended["bad"][0].startswith("1 failed")
     assert ended["once"][0] == "ended by SIGSEGV; once more" and ended["once"][1].startswith("1 passed")
     assert ended["crashing"] == ["ended by SIGSEGV; once more", "ended by SIGSEGV"]
-    assert ended["hanging"] == ["ended by SIGKILL; once more", "ended by SIGKILL"]
     assert "assert (1 + 1) == 3" in "\n".join(lines) and "Fatal Python error: Segmentation fault" in lines
-    assert re.match(r"5 files in \d+ s: 3 failed, 3 run once more", lines[-4])
-    failed = [re.match(r"FAILED +\d+ s  .*test_(.*)\.py: ", line) for line in lines[-3:]]
-    assert [found and found[1] for found in failed] == ["bad", "crashing", "hanging"]
-    assert not sleeping()
+    assert code == 1 and re.match(r"4 files in \d+ s: 2 failed, 2 run once more", lines[-3])
+    failed = [re.match(r"FAILED +\d+ s  .*test_(.*)\.py: ", line) for line in lines[-2:]]
+    assert [found and found[1] for found in failed] == ["bad", "crashing"]
+
+
+def test_a_hanging_file_is_ended_with_what_it_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, lines = run(make(tmp_path, "hanging"), 6, capsys)
+    assert lines[0].endswith("ended by SIGKILL; once more") and lines[1].endswith("ended by SIGKILL")
+    assert code == 1 and "1 failed, 1 run once more" in lines[-2] and not sleeping()
 
 
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
@@ -67,7 +77,7 @@ def sleeping() -> bool:
     """Whether a process that a hanging test started is there."""
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdecimal() and b"sleep\x001000.25" in (folder / "cmdline").read_bytes():
+            if folder.name.isdecimal() and f"sleep\x00{NAP}".encode() in (folder / "cmdline").read_bytes():
                 return os.stat(folder).st_uid == os.getuid()
         except OSError:  # it has ended meanwhile
             continue
