@@ -25,9 +25,9 @@ from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics,
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.frequencies import attention_factor
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.low_rank import factorise, truncation_losses
-from mha2mla_megatron.model.frequencies import attention_factor
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 
 

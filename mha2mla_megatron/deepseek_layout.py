@@ -22,7 +22,7 @@ from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.frequencies import inverse_frequencies
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.ranks import require_one_process
 
 NORM_SHARE = 2.0**-24

@@ -35,6 +35,13 @@ class Experts:
     norm_topk_prob: bool
     """Whether a token's weights are divided by their sum."""
 
+    def check_router(self) -> None:
+        """Raise UserError for a router that Megatron does not have."""
+        if self.norm_topk_prob and self.num_experts_per_tok == 1:
+            raise UserError(
+                "num_experts_per_tok: 1, whose weight, divided by the sum, is always 1: Megatron has no such router"
+            )
+
     def tensor_shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """Name under a layer -> shape of the router and of every expert."""
         h, m = hidden_size, self.intermediate_size

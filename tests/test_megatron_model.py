@@ -9,7 +9,7 @@ import torch
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.model.frequencies import inverse_frequencies
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import (

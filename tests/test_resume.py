@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
@@ -25,29 +26,30 @@ from mha2mla_megatron.checkpoint.resume import JOURNAL, NEW, PartialFolder
 from mha2mla_megatron.planning import Planner
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.forks import exit_codes, fork
-from tests.kill_conversion import WORDS, contents, convert, kill_conversions
+from tests.kill_conversion import ROUTES, SHARDS, Inputs, contents, convert, kill_conversions
 from tests.test_faults import small_files
 
-TOOLS = list(WORDS)
+Files = Callable[[str], dict[str, bytes]]
+ALIKE = ("mha_to_mla", "hf_to_megatron", "megatron_to_hf")
+"""Routes that stand for all where only the files differ."""
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Each converter's source, and under `done` what it makes of it."""
-    root = tmp_path_factory.mktemp("resume")
-    make_tokenizer(make_llama(root / "original", num_hidden_layers=4))
-    sources = {"convert_mha_to_mla": root / "original"}
-    for tool, following in zip(TOOLS, [*TOOLS[1:], None], strict=True):
-        target = root / f"of-{tool}"
-        run_tool(tool, sources[tool], target, *words(tool))
-        sources[f"{tool} done"] = target
-        if following is not None:
-            sources[following] = target
-    return sources
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    return Inputs(tmp_path_factory.mktemp("resume"))
 
 
-def words(tool: str) -> list[str]:
-    return [word.replace("300KB", "100KB").replace("rank=48", "rank=20") for word in WORDS[tool]]
+@pytest.fixture(scope="module")
+def unbroken(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """What a route writes where nothing ends it."""
+
+    @functools.cache
+    def files(route: str) -> dict[str, bytes]:
+        target = tmp_path_factory.mktemp(route) / "out"
+        run_tool(*inputs.command(route, target))
+        return contents(target)
+
+    return files
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, part: int, error: BaseException) -> None:
@@ -64,11 +66,15 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, part: int, error: BaseException) ->
     monkeypatch.setattr(PartialFolder, "finish", stopping)
 
 
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("route", ROUTES)
 def test_an_interrupted_conversion_goes_on(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str
+    inputs: Inputs,
+    unbroken: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
 ) -> None:
-    command = [tool, models[tool], tmp_path / "out", *words(tool)]
+    command = inputs.command(route, tmp_path / "out")
     for part in (1, 4, 9):
         with monkeypatch.context() as patch:
             stop_at(patch, part, KeyboardInterrupt())
@@ -77,19 +83,20 @@ def test_an_interrupted_conversion_goes_on(
         line = f"{tmp_path / 'out'}: interrupted; the same command goes on from there"
         assert done.stderr.splitlines()[-1] == line
         assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    lines = (tmp_path / ".out.partial" / JOURNAL).read_text().splitlines()
-    assert len(lines) == 1 + 0 + 3 + 8, "what was done before is not done again"
-    read: list[str] = []
-    getitem = HFReader.__getitem__
-    monkeypatch.setattr(HFReader, "__getitem__", lambda self, name: (read.append(name), getitem(self, name))[1])
+    there = [json.loads(line)["part"] for line in (tmp_path / ".out.partial" / JOURNAL).read_text().splitlines()[1:]]
+    assert len(there) == 0 + 3 + 8
+    finish = PartialFolder.finish
+    monkeypatch.setattr(
+        PartialFolder, "finish", lambda self, part, *more: (there.append(part), finish(self, part, *more))[1]
+    )
     assert "checking what is there" in run_tool(*command).stderr
-    assert contents(tmp_path / "out") == contents(models[f"{tool} done"])
+    assert len(there) == len(set(there)), "what was done before is not done again"
+    assert contents(tmp_path / "out") == unbroken(route)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert "model.embed_tokens.weight" not in read
 
 
 def test_an_interrupt_in_the_middle_of_other_code(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, unbroken: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's C++ code, interrupted while it calls Python, raises errors of its own."""
     getitem = HFReader.__getitem__
@@ -102,7 +109,7 @@ def test_an_interrupt_in_the_middle_of_other_code(
             raise ValueError("could not determine the shape")
         return getitem(self, name)
 
-    command = ["convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out"]
+    command = inputs.command("hf_to_megatron", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(HFReader, "__getitem__", swallowing)
         done = run_tool(*command, check=False)
@@ -111,28 +118,7 @@ def test_an_interrupt_in_the_middle_of_other_code(
     step = tmp_path / ".out.partial" / "new" / "iter_0000000"
     (step / ".manifest.json").write_text("{")
     run_tool(*command)
-    assert contents(tmp_path / "out") == contents(models["convert_hf_to_megatron done"])
-
-
-def test_straight_to_megatron_goes_on(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interrupted, and damaged meanwhile, it ends with the bytes of the two converters one after the other."""
-    command = ["convert_mha_to_mla", models["convert_mha_to_mla"], tmp_path / "out", *words("convert_mha_to_mla"),
-               "ckpt_format=torch_dist"]  # fmt: skip
-    for part in (1, 4, 15):
-        with monkeypatch.context() as patch:
-            stop_at(patch, part, KeyboardInterrupt())
-            assert run_tool(*command, check=False).returncode == 130
-    partial = tmp_path / ".out.partial"
-    assert (partial / JOURNAL).read_bytes().count(b"\n") == 1 + 0 + 3 + 14
-    with _largest(partial).open("r+b") as file:
-        file.seek(-100, os.SEEK_END)
-        file.write(b"\x55")
-    assert "checking what is there" in run_tool(*command).stderr
-    found = contents(tmp_path / "out")
-    report = models["convert_mha_to_mla done"] / "conversion_report.json"
-    assert found.pop("hf/conversion_report.json") == report.read_bytes()
-    assert found == contents(models["convert_hf_to_megatron done"])
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path / "out") == unbroken("hf_to_megatron")
 
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
@@ -161,24 +147,31 @@ def _flip(file: Path) -> None:
 
 
 @pytest.mark.parametrize("case", DAMAGE)
-@pytest.mark.parametrize("tool", TOOLS)
+@pytest.mark.parametrize("route", [*ALIKE, "mha_to_mla_megatron"])
 def test_what_was_damaged_meanwhile_is_made_again(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, case: str
+    inputs: Inputs,
+    unbroken: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    case: str,
 ) -> None:
+    command = inputs.command(route, tmp_path / "out")
     with monkeypatch.context() as patch:
         stop_at(patch, 15, KeyboardInterrupt())
-        run_tool(tool, models[tool], tmp_path / "out", *words(tool), check=False)
+        run_tool(*command, check=False)
     DAMAGE[case](tmp_path / ".out.partial")
-    run_tool(tool, models[tool], tmp_path / "out", *words(tool))
-    assert contents(tmp_path / "out") == contents(models[f"{tool} done"])
+    run_tool(*command)
+    assert contents(tmp_path / "out") == unbroken(route)
 
 
 @pytest.mark.parametrize("change", ["settings", "source"])
 def test_another_conversion_starts_anew(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    source = shutil.copytree(models["convert_mha_to_mla"], tmp_path / "source")
-    command = ["convert_mha_to_mla", source, tmp_path / "out", *words("convert_mha_to_mla")]
+    tool, original, target, *words = inputs.command("mha_to_mla", tmp_path / "out")
+    source = shutil.copytree(original, tmp_path / "source")
+    command = [tool, source, target, *words]
     with monkeypatch.context() as patch:
         stop_at(patch, 15, KeyboardInterrupt())
         run_tool(*command, check=False)
@@ -191,32 +184,34 @@ def test_another_conversion_starts_anew(
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("tool", TOOLS)
-def test_a_full_disk_is_one_line_and_the_work_is_kept(models: dict[str, Path], tmp_path: Path, tool: str) -> None:
-    full = words(tool)[:-1] if tool != "convert_hf_to_megatron" else []  # in one shard
+@pytest.mark.parametrize("route", ALIKE)
+def test_a_full_disk_is_one_line_and_the_work_is_kept(inputs: Inputs, tmp_path: Path, route: str) -> None:
+    tool, source, target, *words = inputs.command(route, tmp_path / "out")
+    command = [tool, source, target, *(word for word in words if word != SHARDS)]  # in one shard
     with small_files(200_000):
-        line = refused(tool, models[tool], tmp_path / "out", *full)
+        line = refused(*command)
     assert "File too large" in line and "with more room the same command goes on from there" in line
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    run_tool(tool, models[tool], tmp_path / "out", *full)
-    run_tool(tool, models[tool], tmp_path / "fresh", *full)
+    run_tool(*command)
+    run_tool(*command[:2], tmp_path / "fresh", *command[3:])
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_two_at_once_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_two_at_once_are_refused(inputs: Inputs, tmp_path: Path) -> None:
+    command = inputs.command("hf_to_megatron", tmp_path / "out")
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial" / JOURNAL).open("wb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        line = refused("convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out")
+        line = refused(*command)
     assert ".out.partial: another process is working in it" in line
-    run_tool("convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out")
+    run_tool(*command)
 
 
 def test_an_old_target_stays_until_the_new_one_is_complete(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: Inputs, unbroken: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where the process dies between the two renames, which leaves nothing of that name for a moment."""
-    command = ["convert_hf_to_megatron", models["convert_hf_to_megatron"], tmp_path / "out", "overwrite=true"]
+    command = [*inputs.command("hf_to_megatron", tmp_path / "out"), "overwrite=true"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("old")
     rename = Path.rename
@@ -233,8 +228,26 @@ def test_an_old_target_stays_until_the_new_one_is_complete(
     assert "overwrite=true" in refused(*command[:3])
     assert (tmp_path / "out" / "mine").read_text() == "old"
     run_tool(*command)
-    assert contents(tmp_path / "out") == contents(models["convert_hf_to_megatron done"])
+    assert contents(tmp_path / "out") == unbroken("hf_to_megatron")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_comes_too_late_once_the_name_is_given(
+    inputs: Inputs, unbroken: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To say then that the same command goes on would be wrong: it is refused, as the target is there."""
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Any:
+        done = rename(self, target)
+        os.kill(os.getpid(), signal.SIGINT)
+        return done
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    run_tool(*inputs.command("hf_to_megatron", tmp_path / "out"))
+    assert contents(tmp_path / "out") == unbroken("hf_to_megatron")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("word", ["dtype=auto", "dtype=bfloat16", "ckpt_format=torch_dist"])
@@ -294,13 +307,17 @@ def test_ended_at_random_moments(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    shape = ["layers=1", "hidden=64", "intermediate=96", "heads=4", "groups=2", "vocabulary=256", "rope=4", "rank=20"]
+    shape = ["layers=1", "hidden=64", "intermediate=96", "heads=4", "groups=2", "vocabulary=256", "rope=4", "rank=20",
+             "svd_layers=2"]  # fmt: skip
     table = run_tool("benchmarks/convert", tmp_path / "work", *shape, "repeats=1").stdout
-    for row in ("hf_to_megatron, original", "megatron_to_hf, original", "hf_to_megatron, MLA", "megatron_to_hf, MLA"):
-        (line,) = (line for line in table.splitlines() if line.startswith(row))
+    for row in (
+        "hf_to_megatron, original", "megatron_to_hf, original", "hf_to_megatron, MLA", "megatron_to_hf, MLA",
+        "mha_to_mla to hf, 2 layers", "mha_to_mla to torch_dist, 2 layers",
+    ):  # fmt: skip
+        (line,) = (line for line in table.splitlines() if line.startswith(f"{row} "))
         # A process that has imported torch and nothing else; GiB.
         assert 0.05 < float(line.split()[-1]) < 1.5, line
-    assert "MHA -> MLA of 1 layers" in table and not (tmp_path / "work").exists()
+    assert not (tmp_path / "work").exists()
 
 
 def anonymous(process: int | None) -> int:
@@ -322,19 +339,17 @@ def peak_of(tool: str, *words: object) -> int:
     return peak
 
 
-@pytest.mark.parametrize(
-    "command", [*TOOLS, pytest.param("convert_mha_to_mla ckpt_format=torch_dist", marks=pytest.mark.slow)]
-)
-def test_memory_does_not_grow_with_the_model(tmp_path: Path, command: str) -> None:
+@pytest.mark.parametrize("route", [*ALIKE, pytest.param("mha_to_mla_megatron", marks=pytest.mark.slow)])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, route: str) -> None:
     """Layers of 5 MB: sixteen more of them are 80 MB more of model."""
-    peaks, (tool, *more) = [], command.split()
+    peaks, tool = [], ROUTES[route].tool
     for layers in (2, 18):
         shape = {"num_hidden_layers": layers, "hidden_size": 256, "intermediate_size": 1280, "vocab_size": 4096}
         source = make_llama(tmp_path / f"{layers}", **shape)
         if tool == "convert_megatron_to_hf":
             assert exit_codes([convert("convert_hf_to_megatron", source, tmp_path / f"{layers}-megatron")]) == [0]
             source = tmp_path / f"{layers}-megatron"
-        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out", *WORDS[tool], *more))
+        peaks.append(peak_of(tool, source, tmp_path / f"{layers}-out", *ROUTES[route].words))
     assert sum(file.stat().st_size for file in (tmp_path / "18").iterdir()) > 3 * 25e6
     assert peaks[1] - peaks[0] < 25e6, peaks
 

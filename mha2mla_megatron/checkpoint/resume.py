@@ -183,16 +183,20 @@ class PartialFolder:
         self.journal.close()
 
     def publish(self) -> None:
-        """Give the complete folder its name, in the place of what has it."""
+        """Give the complete folder its name, in the place of what has it.
+
+        A Ctrl-C at that moment is ignored: all is done, so that there is nothing for the same command to go on with.
+        """
         self.wait()
         for file in self.path.rglob("*"):
             _sync(file)
-        if self.target.exists():
-            shutil.rmtree(self.root / OLD, ignore_errors=True)
-            self.target.rename(self.root / OLD)
-        self.path.rename(self.target)
-        _sync(self.target.parent)
-        shutil.rmtree(self.root, ignore_errors=True)
+        with _interrupts_ignored():
+            if self.target.exists():
+                shutil.rmtree(self.root / OLD, ignore_errors=True)
+                self.target.rename(self.root / OLD)
+            self.path.rename(self.target)
+            _sync(self.target.parent)
+            shutil.rmtree(self.root, ignore_errors=True)
 
     def _submit(self, work: Callable[[], None]) -> None:
         def run() -> None:
@@ -333,6 +337,8 @@ def resumable_folder(
                 shutil.rmtree(partial.root, ignore_errors=True)
             raise
     except KeyboardInterrupt:
+        if not partial_root(target).exists():  # it has not begun, or is complete
+            raise
         raise KeyboardInterrupt(f"{target}: interrupted; {AGAIN}") from None
     finally:
         for partial in opened:
@@ -383,6 +389,15 @@ def _interrupts_stay_interrupts() -> Iterator[None]:
         raise
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _line(values: dict[str, Any]) -> bytes:

@@ -5,8 +5,8 @@ The accounting is that of Korthikanti et al., "Reducing Activation Recomputation
 the formulas, and says which tensors of which kernel they count.
 
 Shape letters: S sequence, s the part of it that a context-parallel process holds, B micro batch, h hidden size, H query
-heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width, m MLP width, V vocabulary, t
-tensor-parallel size, e bytes of a weight.
+heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width, m MLP width, E experts, a of them for
+each token, V vocabulary, t tensor-parallel size, e bytes of a weight.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.experts import Experts
 from mha2mla_megatron.model.parallel import ParallelConfig
 
-FLOAT32 = 4
+FLOAT32, INT64 = 4, 8
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,12 @@ class ForwardPass:
             angles = self.positions * self.architecture.head_dim * FLOAT32 if layers else 0
             return {"attention": 0, "mlp": 0, "layer_inputs": len(layers) * self.hidden + angles}
         attention = sum(self._attention(layer, self.recompute == "selective") for layer in layers)
-        return {"attention": attention, "mlp": len(layers) * self._mlp, "layer_inputs": 0}
+        return {"attention": attention, "mlp": sum(map(self._mlp, layers)), "layer_inputs": 0}
+
+    def experts(self, layer: int) -> Experts | None:
+        """Those that the layer has for its feed-forward."""
+        experts = self.architecture.experts
+        return experts if experts is not None and layer in experts.layers else None
 
     @cached_property
     def output_saved(self) -> int:
@@ -149,13 +155,28 @@ class ForwardPass:
         """A tensor that `readers` projections read and keep: one for all of them, or a copy each in 8 bits."""
         return numbers * (readers if self.fp8 else self.element_size)
 
-    @cached_property
-    def _mlp(self) -> int:
+    def _mlp(self, layer: int) -> int:
         """Norm and what gate and up read, gate and up [2m], their product [m]; unfused also silu(gate) and a copy of
         up."""
+        if (experts := self.experts(layer)) is not None:
+            return self._norm + self._experts(experts)
         width = self.tokens * self.architecture.intermediate_size // self.parallel.tensor_model_parallel_size
         steps = (2 if self.fused else 4) * width * self.element_size
         return self._norm + self._read(self.split_tokens * self.architecture.hidden_size) + steps + self._read(width)
+
+    def _experts(self, experts: Experts) -> int:
+        """What the router reads, its choice, and the same numbers as of an MLP for each token and expert of it, beside
+        the token's weight; unfused also the product without that weight.
+
+        No token is dropped, so that their sum does not depend on the choice.
+        """
+        e, chosen, number = self.element_size, experts.num_experts_per_tok, experts.num_experts
+        softmax = chosen if experts.norm_topk_prob else number  # of the chosen logits, or of all
+        router = self.split_tokens * (self.architecture.hidden_size * e + chosen * INT64 + softmax * FLOAT32)
+        order = self.tokens * (number * (e + 1) + chosen * INT64)  # weights and choice as matrices, tokens by expert
+        width = experts.intermediate_size // self.parallel.tensor_model_parallel_size
+        numbers = self.architecture.hidden_size + 1 + (3 if self.fused else 6) * width
+        return router + order + self.tokens * chosen * numbers * e
 
     @cached_property
     def _heads(self) -> tuple[int, int]:
@@ -258,11 +279,19 @@ class ForwardPass:
 
     def _backward(self, layer: int) -> int:
         """Gradients that are there at once in the backward pass of a layer, its gathered input under sequence
-        parallelism, keys, values and their gradients under way under context parallelism, and what it recomputes."""
+        parallelism, keys, values and their gradients under way under context parallelism, and what it recomputes.
+
+        Of experts: those of all their inputs, twice as they are put together, and of one expert that every token has
+        chosen; a bound, since most have fewer tokens.
+        """
         heads, groups = self._heads
         e, tp, cp = self.element_size, self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
         stream = 2 * self.tokens * self.architecture.hidden_size * e
-        mlp = 3 * self.tokens * self.architecture.intermediate_size // tp * e
+        experts = self.experts(layer)
+        width = self.architecture.intermediate_size if experts is None else experts.intermediate_size
+        mlp = 3 * self.tokens * width // tp * e
+        if experts is not None:
+            mlp += 2 * self.tokens * experts.num_experts_per_tok * self.architecture.hidden_size * e
         attention = 2 * self.tokens * (heads + 2 * groups) * self.architecture.head_dim * e
         if not self.transformer_engine:
             attention += self._scores * (2 * FLOAT32 + e)
@@ -274,5 +303,5 @@ class ForwardPass:
         elif self.recompute == "selective":
             recomputed = self._core(layer) - self._core_inputs
         else:
-            recomputed = self._attention(layer, False) + self._mlp if self.recompute == "full" else 0
+            recomputed = self._attention(layer, False) + self._mlp(layer) if self.recompute == "full" else 0
         return stream + max(mlp, attention) + gathered + max(recomputed, 0)

@@ -127,10 +127,15 @@ def _model(model: dict[str, Any]) -> str:
             f"converted ({low_rank['method']}, qk_rope_head_dim {rope['qk_rope_head_dim']}, "
             f"kv_lora_rank {low_rank['kv_lora_rank']})"
         )
+    experts, feed_forward = model["experts"], f"MLP {model['intermediate_size']}"
+    if experts is not None:
+        chosen = f"{experts['num_experts_per_tok']} of {experts['num_experts']} experts of"
+        rest = f", {feed_forward} in the others" if len(experts["layers"]) < model["num_layers"] else ""
+        feed_forward = f"{chosen} {experts['intermediate_size']} in {len(experts['layers'])} layers{rest}"
     return (
         f"{model['num_layers']} layers, hidden size {model['hidden_size']}, "
         f"{model['num_attention_heads']} heads, {model['num_key_value_heads']} key/value heads of "
-        f"{model['head_dim']}, MLP {model['intermediate_size']}, vocabulary {model['vocab_size']}; {conversion}"
+        f"{model['head_dim']}, {feed_forward}, vocabulary {model['vocab_size']}; {conversion}"
     )
 
 

@@ -10,8 +10,8 @@ from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import HF_FOLDER
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.layout_plan.schedule import idle_part
-from mha2mla_megatron.model.frequencies import inverse_frequencies
 from mha2mla_megatron.model.parallel import check_layout
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.checks import check_graph, check_kernels, check_reset, check_samples, check_teacher
@@ -153,15 +153,16 @@ def check_planned(settings: PlanSettings, architecture: Architecture, teacher: A
     check_reset(settings, architecture, settings.planned_implementation)
     check_kernels(settings, architecture, settings.planned_implementation, settings.planned_dtype)
     check_graph(settings, settings.device)
+    for model in (architecture, teacher):
+        if model is not None and model.experts is not None:
+            model.experts.check_router()
     if teacher is not None:
         check_teacher(settings, teacher, architecture, settings.gpus)
 
 
 def _read_config_at(path: Path) -> Architecture:
-    """Refuses a rope scaling that training refuses, and what no plan is made of."""
+    """Refuses a rope scaling that training refuses."""
     architecture = read_architecture(path.parent if path.name == "config.json" else path)
-    if architecture.experts is not None:
-        raise UserError(f"{path}: model_type={architecture.model_type}: no plan is made of mixtures of experts")
     if architecture.rope_parameters["rope_type"] != "default":
         inverse_frequencies(architecture)  # asks transformers, which takes seconds to import
     return architecture

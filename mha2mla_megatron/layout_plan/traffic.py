@@ -116,28 +116,34 @@ def _tensor_parallel(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
 
     A row-parallel layer's output is summed in the forward pass, a column-parallel one's gradient in the backward pass.
     With sequence parallelism each sum is a reduce-scatter, a column-parallel layer gathers its input in both passes,
-    and a row-parallel one the gradient of its output.
+    and a row-parallel one the gradient of its output. Experts come with sequence parallelism alone: those of a layer
+    share one gathered input, which they keep, the tokens' weights, and the choice in whole bytes.
     """
     element, architecture = work.tokens * work.element_size, work.architecture
-    forward = backward = 0
+    forward = backward = choices = 0
     for layer in chunk.layers:
         column = _column_parallel_inputs(work, layer)
         row = 2 * architecture.hidden_size
         if work.parallel.uses_sequence_parallel:
             forward, backward = forward + column + row, backward + 2 * column + row
+            if (experts := work.experts(layer)) is not None:
+                once = architecture.hidden_size + experts.num_experts
+                forward, backward, choices = forward + once, backward + once, choices + experts.num_experts
             if work.recompute == "latent":
                 layout = architecture.layout(layer)  # keys and values gather their latents once more
                 backward += layout.kv_down_dim * (layout.factors_key + layout.factors_value)
         else:
             forward, backward = forward + row, backward + column
-    if work.recompute == "full":
+    again = work.recompute == "full"
+    if again:
         backward += forward
     h = architecture.hidden_size
     if work.parallel.uses_sequence_parallel:
         forward, backward = forward + h * (chunk.first + chunk.last), backward + h * (chunk.first + 2 * chunk.last)
     else:
         forward, backward = forward + h * chunk.first, backward + h * chunk.last
-    return element * forward, element * backward
+    choices *= work.tokens
+    return element * forward + choices, element * backward + again * choices
 
 
 def _context_parallel(work: ForwardPass) -> tuple[int, int]:
@@ -155,10 +161,11 @@ def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:
     """Widths of what a layer's column-parallel projections gather, or whose gradients they sum: the input of each by
     itself; where they are fused, the input and all latents once."""
     architecture, h = work.architecture, work.architecture.hidden_size
+    of_mlp = h if work.experts(layer) is None else 0  # linear_fc1
     if architecture.mla is None:
-        return 2 * h  # linear_qkv, linear_fc1
+        return of_mlp + h  # linear_qkv
     layout = architecture.layout(layer)
     if work.fused_projections:
-        return 2 * h + layout.kv_down_dim
+        return of_mlp + h + layout.kv_down_dim
     own = {"o_proj", "kv_down_proj"}  # row-parallel; on every rank
-    return h + sum(columns for name, (_, columns) in layout.projections().items() if name not in own)
+    return of_mlp + sum(columns for name, (_, columns) in layout.projections().items() if name not in own)

@@ -12,7 +12,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.experts import Experts
 
 
@@ -35,10 +34,7 @@ def expert_settings(experts: Experts, num_layers: int) -> dict[str, Any]:
 
     Raises UserError for a router that Megatron does not have.
     """
-    if experts.norm_topk_prob and experts.num_experts_per_tok == 1:
-        raise UserError(
-            "num_experts_per_tok: 1, whose weight, divided by the sum, is always 1: Megatron has no such router"
-        )
+    experts.check_router()
     return dict(
         num_moe_experts=experts.num_experts,
         moe_layer_freq=[int(layer in experts.layers) for layer in range(num_layers)],

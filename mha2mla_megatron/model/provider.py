@@ -15,9 +15,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.frequencies import inverse_frequencies
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
 from mha2mla_megatron.model.experts import expert_settings
-from mha2mla_megatron.model.frequencies import inverse_frequencies
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.layer_specs import layer_specs
 from mha2mla_megatron.model.parallel import ParallelConfig

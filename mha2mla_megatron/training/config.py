@@ -200,7 +200,7 @@ class LoraSettings:
     @property
     def factor(self) -> float:
         """alpha / rank; 1 without a rank."""
-        return 1.0 if self.alpha is None or self.rank is None else self.alpha / self.rank
+        return 1.0 if self.rank is None else self.saved[ALPHA] / self.rank
 
     @property
     def saved(self) -> dict[str, float]:

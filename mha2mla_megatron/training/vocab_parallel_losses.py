@@ -53,15 +53,11 @@ class _VocabParallelLosses(torch.autograd.Function):
             torch.distributed.all_reduce(highest, ReduceOp.MAX, group)
             _move_to(sums, local - highest, temperature)
             torch.distributed.all_reduce(sums, ReduceOp.SUM, group)
-        total, total_q, total_p, difference, at_label = sums
-        cross_entropy = total.log() - (at_label - highest[0])
-        divergence = torch.zeros_like(total)
-        if teacher is not None:
-            divergence = (difference / total_p + (total_q.log() - total_p.log())) * temperature**2
-        normaliser = total.log() + highest[0]
+        losses = losses_of_sums(highest, sums, temperature, teacher is not None)
         ctx.save_for_backward(*rows, own_labels, highest, sums)
         ctx.temperature, ctx.shape = temperature, student.shape
-        return cross_entropy.view(labels.shape), divergence.view(labels.shape), normaliser.view(labels.shape)
+        cross_entropy, divergence, normaliser = (loss.view(labels.shape) for loss in losses)
+        return cross_entropy, divergence, normaliser
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -110,6 +106,18 @@ def sum_columns(
     del p, t
     total_q = (s / temperature).exp_().sum(-1)
     return highest, torch.stack((s.exp_().sum(-1), total_q, total_p, difference, at_label))
+
+
+def losses_of_sums(
+    highest: torch.Tensor, sums: torch.Tensor, temperature: float, taught: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`vocab_parallel_losses` [n] from what `sum_columns` gives of the whole vocabulary. taught: there is a teacher."""
+    total, total_q, total_p, difference, at_label = sums
+    cross_entropy = total.log() - (at_label - highest[0])
+    divergence = torch.zeros_like(total)
+    if taught:
+        divergence = (difference / total_p + (total_q.log() - total_p.log())) * temperature**2
+    return cross_entropy, divergence, total.log() + highest[0]
 
 
 def _move_to(sums: torch.Tensor, moved: torch.Tensor, temperature: float) -> None:

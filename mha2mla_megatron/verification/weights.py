@@ -14,8 +14,8 @@ from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.either import ModelTensors
 from mha2mla_megatron.config import SCORED_STRATEGIES
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.frequencies import attention_factor
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
-from mha2mla_megatron.model.frequencies import attention_factor
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, ordered_heads
 from mha2mla_megatron.progress import Progress
 

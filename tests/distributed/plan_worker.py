@@ -54,6 +54,7 @@ class Messages(TorchDispatchMode):
             parallel_state.get_data_parallel_group(with_context_parallel=True): "data",
             parallel_state.get_pipeline_model_parallel_group(): "pipeline",
             parallel_state.get_tensor_model_parallel_group(): "tensor",
+            parallel_state.get_expert_tensor_and_model_parallel_group(): "tensor",
             parallel_state.get_context_parallel_group(): "context",
         }
         self.groups = {group.group_name: name for group, name in self.groups.items() if group is not None}

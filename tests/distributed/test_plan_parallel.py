@@ -50,6 +50,9 @@ CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
         "tp2-sp-teacher": ("joint", (TP, SP, "dtype=bfloat16")),
         "tp2-lora": ("joint", (TP, "dtype=bfloat16", "lora.rank=4", "lora.targets=['*']")),
         "tp2-norms": ("qwen3", (TP, "dtype=float32")),
+        "tp2-sp-experts": ("experts", (TP, SP, "dtype=bfloat16")),
+        "tp2-sp-experts-full": ("experts", (TP, SP, "dtype=float32", "recompute=full")),
+        "pp2-experts": ("experts", (PP, "dtype=float32")),
         "tp2-norms-teacher": ("value", (TP, "dtype=float32")),
     },
     4: {
@@ -68,13 +71,19 @@ PADDING = 128
 
 
 def model_config(kind: str) -> dict[str, Any]:
-    """Original: biases, tied. qwen3: norms on queries and keys. Converted: r and c differ in every layer; joint is
+    """Original: biases, tied. qwen3: norms on queries and keys; experts: the same, and experts in all layers but one.
+    Converted: r and c differ in every layer; joint is
     tied, split is not, and value has norms."""
     sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
     if kind == "original":
         return original_config(**sizes, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
     if kind == "qwen3":
         return {**original_config(**sizes), "model_type": "qwen3"}
+    if kind == "experts":
+        return original_config(
+            **sizes, model_type="qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48,
+            norm_topk_prob=True, mlp_only_layers=[1],
+        )  # fmt: skip
     mla = MHA2MLAConfig(
         PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), LowRankConfig(method=kind, kv_lora_rank=[24, 17, 20, 9])
     )

@@ -4,10 +4,11 @@
 
 The default shape is Llama-2-7B's. FOLDER, new or empty, holds at most two copies of the model at a time, and nothing at
 the end. For the original model and for one with latents: Hugging Face -> Megatron and back, each a whole command with
-its start, in turn with `cp -r` of what it reads. All are timed until the bytes are on the disk (fsync), and with
-cold=true what is read is dropped from the page cache before. Then the MHA -> MLA conversion (plain SVD) of a model of
-`svd_layers` layers. Memory is the command's anonymous resident memory (RssAnon), sampled every 10 ms: pages of mapped
-files, which the system takes back when it needs them, are not in it.
+its start, in turn with `cp -r` of what it reads. Then MHA -> MLA (plain SVD) of an original of `svd_layers` layers,
+into a Hugging Face folder and straight to a Megatron checkpoint (ckpt_format=torch_dist). All are timed until the bytes
+are on the disk (fsync), and with cold=true what is read is dropped from the page cache before. Memory is the command's
+anonymous resident memory (RssAnon), sampled every 10 ms: pages of mapped files, which the system takes back when it
+needs them, are not in it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from mha2mla_megatron.checkpoint.hf import HFWriter, write_config
 from mha2mla_megatron.checkpoint.resume import resumable_folder
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
-from mha2mla_megatron.convert import converted_config
+from mha2mla_megatron.convert import CKPT_FORMATS, converted_config
 from mha2mla_megatron.errors import UserError, require_at_least, run_tool
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.settings import load_settings
@@ -101,16 +102,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"{folder}: exists and is not empty")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for converted in (False, True) for row in round_trip(settings, folder, converted)]
+    rows += mha_to_mla(settings, folder) if settings.svd_layers else []
     print(format_table(HEADER, rows))
-    print(f"medians of {settings.repeats}, page cache {'cold' if settings.cold else 'as it comes'}")
-    if settings.svd_layers:
-        source = make_model(dataclasses.replace(settings, layers=settings.svd_layers), folder / "hf", False)
-        words = [f"partial_rope.qk_rope_head_dim={settings.rope}", "low_rank.method=joint"]
-        run = convert("mha_to_mla", source, folder / "mla", *words, f"low_rank.kv_lora_rank={settings.rank}")
-        print(
-            f"MHA -> MLA of {settings.svd_layers} layers: {run.seconds / settings.svd_layers:.1f} s a layer, "
-            f"{run.anonymous / 2**30:.2f} GiB, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads"
-        )
+    threads = os.environ.get("OMP_NUM_THREADS", os.cpu_count())
+    print(f"medians of {settings.repeats}, page cache {'cold' if settings.cold else 'as it comes'}, {threads} threads")
     shutil.rmtree(folder)
 
 
@@ -119,26 +114,43 @@ def round_trip(settings: ConvertBenchmarkSettings, folder: Path, converted: bool
     kind = "MLA" if converted else "original"
     source = make_model(settings, folder / "hf", converted)
     for tool, target in (("hf_to_megatron", folder / "megatron"), ("megatron_to_hf", folder / "back")):
-        size = sum(file.stat().st_size for file in files_of(source))
-        copies, runs = [], []
-        for _ in range(settings.repeats):
-            shutil.rmtree(target, ignore_errors=True)
-            drop_cache(source, settings.cold)
-            copies.append(copy(source, target))
-            shutil.rmtree(target)
-            drop_cache(source, settings.cold)
-            runs.append(convert(tool, source, target))
+        yield compare(settings, f"{tool}, {kind}", tool, source, target)
         shutil.rmtree(source)
         source = target
-        seconds, cp = (statistics.median(run.seconds for run in kind) for kind in (runs, copies))
-        spread = (max(run.seconds for run in runs) - min(run.seconds for run in runs)) / seconds
-        cpu, cp_cpu = (statistics.median(run.cpu for run in kind) for kind in (runs, copies))
-        yield (
-            f"{tool}, {kind}", f"{size / 1e9:.3f}", f"{seconds:.1f}", f"{size / seconds / 1e9:.3f}",
-            f"{size / cp / 1e9:.3f}", f"{cp / seconds:.2f}", f"{spread:.0%}",
-            f"{cpu:.1f}", f"{cp_cpu:.1f}", f"{max(run.anonymous for run in runs) / 2**30:.2f}",
-        )  # fmt: skip
     shutil.rmtree(source)
+
+
+def mha_to_mla(settings: ConvertBenchmarkSettings, folder: Path) -> Iterator[tuple[str, ...]]:
+    """A row for each format that the conversion can write."""
+    source = make_model(dataclasses.replace(settings, layers=settings.svd_layers), folder / "hf", False)
+    words = [f"partial_rope.qk_rope_head_dim={settings.rope}", "low_rank.method=joint"]
+    words.append(f"low_rank.kv_lora_rank={settings.rank}")
+    for ckpt_format in CKPT_FORMATS:
+        name = f"mha_to_mla to {ckpt_format}, {settings.svd_layers} layers"
+        yield compare(settings, name, "mha_to_mla", source, folder / "mla", *words, f"ckpt_format={ckpt_format}")
+
+
+def compare(
+    settings: ConvertBenchmarkSettings, name: str, tool: str, source: Path, target: Path, *words: str
+) -> tuple[str, ...]:
+    """The row `name`: a converter and `cp`, in turn; the converter's last output stays."""
+    size = sum(file.stat().st_size for file in files_of(source))
+    copies, runs = [], []
+    for _ in range(settings.repeats):
+        shutil.rmtree(target, ignore_errors=True)
+        drop_cache(source, settings.cold)
+        copies.append(copy(source, target))
+        shutil.rmtree(target)
+        drop_cache(source, settings.cold)
+        runs.append(convert(tool, source, target, *words))
+    seconds, cp = (statistics.median(run.seconds for run in kind) for kind in (runs, copies))
+    spread = (max(run.seconds for run in runs) - min(run.seconds for run in runs)) / seconds
+    cpu, cp_cpu = (statistics.median(run.cpu for run in kind) for kind in (runs, copies))
+    return (
+        name, f"{size / 1e9:.3f}", f"{seconds:.1f}", f"{size / seconds / 1e9:.3f}",
+        f"{size / cp / 1e9:.3f}", f"{cp / seconds:.2f}", f"{spread:.0%}",
+        f"{cpu:.1f}", f"{cp_cpu:.1f}", f"{max(run.anonymous for run in runs) / 2**30:.2f}",
+    )  # fmt: skip
 
 
 def make_model(settings: ConvertBenchmarkSettings, target: Path, converted: bool) -> Path:

@@ -109,9 +109,7 @@ class World:
         return lines[-1][:300] if lines else "no output"
 
 
-def start_processes(
-    command: Sequence[str], size: int, logs: Sequence[Any], **variables: str
-) -> list[subprocess.Popen[str]]:
+def start_processes(command: Sequence[str], size: int, logs: Sequence[Any]) -> list[subprocess.Popen[str]]:
     """One process a GPU with the environment that torchrun gives, output to `logs`, standard input open to be written
     to."""
     with socket.socket() as probe:
@@ -119,7 +117,7 @@ def start_processes(
         port = probe.getsockname()[1]
     environment = {
         **os.environ, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port), **variables,
+        "MASTER_PORT": str(port),
     }  # fmt: skip
     return [
         subprocess.Popen(

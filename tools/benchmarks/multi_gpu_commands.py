@@ -62,17 +62,13 @@ def kill_a_rank(folder: Path, size: int, timeout: float) -> dict[str, Any]:
 
 
 def kill_under_torchrun(folder: Path, size: int, timeout: float) -> dict[str, Any]:
-    """The same under torchrun with one restart: it ends the others and starts all again, which resume by themselves.
-
-    Without TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun (2.11) keeps one store over its restarts, and a process may
-    read there where one of those that have ended could be reached.
-    """
+    """The same under torchrun with one restart: it ends the others and starts all again, which resume by themselves."""
     save, steps = folder / "restarted", KILL_AFTER + 5 * SAVE_INTERVAL
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
     words = [str(TOOLS / "finetune.py"), *_words(folder, save, size), f"steps={steps}"]
     started = time.monotonic()
     command = [*launcher, "--max-restarts=1", *words]
-    with _Started(command, 1, folder / "torchrun", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") as processes:
+    with _Started(command, 1, folder / "torchrun") as processes:
         _wait(lambda: _steps(save) >= KILL_AFTER, START_LIMIT, processes.check)
         kept, killed = read_latest(save), time.monotonic()
         os.kill(_child_of_rank(processes.all[0].pid, size - 1), signal.SIGKILL)
@@ -122,10 +118,10 @@ def calibrate(folder: Path, size: int, timeout: float) -> dict[str, Any]:
 class _Started:
     """Processes of one command, ended at the end of the block; what they wrote is in files named `log`.RANK."""
 
-    def __init__(self, command: Sequence[str], size: int, log: Path, **variables: str) -> None:
+    def __init__(self, command: Sequence[str], size: int, log: Path) -> None:
         self.files = [log.with_name(f"{log.name}.{rank}") for rank in range(size)]
         self.streams = [file.open("w") for file in self.files]
-        self.all = start_processes(command, size, self.streams, **variables)
+        self.all = start_processes(command, size, self.streams)
 
     def __enter__(self) -> _Started:
         return self
