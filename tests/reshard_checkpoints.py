@@ -3,9 +3,9 @@
     python -m tests.reshard_checkpoints [only=SOURCE] [folder=DIR]
 
 A tiny converted model takes two steps, is saved, and takes three more, at every layout. Then every layout loads what
-each of them saved: all weights, master weights and both moments of the optimizer must be what the source had in memory,
-bit for bit; the three losses that follow must be the source's, bit for bit at the same layout, to 1e-6 at another.
-Exit code 1 and a line for each pair that differs.
+each of them saved: all weights, master weights, both moments of the optimizer and the average of the weights must be
+what the source had in memory, bit for bit; the three losses that follow must be the source's, bit for bit at the same
+layout, to 1e-6 at another. Exit code 1 and a line for each pair that differs.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def settings_of(layout: dict[str, Any]) -> FinetuneSettings:
         global_batch_size=4,
         data=DataSettings(sequence_length=16),
         # Adam divides a gradient by its own size; with an epsilon far above the noise of float32 sums, noise stays so.
-        optimizer=OptimizerSettings(lr=1e-3, warmup_steps=0, decay_steps=1, adam_eps=1e-4, weight_decay=0.1),
+        optimizer=OptimizerSettings(
+            lr=1e-3, warmup_steps=0, decay_steps=1, adam_eps=1e-4, weight_decay=0.1, ema_decay=0.7
+        ),
         parallel=ParallelConfig(**{SHORT_NAMES[key]: value for key, value in layout.items()}),
     )
 
@@ -122,6 +124,7 @@ def check_source(folder: Path, name: str, reference: dict[str, torch.Tensor]) ->
     shapes = megatron_shapes(parse_architecture(CONFIG, "model"))
     trained = [key for key in shapes if not key.endswith("rope_pairs")]
     state = [f"optimizer.state.{kind}.{key}" for kind in ("exp_avg", "exp_avg_sq", "param") for key in trained]
+    state += [f"average.{key}" for key in trained]
     assert whole.keys() == {*shapes, *state}, sorted(whole.keys() ^ {*shapes, *state})
     for key, tensor in whole.items():
         scale = reference[key].abs().max()

@@ -508,17 +508,18 @@ def test_layouts_that_experts_cannot_have(parallel: dict[str, Any], named: str) 
 
 
 def test_experts_are_fine_tuned_and_resumed(tmp_path: Path, sources: dict[str, Path]) -> None:
-    """What a run that was ended goes on with is what it had, experts and their moments too."""
+    """What a run that was ended goes on with is what it had, experts, their moments and their averages too."""
     (tmp_path / "settings.yaml").write_text("")
     write_tokens(tmp_path / "text")
     run_tool("convert_mha_to_mla", sources["qwen3_moe"], tmp_path / "mla", "partial_rope.qk_rope_head_dim=4")
     run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "mla-megatron")
-    words = ["steps=4", "save_interval=2", "optimizer.warmup_steps=0"]
+    words = ["steps=4", "save_interval=2", "optimizer.warmup_steps=0", "optimizer.ema_decay=0.9"]
     whole = finetune(tmp_path, "mla", tmp_path / "whole", *words)
     resumed = finetune(tmp_path, "mla", put_back(whole, tmp_path / "resumed", 2), *words)
     assert log_text(resumed)[-2:] == log_text(whole)[-2:]
     before, after = checkpoint_tensors(whole, 4), checkpoint_tensors(resumed, 4)
     assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert any(key.startswith("average.") and ".experts." in key for key in before)
     run_tool("convert_megatron_to_hf", whole, tmp_path / "tuned")
     change = logits(tmp_path / "tuned") - logits(tmp_path / "mla")
     assert change.abs().max() > 1e-3 and change.isfinite().all()

@@ -283,7 +283,8 @@ def test_nan_stops_the_run_and_names_the_samples(
 def test_skipped_steps_change_nothing_and_are_counted(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, gradients_alone: bool
 ) -> None:
-    root, words = tmp_path / "run", (*SCHEDULE, "save_interval=1", "on_nan=skip", f"dtype={dtype}")
+    words = (*SCHEDULE, "save_interval=1", "on_nan=skip", f"dtype={dtype}", "optimizer.ema_decay=0.8")
+    root = tmp_path / "run"
     with monkeypatch.context() as patch:
         nan_in(patch, {5, 7}, gradients_alone)
         done = run_tool("finetune", *run_words(workspace, "mla", root, *words))
@@ -294,6 +295,9 @@ def test_skipped_steps_change_nothing_and_are_counted(
     assert log[2]["grad_norm"] is None and log[5]["loss"] > 0
     second, fourth, sixth = (checkpoint_tensors(root, step) for step in (2, 4, 6))
     assert all(torch.equal(second[name], fourth[name]) for name in second)
+    averages = {name.removeprefix("average."): name for name in second if name.startswith("average.")}
+    assert averages  # and a step more would move each
+    assert all(not torch.equal(second[f"optimizer.state.param.{own}"], second[name]) for own, name in averages.items())
     assert all(tensor.isfinite().all() for tensor in sixth.values() if tensor.is_floating_point())
     assert any(not torch.equal(fourth[name], sixth[name]) for name in second)
     runs = [checkpoint_values(root, step)["run"] for step in (2, 4, 6)]

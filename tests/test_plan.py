@@ -252,6 +252,9 @@ def test_frozen_tensors_have_neither_gradients_nor_moments(empty: Path, tiny_lla
     assert (stage["gradients"], stage["optimizer"]) == (4 * trained, 8 * trained)
     assert "frozen: 0.1 M of the weights below" in run_tool("plan", empty, *words).stdout
     assert "frozen" not in run_tool("plan", empty, *words[:-1]).stdout
+    (averaged,) = plan(empty, *words, "optimizer.ema_decay=0.9")["stages"]
+    changed = {key: value - stage[key] for key, value in averaged.items() if value != stage[key]}
+    assert changed == {"optimizer": 4 * trained, "total": 4 * trained}
     assert "matches no tensor" in refused("plan", empty, *words[:-1], "optimizer.lr_scale={latents: 0}")
 
 

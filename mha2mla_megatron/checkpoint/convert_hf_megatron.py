@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mha2mla_megatron.architecture import read_architecture, read_config
+from mha2mla_megatron.checkpoint.average import has_average
 from mha2mla_megatron.checkpoint.folders import copy_companions
 from mha2mla_megatron.checkpoint.hf import HFReader, HFWriter, parse_size, write_config
 from mha2mla_megatron.checkpoint.manifest import check_manifest
@@ -16,6 +17,7 @@ from mha2mla_megatron.checkpoint.megatron import HF_FOLDER, check_coverage, loca
 from mha2mla_megatron.checkpoint.megatron_writer import MegatronWriter
 from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
+from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.ranks import process_group
 
 
@@ -34,6 +36,9 @@ class ToHFSettings:
     iteration: int | str | None = None
     """The saved step to export; best: the one that keep_best kept. None: the latest."""
 
+    weights: str = "trained"
+    """trained, or average: of a run with optimizer.ema_decay, the moving average of the weights that it trained."""
+
     max_shard_size: str = "5GB"
     """Largest safetensors file written."""
 
@@ -41,6 +46,7 @@ class ToHFSettings:
     """Replace DST if it exists and is not empty."""
 
     def __post_init__(self) -> None:
+        require_one_of("weights", self.weights, ("trained", "average"))
         parse_size(self.max_shard_size, "max_shard_size")
 
 
@@ -81,13 +87,15 @@ def megatron_to_hf(source: Path, target: Path, settings: ToHFSettings) -> None:
     """Export one step of a Megatron checkpoint, saved at any parallel layout, as a Hugging Face folder, with low-rank
     updates merged.
 
-    Raises UserError naming a missing, surplus or mis-shaped tensor.
+    Raises UserError naming a missing, surplus or mis-shaped tensor, and for an average that is not there.
     """
     side, step = locate_checkpoint(source, settings.iteration)
     architecture = read_architecture(side)
     check_manifest(step)
-    reader = MergedReader(step)
+    reader = MergedReader(step, averaged=settings.weights == "average")
     check_coverage(reader.shapes(), megatron_shapes(architecture), step)
+    if reader.averaged and not has_average(reader.shapes()):
+        raise UserError(f"weights: {step} has no average; valid: trained, or a step of a run with optimizer.ema_decay")
     rows, shapes = {row.megatron: row for row in parameter_map(architecture)}, architecture.tensor_shapes()
     tensors = {
         name: torch.empty(shapes[name], dtype=reader.entries[row.megatron].properties.dtype, device="meta")

@@ -14,7 +14,7 @@ from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.checkpoint.manifest import check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes, parameter_map
-from mha2mla_megatron.checkpoint.megatron import LATEST, locate_checkpoint
+from mha2mla_megatron.checkpoint.megatron import BESIDE_MODEL, LATEST, locate_checkpoint
 from mha2mla_megatron.checkpoint.merged import MergedReader
 
 
@@ -99,7 +99,7 @@ class MegatronTensors(ModelTensors):
         return with_adapters(megatron_shapes(self.architecture), self.found())
 
     def found(self) -> dict[str, tuple[int, ...]]:
-        return {k: v for k, v in self.reader.shapes().items() if not k.startswith("optimizer.")}
+        return {k: v for k, v in self.reader.shapes().items() if not k.startswith(BESIDE_MODEL)}
 
     def stored_name(self, name: str) -> str:
         return self.rows[name].megatron

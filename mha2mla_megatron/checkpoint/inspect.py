@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from mha2mla_megatron.architecture import read_architecture
+from mha2mla_megatron.checkpoint.average import has_average
 from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.checkpoint.megatron import TorchDistReader, check_coverage, locate_checkpoint
@@ -63,6 +64,7 @@ def inspect_checkpoint(path: Path, settings: InspectSettings) -> dict[str, Any]:
         "run": saved.get("run"),
         "schedule": saved.get("schedule"),
         "optimizer_state": any(name.startswith("optimizer.") for name in shapes),
+        "average": has_average(shapes),
         "model": dataclasses.asdict(architecture),
         "tensors": tensors,
         "bytes": sum(tensor["bytes"] for tensor in tensors),
@@ -87,6 +89,7 @@ def format_inspection(found: dict[str, Any]) -> str:
         f"vocabulary {model['vocab_size']}",
         "conversion: " + ("none" if conversion is None else describe_conversion(conversion)),
         "optimizer state: " + ("yes" if found["optimizer_state"] else "no"),
+        "average of the weights: " + ("yes" if found["average"] else "no"),
         # Of the gradient norms there are a hundred.
         *([f"run: {', '.join(f'{key} {run[key]}' for key in run if key != 'grad_norms')}"] if run else []),
         "verified: "
@@ -142,7 +145,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     for tensor in found["tensors"]:
         name = re.sub(r"\b(layers|local_experts)\.\d+", r"\1.*", tensor["name"])
         shape = str(tensor["shape"])
-        if kind := re.match(r"optimizer\.\w+\.\w+\.", name):  # as many as the model has, three times over
+        if kind := re.match(r"(optimizer\.\w+\.\w+|average)\.", name):  # as many as the model has, several times over
             name, shape = f"{kind[0]}*", ""
         groups.setdefault((name, shape, tensor["dtype"]), []).append(tensor)
     rows = [

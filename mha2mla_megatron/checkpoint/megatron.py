@@ -30,12 +30,16 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mha2mla_megatron.checkpoint.adapters import with_adapters
+from mha2mla_megatron.checkpoint.average import AVERAGE, check_average
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.files import replace_text
 
 LATEST = "latest_checkpointed_iteration.txt"
 BEST = "best_checkpointed_iteration.txt"
 HF_FOLDER = "hf"
+
+BESIDE_MODEL = ("optimizer.", AVERAGE)
+"""How names of tensors begin that a run saves beside its model's."""
 
 HEADER_LENGTH, NAME_LENGTH = 30, 26
 """Of a zip archive's header of a file: its bytes without name and extra field, and where their lengths are in it."""
@@ -292,7 +296,7 @@ def _place(chunk: Any) -> tuple[slice, ...]:
 
 def check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], step: Path) -> None:
     """Raise UserError for the first tensor of a step folder that is missing, mis-shaped or surplus for its model, whose
-    matrices may have low-rank updates."""
+    matrices may have low-rank updates, and which may have an average beside it."""
     expected = with_adapters(expected, found)
     for name, shape in expected.items():
         if name not in found:
@@ -300,8 +304,9 @@ def check_coverage(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[
         if found[name] != shape:
             raise UserError(f"{step}: {name} has shape {found[name]}, config.json says {shape}")
     for name in found:
-        if name not in expected and not name.startswith("optimizer."):
+        if name not in expected and not name.startswith(BESIDE_MODEL):
             raise UserError(f"{step}: surplus tensor {name}: this architecture has none of that name")
+    check_average(found, expected, step)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

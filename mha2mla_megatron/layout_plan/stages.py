@@ -34,6 +34,8 @@ class StagePlan:
 
     gradients: int
     optimizer: int
+    """Its state, with the average of the weights."""
+
     teacher: int
     """Weights of the frozen teacher."""
 
@@ -74,6 +76,8 @@ def plan_stages(
     element, half = work.element_size, work.element_size < FLOAT32
     adapters = lora_shapes(architecture, settings.lora)
     factors = lr_factors(architecture, settings.optimizer.lr_scale, adapters)
+    # Both moments; where the weights are not float32 themselves, the master weights; the weights' average.
+    shared = 2 + half + (settings.optimizer.ema_decay > 0)
     tied = {"output_layer.weight": "embedding.word_embeddings.weight"} if architecture.tie_word_embeddings else {}
     found = []
     for stage, parameters in enumerate(stage_parameters(architecture, parallel, adapters)):
@@ -101,8 +105,7 @@ def plan_stages(
         parts: dict[str, Any] = {
             "parameters": number * element + (fp8_copies(parameters) if work.fp8 else 0),
             "gradients": updated * FLOAT32,
-            # Both moments and, where the weights are not float32 themselves, the master weights.
-            "optimizer": math.ceil(updated / settings.replicas) * (3 if half else 2) * FLOAT32,
+            "optimizer": math.ceil(updated / settings.replicas) * shared * FLOAT32,
             "teacher": 0 if teacher is None else count(stage_parameters(teacher, parallel)[0]) * element,
             **{part: sum(of[part] for of in kept) for part in kept[0]},
             **most,

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.adapters import ALPHA, with_adapters
+from mha2mla_megatron.checkpoint.average import has_average
 from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest, seal_step
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.checkpoint.megatron import (
@@ -54,6 +55,7 @@ from mha2mla_megatron.training.host_copies import HostCopies
 from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.own_shards import own_weights
 from mha2mla_megatron.training.param_groups import take_own_groups
+from mha2mla_megatron.training.weight_average import WeightAverage
 
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""
@@ -149,7 +151,7 @@ class StepSaver:
     """Saves the steps of one run; what does not change between them is made for the first ones only.
 
     model: its chunks. layout: the parallel sizes. in_background: write while training changes the tensors, from copies
-    whose memory is kept.
+    whose memory is kept. average: of the weights, where the run has one.
     """
 
     def __init__(
@@ -161,8 +163,10 @@ class StepSaver:
         layout: dict[str, int],
         keep_last: int | None,
         in_background: bool,
+        average: WeightAverage | None = None,
     ) -> None:
         self.root, self.model, self.optimizer, self.schedule = root, model, optimizer, schedule
+        self.average = average
         self.layout, self.keep_last, self.in_background = layout, keep_last, in_background
         self.copies = HostCopies(kept=in_background)
         # It plans anew until two plans in a row were the same.
@@ -213,6 +217,8 @@ class StepSaver:
             "schedule": self.schedule.state_dict(),
             "run": run,
         }
+        if self.average is not None:
+            state["average"] = self.average.placed(model_state)
         apply_factories(state)
         pieces = [
             piece for piece in nested_values(state)
@@ -258,6 +264,27 @@ def resume_run(
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
     return run
+
+
+def resume_average(root: Path, model: Sequence[torch.nn.Module], average: WeightAverage | None) -> None:
+    """Load that of the newest step of `root`, which `resume_run` has checked.
+
+    Where the step has none the average stays as it is, and where the run has none the step's is left; a line says so.
+    """
+    latest = read_latest(root)
+    assert latest is not None, f"{root} holds no step"
+    folder = iteration_folder(root, latest)
+    saved = all(on_every_rank(lambda: has_average(TorchDistReader(folder).shapes()), f"{folder}: cannot be read"))
+    if average is not None and saved:
+        placed = average.placed(_model_state(model))
+        pieces = {n: {at: piece.without_data() for at, piece in found.items()} for n, found in placed.items()}
+        # Nothing is loaded where a pipeline stage trains nothing.
+        average.take(_load({"average": pieces}, folder).get("average", {}))
+    elif average is not None and torch.distributed.get_rank() == 0:
+        print(f"{folder}: has no average of the weights; that of optimizer.ema_decay begins as they are", flush=True)
+    elif saved and torch.distributed.get_rank() == 0:
+        line = "its average of the weights ends here; optimizer.ema_decay would go on with it"
+        print(f"warning: {folder}: {line}", file=sys.stderr, flush=True)
 
 
 def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:

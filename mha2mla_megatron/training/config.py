@@ -159,6 +159,9 @@ class OptimizerSettings:
     spike_window: int = 100
     """Updates that the median is of; before there are so many no step is left out."""
 
+    ema_decay: float = 0.0
+    """Keep a moving average of the weights beside them, with this factor of what it was at each update. 0: none."""
+
     def __post_init__(self) -> None:
         styles = ("minus_sqrt", "linear", "cosine", "exponential")
         require_one_of("optimizer.decay_style", self.decay_style, styles)
@@ -170,6 +173,8 @@ class OptimizerSettings:
         if self.spike_factor is not None and not 1 <= self.spike_factor < math.inf:
             raise UserError(f"optimizer.spike_factor: {self.spike_factor} is not a number of at least 1")
         require_at_least("optimizer.spike_window", self.spike_window, 1)
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"optimizer.ema_decay: {self.ema_decay}; valid: 0 (no average), or more and less than 1")
 
 
 LORA_TARGETS = ("attention",)

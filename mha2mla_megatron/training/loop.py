@@ -23,7 +23,14 @@ from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.together import on_first_rank
-from mha2mla_megatron.training.checkpoint import PendingStep, StepSaver, load_weights, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import (
+    PendingStep,
+    StepSaver,
+    load_weights,
+    prepare_root,
+    resume_average,
+    resume_run,
+)
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
@@ -38,6 +45,7 @@ from mha2mla_megatron.training.step import build_training_model, gather_weights,
 from mha2mla_megatron.training.step_graph import StepGraph, graph_of
 from mha2mla_megatron.training.validation import Validation
 from mha2mla_megatron.training.wandb_log import check_wandb
+from mha2mla_megatron.training.weight_average import WeightAverage
 
 
 def finetune(settings: FinetuneSettings) -> None:
@@ -80,6 +88,10 @@ def finetune(settings: FinetuneSettings) -> None:
     if resumed is None:
         load_weights(model, weights, architecture)
         optimizer.reload_model_params()
+    decay = settings.optimizer.ema_decay
+    average = WeightAverage(optimizer, decay) if decay > 0 else None
+    if resumed is not None:
+        resume_average(root, model, average)
 
     def write_beside() -> None:
         if resumed is None:
@@ -105,7 +117,7 @@ def finetune(settings: FinetuneSettings) -> None:
     )
     held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
     guard = SkippedSteps(settings, run)
-    training = settings, root, chunks, optimizer, schedule, batches, guard, position, step, best, device
+    training = settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device
     _train(*training, distillation, held_out, graph)
 
 
@@ -172,6 +184,7 @@ def _train(
     chunks: list[DistributedDataParallel],
     optimizer: Any,
     schedule: Any,
+    average: WeightAverage | None,
     batches: Iterator[dict[str, torch.Tensor]],
     guard: SkippedSteps,
     position: Position,
@@ -186,7 +199,7 @@ def _train(
     log = StepLog(root, settings, step) if torch.distributed.get_rank() == 0 else None
     stop = StopRequest(device)
     model = [chunk.module for chunk in chunks]
-    saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async)
+    saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async, average)
     pending: PendingStep | None = None
     for chunk in chunks:
         chunk.train()
@@ -201,6 +214,8 @@ def _train(
                 if pending is not None:
                     pending.finish()
                 raise
+            if average is not None and result.updated:
+                average.update()
             schedule.step(1)
             step += 1
             if log is not None:

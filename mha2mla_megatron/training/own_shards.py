@@ -32,14 +32,19 @@ def save_own_shards(optimizer: DistributedOptimizer) -> None:
     instance.load_parameter_state_from_fully_reshardable = partial(_take_state, optimizer)
 
 
+def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
+    """The optimizers that a chain of them is made of, or the one that it is."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def own_weights(model_state: Mapping[str, Mapping[str, Any]], optimizer: MegatronOptimizer) -> dict[str, Any]:
     """The weights of `model_state` whose optimizer state this process has; of what is not trained, all.
 
     model_state: chunk -> name -> where Megatron places a tensor. The process has all of the weights; cut like this,
     each data-parallel process writes as much.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    ranges = {weight: found for part in parts for weight, *found in _ranges(part)}
+    parts = parts_of(optimizer)
+    ranges = {weight: found for part in parts for weight, *found in own_ranges(part)}
     trained = {weight for part in parts for buffer in part.buffers for weight in buffer.param_index_map}
 
     own: dict[str, Any] = {}
@@ -50,31 +55,11 @@ def own_weights(model_state: Mapping[str, Mapping[str, Any]], optimizer: Megatro
             elif placed.data in ranges:
                 start, stop = ranges[placed.data]
                 content = placed.data.detach().view(-1)[start:stop]
-                own[f"{chunk}.{name}"] = dict(_pieces(placed, start, stop, content, ""))
+                own[f"{chunk}.{name}"] = dict(own_pieces(placed, start, stop, content, ""))
     return own
 
 
-def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(offsets, sizes) of boxes that hold elements start to stop of a tensor of `shape` in row-major order.
-
-    They are in that order too, and at most 2 n - 1 for n dimensions: the end of a row, whole rows, the start of a row.
-    """
-    if start >= stop:
-        return
-    if len(shape) < 2:
-        yield (start,) * len(shape), (stop - start,) * len(shape)
-        return
-    row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the whole rows, where there are any
-    parts = [(last, start, stop)] if first > last else [(first - 1, start, first * row), (last, last * row, stop)]
-    for number, (index, begin, end) in enumerate(parts):
-        if number == 1 and first < last:
-            yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
-        for offsets, sizes in boxes(shape[1:], begin - index * row, end - index * row):
-            yield (index, *offsets), (1, *sizes)
-
-
-def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
+def own_ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int, int]]:
     """Each parameter of which this process has optimizer state, and of which of its elements."""
     for buffer in optimizer.gbuf_ranges:
         for buckets in buffer.values():
@@ -83,44 +68,12 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Paramete
                     yield weight, where["param"].start, where["param"].end
 
 
-def _sharded_state(
-    optimizer: DistributedOptimizer, model_state: Any, is_loading: bool = False, metadata: Any = None
-) -> dict[str, Any]:
-    """What the method of this name returns, whose end, a collection of garbage, training would wait for."""
-    if is_loading:  # the moments that are loaded into must be there
-        optimizer.load_state_dict(optimizer.state_dict())
-    return {
-        **optimizer.state_dict(),
-        "param_state": {_SHARDS: _placed_state(optimizer, model_state, is_loading)},
-        "param_state_sharding_type": metadata["distrib_optim_sharding_type"],
-    }
+def places_of(model_state: Any) -> dict[torch.Tensor, Any]:
+    """Parameter -> where Megatron places it, of what `sharded_weights` says of several chunks."""
+    return {placed.data: placed for placed in nested_values(model_state)}
 
 
-def _placed_state(optimizer: DistributedOptimizer, model_state: Any, is_loading: bool) -> dict[int, Any]:
-    """Number of the parameter -> kind of state -> place in this process's range -> piece, without data for loading."""
-    places = {placed.data: placed for placed in nested_values(model_state)}
-    state: dict[int, Any] = {}
-    for number, (weight, start, stop) in enumerate(_ranges(optimizer)):
-        tensors = optimizer._get_main_param_and_optimizer_states(weight)
-        state[number] = {}
-        for kind in ("param", *optimizer.optimizer_state_keys):
-            found = dict(_pieces(places[weight], start, stop, tensors[kind].detach(), f"optimizer.state.{kind}."))
-            state[number][kind] = {at: piece.without_data() for at, piece in found.items()} if is_loading else found
-    return state
-
-
-@torch.no_grad()
-def _take_state(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
-    """Fill this process's master weights and moments with what was loaded for `_sharded_state`."""
-    for number, (weight, _, _) in enumerate(_ranges(optimizer)):
-        tensors = {
-            kind: torch.cat([pieces[at].flatten() for at in sorted(pieces)])
-            for kind, pieces in loaded[_SHARDS][number].items()
-        }
-        optimizer._set_main_param_and_optimizer_states(weight, tensors)
-
-
-def _pieces(
+def own_pieces(
     placed: Any, start: int, stop: int, content: torch.Tensor, prefix: str
 ) -> Iterator[tuple[int, ShardedTensor]]:
     """(place in `content`, piece) of elements start to stop of a parameter.
@@ -152,3 +105,62 @@ def _pieces(
                 ),
             )
             at += count
+
+
+def joined(pieces: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """This process's range of a parameter, flat, from what was loaded for its `own_pieces`."""
+    return torch.cat([pieces[at].flatten() for at in sorted(pieces)])
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offsets, sizes) of boxes that hold elements start to stop of a tensor of `shape` in row-major order.
+
+    They are in that order too, and at most 2 n - 1 for n dimensions: the end of a row, whole rows, the start of a row.
+    """
+    if start >= stop:
+        return
+    if len(shape) < 2:
+        yield (start,) * len(shape), (stop - start,) * len(shape)
+        return
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows, where there are any
+    parts = [(last, start, stop)] if first > last else [(first - 1, start, first * row), (last, last * row, stop)]
+    for number, (index, begin, end) in enumerate(parts):
+        if number == 1 and first < last:
+            yield (first, *[0] * (len(shape) - 1)), (last - first, *shape[1:])
+        for offsets, sizes in boxes(shape[1:], begin - index * row, end - index * row):
+            yield (index, *offsets), (1, *sizes)
+
+
+def _sharded_state(
+    optimizer: DistributedOptimizer, model_state: Any, is_loading: bool = False, metadata: Any = None
+) -> dict[str, Any]:
+    """What the method of this name returns, whose end, a collection of garbage, training would wait for."""
+    if is_loading:  # the moments that are loaded into must be there
+        optimizer.load_state_dict(optimizer.state_dict())
+    return {
+        **optimizer.state_dict(),
+        "param_state": {_SHARDS: _placed_state(optimizer, model_state, is_loading)},
+        "param_state_sharding_type": metadata["distrib_optim_sharding_type"],
+    }
+
+
+def _placed_state(optimizer: DistributedOptimizer, model_state: Any, is_loading: bool) -> dict[int, Any]:
+    """Number of the parameter -> kind of state -> place in this process's range -> piece, without data for loading."""
+    places = places_of(model_state)
+    state: dict[int, Any] = {}
+    for number, (weight, start, stop) in enumerate(own_ranges(optimizer)):
+        tensors = optimizer._get_main_param_and_optimizer_states(weight)
+        state[number] = {}
+        for kind in ("param", *optimizer.optimizer_state_keys):
+            found = dict(own_pieces(places[weight], start, stop, tensors[kind].detach(), f"optimizer.state.{kind}."))
+            state[number][kind] = {at: piece.without_data() for at, piece in found.items()} if is_loading else found
+    return state
+
+
+@torch.no_grad()
+def _take_state(optimizer: DistributedOptimizer, loaded: dict[str, Any]) -> None:
+    """Fill this process's master weights and moments with what was loaded for `_sharded_state`."""
+    for number, (weight, _, _) in enumerate(own_ranges(optimizer)):
+        tensors = {kind: joined(pieces) for kind, pieces in loaded[_SHARDS][number].items()}
+        optimizer._set_main_param_and_optimizer_states(weight, tensors)

@@ -17,6 +17,7 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from mha2mla_megatron.model.provider import sharded_weights
 from mha2mla_megatron.training.checkpoint import METADATA
+from mha2mla_megatron.training.weight_average import WeightAverage
 
 Piece = tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]
 """Name and shape of the whole tensor, place in it, content."""
@@ -52,10 +53,15 @@ def keep_gradients(chunks: Sequence[DistributedDataParallel], optimizer: Megatro
     return gradients
 
 
-def state_pieces(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> list[Piece]:
-    """This rank's part of weights, master weights and moments, copied; also of tensors that are not floating-point."""
+def state_pieces(
+    chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer, average: WeightAverage | None = None
+) -> list[Piece]:
+    """This rank's part of weights, master weights, moments and averages, copied; also of tensors that are not
+    floating-point."""
     model: dict[str, Any] = {str(index): sharded_weights(chunk.module) for index, chunk in enumerate(chunks)}
     state: dict[str, Any] = {"model": model, "optimizer": optimizer.sharded_state_dict(model, metadata=METADATA)}
+    if average is not None:
+        state["average"] = average.placed(model)
     apply_factories(state)
     tensors: list[Any] = [piece for piece in nested_values(state) if isinstance(piece, ShardedTensor)]
     return [_piece(piece, piece.data) for piece in tensors]

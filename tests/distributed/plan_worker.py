@@ -28,6 +28,7 @@ from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
+from mha2mla_megatron.training.weight_average import WeightAverage
 from tests.saved_activations import SavedActivations, random_batch
 
 RING = {
@@ -101,6 +102,8 @@ def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | 
     parameters = [p for group in inner.optimizer.param_groups for p in group["params"]]
     moments = [t for p in parameters for t in inner.optimizer.state[p].values() if getattr(t, "ndim", 0) > 0]
     masters = parameters if dtype == torch.bfloat16 else []
+    decay = settings.optimizer.ema_decay
+    averages = WeightAverage(optimizer, decay).tensors if decay > 0 else []
     buffers = [buffer for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
@@ -108,7 +111,7 @@ def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | 
         "teacher": sum(p.nbytes for p in held[-1].parameters()) if teacher is not None else 0,
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "buckets": sum(len(b.buckets) for b in buffers),
-        "optimizer": sum(t.nbytes for t in [*moments, *masters]),
+        "optimizer": sum(t.nbytes for t in [*moments, *masters, *averages]),
         "saved": saved.peak,
         "sent": dict(messages.sent),
         "other": dict(messages.other),

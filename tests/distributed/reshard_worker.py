@@ -12,10 +12,11 @@ import torch
 import torch.distributed
 
 from mha2mla_megatron.architecture import parse_architecture
-from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_average, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.pieces import fill, state_pieces
 from mha2mla_megatron.training.step import gather_weights, train_step
+from mha2mla_megatron.training.weight_average import WeightAverage
 from tests.distributed.layout_worker import build, micro_batches
 
 SAVED, MORE = 2, 3
@@ -32,17 +33,18 @@ def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSett
     chunks, optimizer, schedule, device = build(architecture, settings)
     fill(chunks, optimizer, torch.load(folder / "weights.pt").__getitem__)
     schedule.step(0)
+    average = WeightAverage(optimizer, settings.optimizer.ema_decay)
     prepare_root(folder / name)
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    saver = StepSaver(folder / name, _model(chunks), optimizer, schedule, layout, 1, True)
+    saver = StepSaver(folder / name, _model(chunks), optimizer, schedule, layout, 1, True, average)
     losses = []
     for step in range(SAVED):
         saver.begin(step, {"step": step}).finish()
-        losses += _losses(step, 1, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+        losses += _losses(step, 1, architecture.vocab_size, chunks, optimizer, schedule, average, settings, device)
     gather_weights(chunks)
-    state = state_pieces(chunks, optimizer)
+    state = state_pieces(chunks, optimizer, average)
     pending = saver.begin(SAVED, {"step": SAVED})
-    losses += _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    losses += _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, average, settings, device)
     pending.finish()
     _write({"losses": losses, "state": state}, folder / name)
 
@@ -54,8 +56,10 @@ def load(name: str, source: str, config: dict[str, Any], folder: Path, settings:
     run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule, settings.lora)
     assert run == {"step": SAVED}
     schedule.step(0)
-    state = state_pieces(chunks, optimizer)
-    losses = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, settings, device)
+    average = WeightAverage(optimizer, settings.optimizer.ema_decay)
+    resume_average(folder / source, _model(chunks), average)
+    state = state_pieces(chunks, optimizer, average)
+    losses = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, average, settings, device)
     _write({"losses": losses, "state": state}, folder / name)
 
 
@@ -64,12 +68,21 @@ def _model(chunks: Any) -> list[torch.nn.Module]:
 
 
 def _losses(
-    first: int, steps: int, vocabulary: int, chunks: Any, optimizer: Any, schedule: Any, settings: Any, device: Any
+    first: int,
+    steps: int,
+    vocabulary: int,
+    chunks: Any,
+    optimizer: Any,
+    schedule: Any,
+    average: WeightAverage,
+    settings: Any,
+    device: Any,
 ) -> list[float]:
     """Those of `steps` steps after the first `first`."""
     batches, losses = micro_batches(vocabulary, settings, first, SAVED + MORE), []
     for _ in range(steps):
         losses.append(train_step(chunks, optimizer, batches, settings, device).loss)
+        average.update()
         schedule.step(1)
     return losses
 

@@ -37,6 +37,7 @@ MODELS = ("original", "mla")
 # Adam divides a gradient by its own size; with an epsilon far above the noise of float32 sums, noise stays noise.
 SCHEDULE = (
     "steps=4", "save_interval=2", "optimizer.warmup_steps=1", "optimizer.decay_steps=1", "optimizer.adam_eps=1e-4",
+    "optimizer.ema_decay=0.7",
 )  # fmt: skip
 LAYOUTS = {
     "tp2": ["parallel.tensor_model_parallel_size=2"],
@@ -63,6 +64,7 @@ LORA = [*HELD_OUT, "lora.rank=4", "lora.alpha=10", "lora.targets=['decoder.layer
 WITH_PARTS = {
     **{f"parts-{layout}": (layout, PARTS) for layout in ("pp2", "tp2-sp", "dp2")},
     **{f"lora-{layout}": (layout, LORA) for layout in ("pp2", "tp2", "tp2-sp")},
+    "parts-resumed-pp2": ("pp2", PARTS),
     "lora-resumed-tp2": ("tp2", LORA),
 }
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -102,7 +104,8 @@ def results(workspace: Path) -> Path:
                 add(f"{name}-{layout}", "mla", *LAYOUTS[layout], *words)
     for name, words in (("parts", PARTS), ("lora", LORA)):
         finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *_filled(words, workspace))
-    put_back(folder / "lora-single", folder / "lora-resumed-tp2", 2)
+    for name in [name for name in WITH_PARTS if "resumed" in name]:
+        put_back(folder / f"{name.split('-')[0]}-single", folder / name, 2)
     for name, (layout, words) in WITH_PARTS.items():
         add(name, "mla", *LAYOUTS[layout], *_filled(words, workspace))
     add("unbroken", "mla", *LONG)
