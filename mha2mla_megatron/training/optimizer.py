@@ -14,7 +14,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.own_shards import save_own_shards
+from mha2mla_megatron.training.own_shards import parts_of, save_own_shards
 from mha2mla_megatron.training.param_groups import group_overrides
 
 
@@ -39,7 +39,7 @@ def build_optimizer(
     )
     overrides = group_overrides(config, set(wanted.lr_scale.values()))
     optimizer = get_megatron_optimizer(config, chunks, overrides)  # type: ignore[arg-type]
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         if isinstance(part, DistributedOptimizer):
             save_own_shards(part)
     _leave_out_what_is_not_finite(optimizer)
@@ -98,7 +98,7 @@ def _leave_out_what_is_not_finite(optimizer: MegatronOptimizer) -> None:
 
 def _torch_adams(optimizer: MegatronOptimizer) -> Iterable[torch.optim.Optimizer]:
     """The torch optimizers inside, where Megatron uses torch's (neither Transformer Engine nor apex is there)."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in parts_of(optimizer):
         inner = getattr(part, "optimizer", None)
         if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
             yield inner
