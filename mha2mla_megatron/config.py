@@ -11,8 +11,8 @@ from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, l
 
 ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm", "activation")
 SCORED_STRATEGIES = ("2-norm", "activation")
-OBJECTIVES = ("weights", "inputs", "balanced", "outputs")
-BEST_OBJECTIVE = "outputs"
+OBJECTIVES = ("weights", "inputs", "balanced", "outputs", "tempered")
+BEST_OBJECTIVE = "tempered"
 """What `auto` stands for where there are statistics: the best measured one (docs/conversion.md)."""
 SINGULAR_VALUES = ("up", "sqrt")
 
@@ -84,8 +84,8 @@ class LowRankConfig:
 
     objective: str = "auto"
     """What the factors are the best in: weights (plain SVD, the paper), inputs (whitened by what flows in), balanced
-    (also by what comes of it, one number for keys and one for values), outputs (a matrix for each head). auto: outputs
-    where there are statistics, else weights."""
+    (also by what comes of it, one number for keys and one for values), outputs (a matrix for all of them), tempered (half
+    way from that to inputs). auto: tempered where there are statistics, else weights."""
 
     statistics: str | None = None
     """The file of tools/calibrate.py, for every objective but weights."""

@@ -186,10 +186,10 @@ def test_refusals(tmp_path: Path, model: Path, text: Path, statistics: Path) -> 
 
 
 def test_the_ablation_is_what_it_says() -> None:
-    """Ten rows at three cache sizes of 384 elements, G = 3."""
+    """Thirteen rows at three cache sizes of 384 elements, G = 3."""
     settings = load_settings(SweepSettings, ["base.statistics=statistics"], ROOT / "examples" / "ablation.yaml")
     rows = expand_rows(settings)
-    assert len(rows) == 30 and len({row.group for row in rows}) == 10
+    assert len(rows) == 39 and len({row.group for row in rows}) == 13
     for group in {row.group for row in rows}:
         elements = []
         for row in (row.settings for row in rows if row.group == group):

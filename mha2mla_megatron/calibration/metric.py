@@ -9,12 +9,15 @@ An approximation W' of the stacked rows W = [K_nope; V] is judged by
 | weights | I | I: the plain singular value decomposition of the paper |
 | inputs | E[x x^T] | I |
 | balanced | E[|y|^2 x x^T] | one number for keys and one for values: the mean square of their gradients |
-| outputs | E[|y|^2 x x^T] | the second moment of the gradients |
+| outputs | E[|y|^2 x x^T] | E[y y^T], the second moment of the gradients |
+| tempered | the mean of those of inputs and of outputs | that of outputs, what is beside its diagonal halved |
 
-y is a token's gradient with respect to its keys and values (see `statistics`). `outputs` is the expected second-order
-change of the model's own loss if tokens' errors add up independently, and if a token's gradient depends on its input by
-its size alone. Tokens that attention leans on (the first one above all) count for what they do, which is where
-whitening by E[x x^T] falls short.
+y is a token's gradient with respect to its keys and values (see `statistics`), |y|^2 here relative to its mean over
+tokens. `outputs` is the expected second-order change of the model's own loss if tokens' errors add up independently,
+and if a token's gradient depends on its input by its size alone. Tokens that attention leans on (the first one above
+all) count for what they do, which is where whitening by E[x x^T] falls short. But few tokens have most of |y|^2, so
+that the sums over them are noisy, and an error that is not small costs such a token less than the second order says:
+`tempered` weighs a token by (|y|^2 + 1) / 2, and draws the gradients' moment half way to its diagonal.
 
 Shape letters: n rows, h inputs, H query heads, G key/value heads, d head dim, P = d/2 pairs, r rotary dims kept.
 """
@@ -70,9 +73,11 @@ def make_columns(objective: str, statistics: LayerStatistics, tokens: int, dampi
     """L of an objective. damping: added to the diagonal of C, as a fraction of its mean."""
     if objective == "weights":
         return None
+    inputs = statistics.input_moment / tokens
     if objective == "inputs":
-        return _root(statistics.input_moment / tokens, damping)
-    return _root(statistics.weighted_input_moment / statistics.gradient_energy, damping)
+        return _root(inputs, damping)
+    weighted = statistics.weighted_input_moment / statistics.gradient_energy
+    return _root((weighted + inputs) / 2 if objective == "tempered" else weighted, damping)
 
 
 def make_rows(
@@ -101,7 +106,10 @@ def make_rows(
         diagonal = moment.diagonal()[rows]
         means = [part.mean().expand(len(part)) for part in (diagonal[:nope], diagonal[nope:])]
         return torch.diag(torch.cat(means).clamp_min(torch.finfo(moment.dtype).tiny).sqrt())
-    return _root(moment[rows][:, rows], damping)
+    moment = moment[rows][:, rows]
+    if objective == "tempered":
+        moment = (moment + torch.diag(moment.diagonal())) / 2
+    return _root(moment, damping)
 
 
 def _mapped_moment(moment: torch.Tensor, query_map: torch.Tensor, groups: int) -> torch.Tensor:
