@@ -84,8 +84,8 @@ class LowRankConfig:
 
     objective: str = "auto"
     """What the factors are the best in: weights (plain SVD, the paper), inputs (whitened by what flows in), balanced
-    (also by what comes of it, one number for keys and one for values), outputs (a matrix for all of them), tempered (half
-    way from that to inputs). auto: tempered where there are statistics, else weights."""
+    (also by what comes of it, one number for keys and one for values), outputs (a matrix for all of them), tempered
+    (half way from that to inputs). auto: tempered where there are statistics, else weights."""
 
     statistics: str | None = None
     """The file of tools/calibrate.py, for every objective but weights."""
