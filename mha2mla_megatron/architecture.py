@@ -92,6 +92,10 @@ class Architecture:
         assert self.mla is not None
         return self.mla.layout(layer, *self.heads)
 
+    def experts_of(self, layer: int) -> Experts | None:
+        """Those that the layer has for its feed-forward; None where that is dense."""
+        return self.experts if self.experts is not None and layer in self.experts.layers else None
+
     def attention_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Name under `self_attn.` -> shape of every attention tensor of one layer."""
         h, heads, groups, d = self.heads
@@ -130,8 +134,8 @@ class Architecture:
             for name, shape in self.attention_shapes(layer).items():
                 tensors[f"{prefix}self_attn.{name}"] = shape
             tensors[prefix + "post_attention_layernorm.weight"] = (h,)
-            if self.experts is not None and layer in self.experts.layers:
-                tensors.update({prefix + name: shape for name, shape in self.experts.tensor_shapes(h).items()})
+            if (experts := self.experts_of(layer)) is not None:
+                tensors.update({prefix + name: shape for name, shape in experts.tensor_shapes(h).items()})
                 continue
             for name, shape in mlp.items():
                 tensors[f"{prefix}mlp.{name}.weight"] = shape

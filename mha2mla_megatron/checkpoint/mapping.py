@@ -98,9 +98,9 @@ def parameter_map(architecture: Architecture) -> list[ParamMap]:
     """The table for one model, in the order of its Hugging Face tensors; covers every one of them exactly once."""
     layer_rows = LAYER_ROWS + (ORIGINAL_ROWS if architecture.mla is None else CONVERTED_ROWS)
     candidates = [ParamMap(*row) for row in MODEL_ROWS]
-    experts = architecture.experts
     for layer in range(architecture.num_layers):
-        norm_rows = EXPERT_ROWS if experts is not None and layer in experts.layers else DENSE_ROWS
+        experts = architecture.experts_of(layer)
+        norm_rows = DENSE_ROWS if experts is None else EXPERT_ROWS
         for megatron, hf, layout in layer_rows + norm_rows:
             kinds = ("weight", "bias") if megatron.endswith("*") else ("",)
             numbers = range(experts.num_experts if experts is not None else 0) if "{}" in megatron else (0,)

@@ -97,11 +97,6 @@ class ForwardPass:
         attention = sum(self._attention(layer, self.recompute == "selective") for layer in layers)
         return {"attention": attention, "mlp": sum(map(self._mlp, layers)), "layer_inputs": 0}
 
-    def experts(self, layer: int) -> Experts | None:
-        """Those that the layer has for its feed-forward."""
-        experts = self.architecture.experts
-        return experts if experts is not None and layer in experts.layers else None
-
     @cached_property
     def output_saved(self) -> int:
         """Kept by the final norm, the output layer and the loss: its probabilities, or with Transformer Engine logits
@@ -158,7 +153,7 @@ class ForwardPass:
     def _mlp(self, layer: int) -> int:
         """Norm and what gate and up read, gate and up [2m], their product [m]; unfused also silu(gate) and a copy of
         up."""
-        if (experts := self.experts(layer)) is not None:
+        if (experts := self.architecture.experts_of(layer)) is not None:
             return self._norm + self._experts(experts)
         width = self.tokens * self.architecture.intermediate_size // self.parallel.tensor_model_parallel_size
         steps = (2 if self.fused else 4) * width * self.element_size
@@ -287,7 +282,7 @@ class ForwardPass:
         heads, groups = self._heads
         e, tp, cp = self.element_size, self.parallel.tensor_model_parallel_size, self.parallel.context_parallel_size
         stream = 2 * self.tokens * self.architecture.hidden_size * e
-        experts = self.experts(layer)
+        experts = self.architecture.experts_of(layer)
         width = self.architecture.intermediate_size if experts is None else experts.intermediate_size
         mlp = 3 * self.tokens * width // tp * e
         if experts is not None:

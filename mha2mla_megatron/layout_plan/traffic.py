@@ -126,7 +126,7 @@ def _tensor_parallel(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
         row = 2 * architecture.hidden_size
         if work.parallel.uses_sequence_parallel:
             forward, backward = forward + column + row, backward + 2 * column + row
-            if (experts := work.experts(layer)) is not None:
+            if (experts := architecture.experts_of(layer)) is not None:
                 once = architecture.hidden_size + experts.num_experts
                 forward, backward, choices = forward + once, backward + once, choices + experts.num_experts
             if work.recompute == "latent":
@@ -161,7 +161,7 @@ def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:
     """Widths of what a layer's column-parallel projections gather, or whose gradients they sum: the input of each by
     itself; where they are fused, the input and all latents once."""
     architecture, h = work.architecture, work.architecture.hidden_size
-    of_mlp = h if work.experts(layer) is None else 0  # linear_fc1
+    of_mlp = h if architecture.experts_of(layer) is None else 0  # linear_fc1
     if architecture.mla is None:
         return of_mlp + h  # linear_qkv
     layout = architecture.layout(layer)

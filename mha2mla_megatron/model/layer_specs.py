@@ -88,10 +88,11 @@ def layer_specs(
             linear_proj=linear_proj,
         )
         layers = {index: converted_layer(architecture, index, layer, attention, parts, norm) for index in stage}
-    if architecture.experts is not None:
-        layers |= {
-            index: with_experts(layers[index], backend, norm) for index in stage if index in architecture.experts.layers
-        }
+    layers |= {
+        index: with_experts(layers[index], backend, norm)
+        for index in stage
+        if architecture.experts_of(index) is not None
+    }
     specs = [ModuleSpec(module=TransformerLayer, submodules=submodules) for submodules in layers.values()]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
