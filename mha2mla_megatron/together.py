@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed.distributed_c10d as c10d
+from torch._C._distributed_c10d import ErrorType
 
 from mha2mla_megatron.errors import LostProcess, UserError, first_line
 
@@ -40,19 +46,56 @@ def on_first_rank(action: Callable[[], None], context: str) -> None:
     on_every_rank(action if torch.distributed.get_rank() == 0 else lambda: None, context)
 
 
+NCCL_INTERVAL = 1.0
+"""Seconds between two looks at NCCL's groups."""
+
+
 @contextmanager
 def names_lost_processes(reason: str, then: str) -> Iterator[None]:
-    """Turn what torch.distributed raises where another process has died, or kept this one waiting, into one line.
+    """Turn what torch.distributed finds where another process has died, or kept this one waiting, into one line.
 
     reason: what may have happened; then: what the user can do.
+
+    gloo raises in the thread that waits, which becomes LostProcess. NCCL leaves that thread waiting for the GPU:
+    another one prints the line and ends the process with exit code 2, a minute before torch itself would abort it.
     """
+
+    def message(error: str) -> str:
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "not known yet"
+        return f"rank {rank}: {reason} ({error}); {then}"
+
+    over = threading.Event()
+    threading.Thread(target=_end_with_nccl, args=(message, over), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo/" not in str(error):
             raise
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else "not known yet"
-        raise LostProcess(f"rank {rank}: {reason} ({first_line(error)}); {then}") from None
+        raise LostProcess(message(first_line(error))) from None
+    finally:
+        over.set()
+
+
+def _end_with_nccl(message: Callable[[str], str], over: threading.Event) -> None:
+    while not over.wait(NCCL_INTERVAL):
+        error = nccl_error()
+        if error is not None:
+            print(f"error: {message(error)}", file=sys.stderr, flush=True)
+            os._exit(2)  # the main thread hangs in a call to CUDA
+
+
+def nccl_error() -> str | None:
+    """What has failed in a group of this process that uses NCCL; None where nothing has."""
+    if not torch.cuda.is_initialized() or not torch.distributed.is_initialized():
+        return None
+    for group in list(c10d._world.pg_map):
+        try:
+            backend: Any = group._get_backend(torch.device("cuda"))
+        except RuntimeError:  # a group of gloo's alone
+            continue
+        if isinstance(backend, c10d.ProcessGroupNCCL) and backend.get_error() != ErrorType.SUCCESS:
+            return f"NCCL, {group.group_desc}: {backend.get_error().name}"
+    return None
 
 
 def describe_os_error(error: OSError, context: str) -> str:

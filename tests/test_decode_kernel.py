@@ -155,8 +155,10 @@ def test_model_on_the_gpu() -> None:
 def test_benchmark_on_the_gpu(tmp_path: Path, capture: str) -> None:
     """All variants of the tiny shape; on the device, allocated memory is the formula too."""
     output = tmp_path / "decode.json"
-    words = ["quick=true", "batches=[2]", "contexts=[2000]", f"capture={capture}", f"output={output}"]
+    # So many sequences that the 512 bytes to which the allocator rounds are little.
+    words = ["quick=true", "batches=[32]", "contexts=[2000]", f"capture={capture}", f"output={output}"]
     run_tool("benchmarks/decode", *words, own_process=True)
     result = json.loads(output.read_text())
     assert len(result["steps"]) == 2 + 2 * 6  # the original's, and at each saving rows and packed
-    assert all(abs(row["cache/formula"] - 1) < 0.02 for row in result["steps"])
+    ratios = {(row["variant"], row["saving"]): row["cache/formula"] for row in result["steps"]}
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), abs=0.02)

@@ -118,14 +118,14 @@ def _segment_sums(
                 output.backward(gradients[index].to(model.device))
             else:
                 hidden = head.norm(output)
-                hidden.backward(_loss_gradient(head, hidden.detach(), batch.seeds))
+                hidden.backward(loss_gradient(head, hidden.detach(), batch.seeds))
         assert state.grad is not None
         below.append(state.grad.cpu())
         progress.advance(batch.tokens.numel() * len(segment))
     return sums, below
 
 
-def _loss_gradient(head: Head, hidden: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+def loss_gradient(head: Head, hidden: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
     """Gradient of the summed negative log-likelihood of sampled labels with respect to `hidden` [b, S, h], normed.
 
     With z = logits, it is (softmax(z) - onehot(label)) W. One sequence at a time, as logits are large.

@@ -122,19 +122,35 @@ def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSetting
             f"{architecture.hidden_size}; the rest is damped. Raise samples or sequence_length"
         )
     model = OriginalModel(reader, architecture, device, DTYPES[settings.dtype])
-    with process_group("nccl" if device.type == "cuda" else "gloo") as ranks:
-        layers = _collect(model, sequences, settings, ranks)
+    write_statistics(model, sequences, target, settings, provenance)
+    return provenance if launched_ranks().rank == 0 else None
+
+
+def write_statistics(
+    model: OriginalModel,
+    sequences: torch.Tensor,
+    target: Path,
+    settings: CalibrateSettings,
+    provenance: dict[str, Any],
+) -> None:
+    """Run the model over the first `samples` of the sequences [n, S]; rank 0 writes the sums and the last
+    `stored_sequences`, which the provenance has the number of.
+
+    Raises UserError for activations that are not finite.
+    """
+    architecture = model.architecture
+    with process_group("nccl" if model.device.type == "cuda" else "gloo") as ranks:
+        layers = layer_sums(model, sequences, settings, ranks)
         failed = f"{target}: cannot be written"
         if ranks.rank != 0:
             for _ in layers:
                 ranks.every(lambda: None, failed)  # rank 0 writes
-            return None
+            return
         with new_files([target], settings.overwrite) as (scratch,):
             stored = sequences[-int(provenance["stored_sequences"]) :]
             writer = StatisticsWriter(scratch, architecture.num_layers, layer_shapes(architecture), stored, provenance)
             for layer, sums in layers:
                 ranks.every(functools.partial(_add, writer, layer, sums), failed)
-        return provenance
 
 
 def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> torch.Tensor:
@@ -161,15 +177,20 @@ def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> tor
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
 
 
-def _collect(
-    model: OriginalModel, sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks
-) -> Iterator[tuple[int, LayerStatistics]]:
-    """Every layer's sums over the first `samples` sequences, this rank's part run here and all parts added up."""
+def make_batches(sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks) -> list[Batch]:
+    """This rank's part of the first `samples` sequences."""
     mine = range(ranks.rank, min(settings.samples, len(sequences)), ranks.world)
-    batches = [
+    return [
         Batch(sequences[list(part)], [settings.seed * 1_000_003 + index for index in part])
         for part in (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
     ]
+
+
+def layer_sums(
+    model: OriginalModel, sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks
+) -> Iterator[tuple[int, LayerStatistics]]:
+    """Every layer's sums over the first `samples` sequences, this rank's part run here and all parts added up."""
+    batches = make_batches(sequences, settings, ranks)
     batch_tokens = settings.batch_size * settings.sequence_length
     memory = _memory(settings.memory, model.device)
     for layer, sums in collect(model, batches, make_segments(model.architecture, model.dtype, batch_tokens, memory)):

@@ -154,7 +154,7 @@ def flash_decode_packed(
     share = 1.0 if dtype == torch.float32 else QUERY_SHARE
     common = dict(
         WIDTH=unrotated.width, NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
-        WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=not _interpreted(),
+        WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=_COMPILED,
     )  # fmt: skip
     guard = torch.cuda.device(device) if q_key.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
@@ -179,11 +179,6 @@ def flash_decode_packed(
         )  # fmt: skip
         _combine_splits[(batch * m, -(-v // c_block))](partial, logsumexp, out, m, tiles.splits, C=v, BLOCK_C=c_block)
     return out
-
-
-def _interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels: it knows no PTX."""
-    return not isinstance(_score_packed, triton.JITFunction)
 
 
 @_jit
@@ -490,3 +485,7 @@ def _add_window_product(
         queries = _load_query(query, rows_m, m, column, COLUMNS, SHARE, DTYPE)
         acc = tl.dot(keys, tl.trans(queries), acc, input_precision=PRECISION)
     return acc
+
+
+_COMPILED = triton is not None and isinstance(_score_packed, triton.JITFunction)
+"""Not by Triton's interpreter, which knows no PTX. Found out here, since torch.compile cannot follow the question."""

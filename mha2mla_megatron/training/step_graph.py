@@ -5,7 +5,7 @@ A small model's kernels end before the host has started the next ones. A graph s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,15 +55,24 @@ class StepGraph:
         if self.steps <= WARMUP:
             return run_micro_batches(chunks, iter(self.inputs), count, settings, device, distillation)
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            states: Any = get_all_rng_states()
-            for state in states.values():
-                self.graph.register_generator_state(state)
-            # Other threads, such as NCCL's watchdog, go on asking the driver for things in the meantime.
-            with torch.cuda.graph(self.graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self.sums = run_micro_batches(chunks, iter(self.inputs), count, settings, device, distillation)
+            self.graph, self.sums = capture(
+                lambda: run_micro_batches(chunks, iter(self.inputs), count, settings, device, distillation)
+            )
         self.graph.replay()
         return self.sums
+
+
+def capture[T](run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of what `run` starts on the current stream, one of `use_own_stream`, and what it returned: tensors that
+    each replay fills anew. What `run` reads must live as long as the graph."""
+    graph = torch.cuda.CUDAGraph()
+    states: Any = get_all_rng_states()
+    for state in states.values():
+        graph.register_generator_state(state)
+    # Other threads, such as NCCL's watchdog, go on asking the driver for things in the meantime.
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        results = run()
+    return graph, results
 
 
 def graph_of(settings: FinetuneSettings, device: torch.device) -> StepGraph | None:
@@ -75,7 +84,12 @@ def graph_of(settings: FinetuneSettings, device: torch.device) -> StepGraph | No
     if not settings.cuda_graph:
         return None
     check_graph(settings, device.type)
+    use_own_stream()
+    return StepGraph()
+
+
+def use_own_stream() -> None:
+    """Work on a new stream from now on: the default one cannot be captured."""
     stream: Any = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_stream(stream)
-    return StepGraph()

@@ -10,13 +10,12 @@ relative to that; the best is the sum of the other singular values squared, from
 
 from __future__ import annotations
 
-import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from timing import peak_memory, timed
 
 from mha2mla_megatron.calibration.metric import Metric, make_columns, make_rows
 from mha2mla_megatron.calibration.statistics import LayerStatistics
@@ -87,14 +86,14 @@ def main(argv: list[str]) -> None:
     if settings.svd:
         ways["torch.linalg.svd, float32"] = lambda: by_svd(torch.float32), 1
         ways["torch.linalg.svd, float64"] = lambda: by_svd(torch.float64), 1
-    timed = {way: measure(run, rounds, device) for way, (run, rounds) in ways.items()}
+    measured = {way: measure(run, rounds, device) for way, (run, rounds) in ways.items()}
     errors = {
         way: (weight.double() - up.double() @ down.double()).square().sum().item()
-        for way, (_, (up, down)) in timed.items()
+        for way, (_, (up, down)) in measured.items()
     }
-    ours, _ = timed["objective weights"]
+    ours, _ = measured["objective weights"]
     rows = []
-    for way, (seconds, _) in timed.items():
+    for way, (seconds, _) in measured.items():
         row = [way, f"{statistics.median(seconds):.2f}", f"{statistics.median(seconds) / statistics.median(ours):.2f}"]
         # The other objective spends its rank on something else.
         row.append(
@@ -104,23 +103,13 @@ def main(argv: list[str]) -> None:
         )
         rows.append(row)
     print(format_table(["way", "seconds", "/ objective weights", "excess"], rows))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory {peak / 2**30:.2f} GiB")
+    print(f"peak memory {peak_memory(device):.2f} GiB")
 
 
 def measure(run: Callable[[], Factors], rounds: int, device: torch.device) -> tuple[list[float], Factors]:
     """Seconds of each round, and the factors."""
-    seconds = []
-    for _ in range(rounds):
-        synchronise(device)
-        start = time.perf_counter()
-        factors = run()
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return seconds, factors
+    seconds, factors = zip(*(timed(run, device) for _ in range(rounds)), strict=True)
+    return list(seconds), factors[-1]
 
 
 def make_layer(
@@ -149,11 +138,6 @@ def make_layer(
     count = settings.groups * (2 * d - settings.rope)
     query_map = torch.randn(settings.heads, d // 2, 2, device=device, dtype=torch.float64)
     return layer, torch.randn(count, h, device=device), order, query_map
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

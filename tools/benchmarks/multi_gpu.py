@@ -88,6 +88,9 @@ class MultiGpuSettings:
     steps: int = 7
     """Timed steps of each measurement."""
 
+    profile: int = 0
+    """Of the part scaling: one more step of each row is profiled on rank 0, and so many kernels are listed. 0: none."""
+
     time_budget: float = 570.0
     """Seconds for everything."""
 
@@ -370,6 +373,7 @@ class Plan:
                         arguments = dict(
                             shape=shape, converted=converted, implementation=self.fast, steps=steps,
                             parallel=parallel(**layout), batches=batches, micro_batch_size=micro,
+                            profile=part == "scaling" and self.on_gpu and self.settings.profile > 0,
                         )  # fmt: skip
                         self.add(part, size, "train", name, model, report, seconds, arguments, extra)
 
@@ -429,6 +433,11 @@ class Plan:
         if not self.on_gpu:
             verdict = ""  # two processes share a CPU's cores
         self.table.add("scaling", size, layout, model, verdict, text, **numbers, **values)
+        if (spent := values.get("profile")) is not None:
+            parts = ", ".join(f"{key} {spent[key]:.1f}" for key in ("computing", "communicating", "exposed", "idle"))
+            print(f"{'':>15} profile of rank 0, ms: {parts}")
+            for kernel, milliseconds, calls in spent["kernels"][: self.settings.profile]:
+                print(f"{'':>15} {milliseconds:>8.2f} {calls:>5}  {kernel[:100]}", flush=True)
 
     @staticmethod
     def _target(shape: str, size: int, layout: str) -> float | None:

@@ -6,7 +6,8 @@ Models are random with a real model's shapes. First the logits: transformers and
 transformers in float32; what transformers itself loses in bf16 is the noise floor. Then whole steps (forward, backward,
 gradient clipping, AdamW with float32 master weights), each model and implementation in turn, round after round. A peer
 is the step that research code takes of the same model: transformers, all in bf16, torch's fused AdamW, without master
-weights, as it is or compiled.
+weights, as it is or compiled. With +teacher beside the same implementation without, what a teacher costs:
+(its forward pass + the step without it) / the step with it.
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ from mha2mla_megatron.checkpoint.convert_hf_megatron import ToMegatronSettings, 
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.convert import ConvertSettings, convert_model
-from mha2mla_megatron.errors import require_one_of, run_tool
+from mha2mla_megatron.errors import UserError, require_one_of, run_tool
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS, choose_implementation
 from mha2mla_megatron.model.parallel import initialize_parallel
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.checkpoint import load_weights
-from mha2mla_megatron.training.config import DataSettings, FinetuneSettings
+from mha2mla_megatron.training.config import DataSettings, DistillationSettings, FinetuneSettings
+from mha2mla_megatron.training.distillation import Distillation
 from mha2mla_megatron.training.optimizer import build_optimizer
-from mha2mla_megatron.training.step import build_training_model, train_step
-from mha2mla_megatron.training.step_graph import WARMUP, graph_of
+from mha2mla_megatron.training.step import StepResult, build_training_model, train_step
+from mha2mla_megatron.training.step_graph import WARMUP, capture, graph_of, use_own_stream
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shapes import CONVERSIONS, MODELS, SHAPES, Shape, conversion, make_architecture, original_config, step_flops
@@ -56,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fp8": {"fp8": "current"},
     "latent": {"recompute": "latent"},
     "full": {"recompute": "full"},
+    "teacher": {"distillation": DistillationSettings(teacher="the original model, with random weights")},
 }
 """What may follow an implementation after +, and the settings that it stands for."""
 
@@ -71,8 +74,8 @@ class BenchmarkSettings:
     """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75."""
 
     implementations: list[str] = field(default_factory=lambda: ["auto"])
-    """Which are timed: those of `implementation` in tools/finetune.py, with +graph, +fp8, +latent, +full for the
-    settings that these stand for, and the peers transformers and transformers_compiled."""
+    """Which are timed: those of `implementation` in tools/finetune.py, with +graph, +fp8, +latent, +full, +teacher for
+    the settings that these stand for, and the peers transformers and transformers_compiled."""
 
     parity_shape: str | None = "135M"
     """Whose logits are compared; null: none."""
@@ -99,6 +102,8 @@ class BenchmarkSettings:
         for word in self.implementations:
             name, *options = word.split("+")
             require_one_of("implementations", name, ("auto", *IMPLEMENTATIONS, *PEERS))
+            if name in PEERS and options:
+                raise UserError(f"implementations: {word}: nothing can follow a peer; valid: {name}")
             for option in options:
                 require_one_of(f"implementations: {name}+", option, tuple(OPTIONS))
         if self.parity_shape is not None:
@@ -168,30 +173,63 @@ def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return ((logits.float() - exact).norm() / exact.norm()).item()
 
 
-def training_step(
-    architecture: Architecture, shape: Shape, implementation: str, device: torch.device, **settings: Any
-) -> Callable[[], Any]:
-    """A function that takes one training step of a random model. settings: others of FinetuneSettings."""
-    run = FinetuneSettings(
+def run_settings(shape: Shape, word: str) -> FinetuneSettings:
+    """Of a run with this one of `implementations`."""
+    implementation, *options = word.split("+")
+    return FinetuneSettings(
         steps=10_000,
         micro_batch_size=shape.micro_batch_size,
         global_batch_size=shape.micro_batch_size,
         implementation=implementation,
         data=DataSettings(sequence_length=shape.sequence_length),
-        **settings,
+        **{key: value for option in options for key, value in OPTIONS[option].items()},
     )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def training_step(
+    architecture: Architecture, shape: Shape, run: FinetuneSettings, device: torch.device
+) -> Callable[[], StepResult]:
+    """A function that takes one training step of a random model."""
+    dtype = training_type(device)
     graph = graph_of(run, device)
     chunks = build_training_model(architecture, run, dtype, device)
+    distillation = None
+    if run.distillation.teacher is not None:
+        distillation = Distillation(make_architecture(shape, "original"), run, dtype, device)
     optimizer, schedule = build_optimizer(chunks, run, dtype)
     schedule.step(0)
     batches = random_batches(shape, device)
 
-    def step() -> None:
-        train_step(chunks, optimizer, batches, run, device, None, graph)
+    def step() -> StepResult:
+        result = train_step(chunks, optimizer, batches, run, device, distillation, graph)
         schedule.step(1)
+        return result
 
     return step
+
+
+def teacher_forward(shape: Shape, run: FinetuneSettings, device: torch.device) -> Callable[[], Any]:
+    """A function that runs what a teacher adds to the step, its forward pass, alone; as a graph where the step is."""
+    if run.cuda_graph:
+        use_own_stream()
+    distillation = Distillation(make_architecture(shape, "original"), run, training_type(device), device)
+    batch = next(random_batches(shape, device))
+    forward = partial(distillation.predict, batch["tokens"], batch["position_ids"])
+    if not run.cuda_graph:
+        return forward
+    for _ in range(WARMUP):
+        forward()
+    graph, logits = capture(forward)
+
+    def replay(kept: Any = (forward, logits)) -> None:  # the weights and tokens that the graph reads live on in it
+        graph.replay()
+
+    return replay
+
+
+def training_type(device: torch.device) -> torch.dtype:
+    """Of a model and its teacher."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def peer_step(shape: Shape, model: str, compiled: bool, device: torch.device) -> Callable[[], Any]:
@@ -229,7 +267,9 @@ def peer_step(shape: Shape, model: str, compiled: bool, device: torch.device) ->
 
 def random_batches(shape: Shape, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """The same random tokens over and over, already on the device: reading data is not what is measured."""
-    tokens = torch.randint(0, shape.vocabulary, (shape.micro_batch_size, shape.sequence_length + 1), device=device)
+    generator = torch.Generator(device).manual_seed(1)
+    size = (shape.micro_batch_size, shape.sequence_length + 1)
+    tokens = torch.randint(0, shape.vocabulary, size, device=device, generator=generator)
     positions = torch.arange(shape.sequence_length, device=device).expand(shape.micro_batch_size, -1)
     mask = torch.ones(shape.micro_batch_size, shape.sequence_length, device=device)
     return repeat(
@@ -325,6 +365,7 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
         for model in settings.models
     ]
     samples: dict[tuple[str, str], list[float]] = {run: [] for run in runs}
+    teachers: dict[tuple[str, str], list[float]] = {run: [] for run in runs if (untaught(run[0]), run[1]) in runs}
     last: dict[tuple[str, str], dict[str, Any]] = {}
     for turn in range(settings.rounds):
         for run in runs:
@@ -332,11 +373,13 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
             if implementation in PEERS:
                 make = partial(peer_step, shape, model, implementation == "transformers_compiled", device)
             else:
-                word, *options = implementation.split("+")
-                wanted = {key: value for option in options for key, value in OPTIONS[option].items()}
-                make = partial(training_step, make_architecture(shape, model), shape, word, device, **wanted)
+                wanted = run_settings(shape, implementation)
+                make = partial(training_step, make_architecture(shape, model), shape, wanted, device)
             try:
                 last[run] = timed_steps(make, settings.steps, settings.profile * (turn == settings.rounds - 1))
+                if run in teachers:
+                    alone = partial(teacher_forward, shape, run_settings(shape, implementation), device)
+                    teachers[run] += timed_steps(alone, settings.steps, 0)["ms"]
             except torch.cuda.OutOfMemoryError:
                 print(f"  {name:<5} {implementation:<27} {model:<11} does not fit", flush=True)
                 continue
@@ -363,7 +406,27 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
         if model in CONVERSIONS and (implementation, "original") in rates:
             ratio = rate / rates[implementation, "original"]
             print(f"  {name:<5} {implementation:<27} {model} / original: {ratio:.3f}", flush=True)
+    found = {(row["implementation"], row["model"]): row for row in rows}
+    for run, times in teachers.items():
+        implementation, model = run
+        plain = found.get((untaught(implementation), model))
+        if run in found and plain is not None:
+            row, forward = found[run], statistics.median(times)
+            row["teacher_ms"], row["teacher_ratio"] = forward, (forward + plain["ms"]) / row["ms"]
+            print(
+                f"  {name:<5} {implementation:<27} {model} (teacher's forward {forward:.1f} ms + step without it "
+                f"{plain['ms']:.1f}) / step with it: {row['teacher_ratio']:.3f}",
+                flush=True,
+            )
     return rows
+
+
+def untaught(implementation: str) -> str | None:
+    """The same one of `implementations` without its teacher; None for one that has none."""
+    word, *options = implementation.split("+")
+    if "teacher" not in options:
+        return None
+    return "+".join((word, *(option for option in options if option != "teacher")))
 
 
 if __name__ == "__main__":
