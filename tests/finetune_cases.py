@@ -47,7 +47,7 @@ def make_workspace(root: Path) -> Path:
     original = make_llama(root / "original", num_hidden_layers=4)
     make_tokenizer(original)
     run_tool("convert_mha_to_mla", original, root / "partial", ROPE_DIMS)
-    words = ["low_rank.method=joint", "low_rank.kv_lora_rank=[24,17,20,9]"]
+    words = ["low_rank.method=joint", "low_rank.kv_lora_rank=[24,16,20,8]"]
     run_tool("convert_mha_to_mla", original, root / "mla", ROPE_DIMS, *words)
     for model in MODELS:
         run_tool("convert_hf_to_megatron", root / model, root / f"{model}-megatron")

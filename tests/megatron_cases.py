@@ -25,7 +25,7 @@ SHORT_NAMES = {
 }  # fmt: skip
 """Fields of ParallelConfig, as the tables of layouts call them."""
 
-ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 9, 16, 7]
+ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 8, 16, 12]
 """r and c of each layer, from nothing rotated to everything; over and over where there are more than 4."""
 
 

@@ -196,7 +196,10 @@ class ForwardPass:
             return self._read(self.split_tokens * h)
         layout = self.architecture.layout(layer)
         if not self.fp8:
-            return self.split_tokens * (h + layout.kv_down_dim) * self.element_size
+            latents = self.split_tokens * layout.kv_down_dim
+            if self.fused_projections:  # of all tokens the columns that this process computes
+                latents = self.tokens * layout.kv_down_dim // self.parallel.tensor_model_parallel_size
+            return (self.split_tokens * h + latents) * self.element_size
         read = sum(columns for name, (_, columns) in layout.projections().items() if name != "o_proj")
         return self._read(self.split_tokens * read)
 

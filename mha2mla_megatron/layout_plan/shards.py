@@ -14,7 +14,7 @@ from mha2mla_megatron.model.parallel import ParallelConfig, layers_of_chunks
 
 COLUMN_PARALLEL = (
     "word_embeddings", "output_layer", "linear_qkv", "linear_q", "linear_k_rope", "linear_k_up", "linear_k_nope",
-    "linear_v_up", "linear_v", "linear_fc1",
+    "linear_v_up", "linear_v", "linear_kv_down", "linear_fc1",
 )  # fmt: skip
 """Layers whose weight and bias are split by rows; those of the vocabulary too."""
 

@@ -44,6 +44,8 @@ def step_traffic(
             sent["tensor: all-gather and reduce-scatter"] = _share(ring, tp)
         else:
             sent["tensor: all-reduce"] = _share(2 * ring, tp)
+        if latents := sum(sum(_latents(work, chunk)) for chunk in chunks) * micro_batches:
+            sent["tensor: latents"] = _share(latents, tp)
         if partial := _partial_gradients(trained, parallel.uses_sequence_parallel):
             sent["tensor: all-reduce of replicated gradients"] = _share(2 * FLOAT32 * partial, tp)
         if shared := count(_shared_halves(trained)):
@@ -75,6 +77,7 @@ def teacher_traffic(work: ForwardPass, micro_batches: int) -> dict[str, int]:
     if tp > 1:
         forward, _ = _tensor_parallel(work, chunk)
         ring = forward if work.parallel.uses_sequence_parallel else 2 * forward
+        ring += _latents(work, chunk)[0]
         sent["tensor: the teacher's forward pass"] = _share(ring * micro_batches, tp)
     if work.parallel.context_parallel_size > 1:
         forward, _ = _context_parallel(work)
@@ -129,9 +132,6 @@ def _tensor_parallel(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
             if (experts := architecture.experts_of(layer)) is not None:
                 once = architecture.hidden_size + experts.num_experts
                 forward, backward, choices = forward + once, backward + once, choices + experts.num_experts
-            if work.recompute == "latent":
-                layout = architecture.layout(layer)  # keys and values gather their latents once more
-                backward += layout.kv_down_dim * (layout.factors_key + layout.factors_value)
         else:
             forward, backward = forward + row, backward + column
     again = work.recompute == "full"
@@ -159,13 +159,41 @@ def _context_parallel(work: ForwardPass) -> tuple[int, int]:
 
 def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:
     """Widths of what a layer's column-parallel projections gather, or whose gradients they sum: the input of each by
-    itself; where they are fused, the input and all latents once."""
+    itself; where they are fused, the input once, and the latents are counted by `_latents`."""
     architecture, h = work.architecture, work.architecture.hidden_size
     of_mlp = h if architecture.experts_of(layer) is None else 0  # linear_fc1
     if architecture.mla is None:
         return of_mlp + h  # linear_qkv
     layout = architecture.layout(layer)
     if work.fused_projections:
-        return of_mlp + h + layout.kv_down_dim
-    own = {"o_proj", "kv_down_proj"}  # row-parallel; on every rank
-    return of_mlp + sum(columns for name, (_, columns) in layout.projections().items() if name not in own)
+        return of_mlp + h
+    return of_mlp + sum(columns for name, (_, columns) in layout.projections().items() if name != "o_proj")
+
+
+def _latents(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
+    """Bytes of all latents that one micro-batch has gathered or reduce-scattered, in its forward and in its backward
+    pass through one chunk: each rank computes some of their columns.
+
+    Where projections are fused, both passes gather them, the second one sums their gradients, and keys and values that
+    are computed again gather theirs. Else they are gathered; under sequence parallelism, where each projection that
+    reads them gathers them from the tokens of each rank, an all-to-all brings them there, in both passes.
+    """
+    architecture, parallel = work.architecture, work.parallel
+    if architecture.mla is None:
+        return 0, 0
+    forward = backward = 0
+    for layer in chunk.layers:
+        layout = architecture.layout(layer)
+        width = layout.kv_down_dim
+        if work.fused_projections:
+            again = (layout.factors_key + layout.factors_value) if work.recompute == "latent" else 0
+            forward, backward = forward + width, backward + (2 + again) * width
+        elif parallel.uses_sequence_parallel:
+            own = width // parallel.tensor_model_parallel_size
+            forward, backward = forward + own, backward + own
+        else:
+            forward += width
+    if work.recompute == "full":
+        backward += forward
+    element = work.tokens * work.element_size
+    return element * forward, element * backward

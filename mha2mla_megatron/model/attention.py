@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, gather_from_tensor_model_parallel_region
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -26,10 +27,7 @@ class MHA2MLASelfAttentionSubmodules:
     """What an MHA2MLASelfAttention is built from."""
 
     column_parallel_linear: Callable[..., Any]
-    """All projections whose output is split over the heads."""
-
-    replicated_linear: Callable[..., Any]
-    """The projection to the latents, which every head reads."""
+    """All projections but the last: their output is split over the heads, that of linear_kv_down by columns."""
 
     core_attention: Callable[..., Any]
     linear_proj: Callable[..., Any]
@@ -47,10 +45,9 @@ class MHA2MLASelfAttention(Attention):
     k_layernorm, query and key go through them before rotation. What is not factored is a full-rank projection of
     x: linear_k_nope, linear_v. Of all these a layer has those that its `LatentLayout` names; the others are None.
 
-    linear_kv_down is the same on every tensor-parallel process, all others are split by head. Without sequence
-    parallelism its gradient is complete on each process, because the split projections that read the latents sum theirs
-    over the processes. With it each process sees s of the S tokens, and the mark `sequence_parallel` on the weight has
-    Megatron sum the gradients.
+    Over tensor-parallel processes all are split by head, but linear_kv_down by the columns of the latents, which every
+    head reads: each process computes some for all tokens, and they are exchanged. So each weight, and its gradient, is
+    whole in one place.
 
     The buffer `rope_pairs`, int64 [G, r/2], says which of the model's d/2 rotary frequencies each head uses. It holds
     all heads on every process, and integers, so that casting the module to bf16 leaves it alone.
@@ -106,10 +103,7 @@ class MHA2MLASelfAttention(Attention):
         # follow one another as `latent_qkv` wants them: q, k_rope, k_nope, v.
         self.linear_k_up = column("k_up_proj")
         self.linear_v_up = column("v_up_proj")
-        self.linear_kv_down: Any = None
-        if "kv_down_proj" in shapes:
-            rows, columns = shapes["kv_down_proj"]
-            self.linear_kv_down = submodules.replicated_linear(columns, rows, bias=False, **shared)
+        self.linear_kv_down = column("kv_down_proj")
         self.linear_v = column("v_proj")
         self.linear_k_nope = column("k_nope_proj")
         self.linear_k_rope = column("k_rope_proj")
@@ -165,7 +159,7 @@ class MHA2MLASelfAttention(Attention):
         r, d = self.layout.qk_rope_head_dim, self.layout.head_dim
         latent_k = latent_v = hidden_states
         if self.linear_kv_down is not None:
-            latent_k, latent_v = self._split_latents(self.linear_kv_down(hidden_states)[0])
+            latent_k, latent_v = self._split_latents(self._latents(hidden_states))
         k_rope = k_nope = None
         if self.linear_k_rope is not None:
             k_rope = _heads(self.linear_k_rope(hidden_states), r)
@@ -175,6 +169,13 @@ class MHA2MLASelfAttention(Attention):
             k_nope = _heads(self.linear_k_nope(hidden_states), d - r)
         value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
         return _heads(self.linear_q(hidden_states), d), k_rope, k_nope, _heads(value, d)
+
+    def _latents(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """All columns [s, B, c or 2c] of the latents of this process's tokens."""
+        own, _ = self.linear_kv_down(hidden_states)  # [S, B, c/tp or 2c/tp]
+        if not self.config.sequence_parallel:
+            return gather_from_tensor_model_parallel_region(own, self.tp_group)
+        return all_to_all_hp2sp(own, self.tp_group).unflatten(0, hidden_states.shape[:2])
 
     def _split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """c_k and c_v, each [s, B, c]; the same one where there is only one."""

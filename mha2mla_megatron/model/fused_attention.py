@@ -13,7 +13,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mha2mla_megatron.model.attention import MHA2MLASelfAttention
 from mha2mla_megatron.model.latent_qkv import FROM_INPUT, QKVPlan, latent_qkv, rebuild_key, rebuild_value
-from mha2mla_megatron.model.plain_layers import ReplicatedLinear
 from mha2mla_megatron.model.rebuilding import rebuilt
 from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
 
@@ -104,7 +103,7 @@ def _rows(part: torch.Tensor | None) -> Any:
 class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
     """`MHA2MLASelfAttention`, with the same parameters under the same names, trained by fewer and larger kernels.
 
-    Its projections are `ColumnWeights` and `ReplicatedWeights`, in 16 or 32 bits.
+    Its projections are `ColumnWeights`, in 16 or 32 bits.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -176,10 +175,3 @@ class ColumnWeights(ColumnParallelLinear):
 
     def forward(self, x: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         return (self.weight, self.bias) if x is None else super().forward(x, *args, **kwargs)
-
-
-class ReplicatedWeights(ReplicatedLinear):
-    """A replicated layer that, called without an input, gives its (weight, None)."""
-
-    def forward(self, x: torch.Tensor | None = None) -> Any:  # type: ignore[override]
-        return (self.weight, None) if x is None else super().forward(x)

@@ -8,9 +8,10 @@ Shape letters: S sequence, s the part of it that this process holds (S / tp unde
 B batch, h hidden size, H query heads, G key/value heads (both those of this process), d head dim, r rotary dims kept
 per head, C width of all latents, tp tensor-parallel size.
 
-Over tensor-parallel processes (tp > 1) the projection to the latents is replicated: each process computes those of its
-own tokens. With sequence parallelism it gathers them, and the input, while it computes; going back, their gradients are
-summed while weight gradients are computed. Without it, gradients of latents and input are summed the same way.
+Over tensor-parallel processes (tp > 1) each computes some of the latents' columns, for all tokens, and gathers the
+others while it computes queries; so no weight is held twice, and no weight's gradient summed. Going back, the latents'
+gradients are summed, each process getting those of its columns, while the input's gradient is computed, and the input's
+while weight gradients are. Under sequence parallelism the input is gathered first, both ways.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def latent_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Query [S, B, H, d], key and value [S, B, G, d], rotated, from the normalised input x [s, B, h].
 
-    The last result is for rebuilding: this process's latents [s B, C], None where there are none.
+    The last result is for rebuilding: this process's latents [S B, C/tp], None where there are none.
 
     angles: float32 [S, d]. pairs: int64 [G, r/2]. parameters: as `plan.names` says; gradients of those that have a
     `main_grad` are added to it, as Megatron's fused accumulation does.
@@ -95,7 +96,7 @@ def rebuild_key(
     """The key of `latent_qkv` once more, bit for bit, from the latents that it left and the key's first r dims
     [S, B, G, r]. For plans with k_up."""
     weight = dict(zip(plan.names, parameters, strict=True))["k_up.weight"]
-    c_k, _ = plan.latents(_Gathered(plan, latents).wait())
+    c_k, _ = plan.latents(_GatheredColumns(plan, latents).wait())
     return torch.cat((rotated, (c_k @ weight.t()).view(*rotated.shape[:3], plan.shape.nope_dim)), dim=-1)
 
 
@@ -103,7 +104,7 @@ def rebuild_key(
 def rebuild_value(plan: QKVPlan, latents: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """The value of `latent_qkv` once more, bit for bit, [S B, G d]. For plans with v_up."""
     w = dict(zip(plan.names, parameters, strict=True))
-    _, c_v = plan.latents(_Gathered(plan, latents).wait())
+    _, c_v = plan.latents(_GatheredColumns(plan, latents).wait())
     return _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
 
 
@@ -117,8 +118,8 @@ class _LatentQKV(torch.autograd.Function):
         whole = _Gathered(plan, rows)
         latents = whole_latents = None
         if "kv_down.weight" in w:
-            latents = rows @ w["kv_down.weight"].t()
-            whole_latents = _Gathered(plan, latents)
+            latents = whole.wait() @ w["kv_down.weight"].t()
+            whole_latents = _GatheredColumns(plan, latents)
         weights, biases = zip(*((w[f"{name}.weight"], w.get(f"{name}.bias")) for name in plan.from_input), strict=True)
         parts = plan.columns(_linear(whole.wait(), weights, biases))
         del whole
@@ -145,7 +146,7 @@ class _LatentQKV(torch.autograd.Function):
         w: dict[str, torch.Tensor] = ctx.parameters
         rows, latents, angles, pairs = ctx.saved_tensors
         whole = _Gathered(plan, rows)
-        whole_latents = None if latents is None else _Gathered(plan, latents)
+        whole_latents = None if latents is None else _GatheredColumns(plan, latents)
         wanted = {name for name, needed in zip(plan.names, ctx.needs_input_grad[4:], strict=True) if needed}
         gradients = _WeightGradients(w, wanted)
 
@@ -162,26 +163,27 @@ class _LatentQKV(torch.autograd.Function):
         if "v" in parts:
             parts["v"].copy_(d_value)
 
-        d_latents = None
+        d_latents = d_own = None
         if latents is not None:
             sources = {"k_up.weight": d_k_nope, "v_up.weight": d_value}
-            d_latents = _Summed(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, latents.shape[1])))
+            width = latents.shape[1] * plan.tp_group.size()
+            d_latents = _SummedColumns(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, width)))
         d_rows = d_mixed @ _joined([w[f"{name}.weight"] for name in plan.from_input])
+        if d_latents is not None:
+            d_own = d_latents.wait()
+            d_rows.addmm_(d_own, w["kv_down.weight"])
+        reduced = _Summed(plan, d_rows)  # while the weight gradients are computed
         if whole_latents is not None:
             c_k, c_v = plan.latents(whole_latents.wait())
             gradients.add(("k_up.weight",), d_k_nope, c_k)
             gradients.add(("v_up.weight",), d_value, c_v)
             gradients.add_bias("v_up.bias", d_value)
+            gradients.add(("kv_down.weight",), d_own, whole.wait())
             del c_k, c_v, whole_latents
-        reduced = _Summed(plan, d_rows)  # while the weight gradients are computed
         gradients.add(tuple(f"{name}.weight" for name in plan.from_input), d_mixed, whole.wait())
         for name, part in parts.items():
             gradients.add_bias(f"{name}.bias", part)
         d_x = reduced.wait()
-        if d_latents is not None:
-            d_own = d_latents.wait()
-            gradients.add(("kv_down.weight",), d_own, rows)
-            d_x.addmm_(d_own, w["kv_down.weight"])
         return None, d_x.view(ctx.input_shape), None, None, *(gradients.of.get(name) for name in plan.names)
 
 
@@ -199,6 +201,24 @@ class _Gathered:
         if self.work is not None:
             self.work.wait()
             self.work = None
+        return self.rows
+
+
+class _GatheredColumns:
+    """Columns [T, C/tp] of all tensor-parallel processes, on their way to be one matrix [T, C]."""
+
+    def __init__(self, plan: QKVPlan, columns: torch.Tensor) -> None:
+        self.rows, self.work, self.processes = columns, None, plan.tp_group.size()
+        if self.processes > 1:
+            self.rows = columns.new_empty(self.processes * len(columns), columns.shape[1])
+            self.work = torch.distributed.all_gather_into_tensor(self.rows, columns, group=plan.tp_group, async_op=True)
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = None
+            width = self.processes * self.rows.shape[1]
+            self.rows = self.rows.unflatten(0, (self.processes, -1)).transpose(0, 1).reshape(-1, width)
         return self.rows
 
 
@@ -223,6 +243,26 @@ class _Summed:
             self.work.wait()
             self.work = self.source = None
         return self.rows
+
+
+class _SummedColumns:
+    """A sum [T, C] over tensor-parallel processes, on its way, of which each gets its own columns [T, C/tp]."""
+
+    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
+        self.columns, self.work = rows, None
+        processes = plan.tp_group.size()
+        if processes > 1:
+            self.source = rows.unflatten(1, (processes, -1)).transpose(0, 1).contiguous()  # must live until it is read
+            self.columns = torch.empty_like(self.source[0])
+            self.work = torch.distributed.reduce_scatter_tensor(
+                self.columns, self.source.flatten(0, 1), group=plan.tp_group, async_op=True
+            )
+
+    def wait(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.source = None
+        return self.columns
 
 
 class _WeightGradients:

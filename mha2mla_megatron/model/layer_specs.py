@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -37,7 +36,7 @@ from mha2mla_megatron.model.implementation import (
     rotates_fused,
     uses_transformer_engine,
 )
-from mha2mla_megatron.model.plain_layers import ReplicatedLinear, RMSNorm
+from mha2mla_megatron.model.plain_layers import RMSNorm
 
 
 def layer_specs(
@@ -47,21 +46,18 @@ def layer_specs(
 
     A converted model has one spec a layer, since r and c may differ from layer to layer.
     """
-    replicated_linear: Callable[..., Any]
     if not uses_transformer_engine(implementation):
         norm: Callable[..., Any] = RMSNorm
         backend: Any = LocalSpecProvider()
-        replicated_linear = ReplicatedLinear
         layer = dataclasses.replace(
             get_gpt_layer_local_submodules(normalization="RMSNorm"), input_layernorm=norm, pre_mlp_layernorm=norm
         )
         core_attention: Any = GatheredAttention if config.context_parallel_size > 1 else backend.core_attention()
     else:
-        from megatron.core.extensions.transformer_engine import TELinear, TENorm
+        from megatron.core.extensions.transformer_engine import TENorm
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         norm, backend = TENorm, TESpecProvider()
-        replicated_linear = partial(TELinear, parallel_mode="duplicated", skip_weight_param_allocation=False)
         core_attention = backend.core_attention()
         layer = get_gpt_layer_with_transformer_engine_submodules()
 
@@ -80,10 +76,9 @@ def layer_specs(
             attention = ours.RotatingMHA2MLASelfAttention
             if fuses_projections(implementation, architecture.qk_norm, bool(config.fp8)):
                 attention = ours.FusedMHA2MLASelfAttention
-                column_parallel_linear, replicated_linear = ours.ColumnWeights, ours.ReplicatedWeights
+                column_parallel_linear = ours.ColumnWeights
         parts = MHA2MLASelfAttentionSubmodules(
             column_parallel_linear=column_parallel_linear,
-            replicated_linear=replicated_linear,
             core_attention=core_attention,
             linear_proj=linear_proj,
         )

@@ -116,6 +116,9 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
                 f"parallel.tensor_model_parallel_size: {tp} with mixtures of experts needs "
                 "parallel.sequence_parallel: true"
             )
+    if architecture.mla is not None:
+        widths = {layer: architecture.layout(layer).kv_down_dim for layer in range(architecture.num_layers)}
+        sizes |= {f"the latents' width in layer {layer},": width for layer, width in widths.items()}
     for name, size in sizes.items():
         if size % tp:
             raise UserError(

@@ -33,7 +33,7 @@ from tests.saved_activations import SavedActivations, random_batch
 
 RING = {
     "allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "allgather_into_tensor_coalesced_": 1,
-    "reduce_scatter_tensor_coalesced_": 1,
+    "reduce_scatter_tensor_coalesced_": 1, "alltoall_base_": 1,
 }  # fmt: skip
 """Collective -> how often a ring takes (n - 1)/n of the whole tensor from each rank."""
 

@@ -85,7 +85,7 @@ def model_config(kind: str) -> dict[str, Any]:
             norm_topk_prob=True, mlp_only_layers=[1],
         )  # fmt: skip
     mla = MHA2MLAConfig(
-        PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), LowRankConfig(method=kind, kv_lora_rank=[24, 17, 20, 9])
+        PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), LowRankConfig(method=kind, kv_lora_rank=[24, 16, 20, 8])
     )
     config = original_config(**sizes, tie_word_embeddings=kind == "joint", qk_norm=kind == "value")
     return {**config, "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
