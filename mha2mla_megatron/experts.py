@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.families import ExpertNames, flag
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_EXPERTS = 1 << 16
 """Of all layers: more than any model has, and few enough to list their tensors."""
@@ -67,6 +68,8 @@ class Experts:
         }.get(part)
         if rows is None:
             return None
+        import torch  # seconds, which all that read no tensor do without
+
         return torch.stack(
             [
                 torch.cat([read(f"{layer}.{name.format(expert)}.weight") for name in rows])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -52,6 +53,22 @@ def refused(tool: str, *words: object, own_process: bool = False) -> str:
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     return lines[0]
+
+
+def start_cases(module: str, *words: object, **environment: str) -> subprocess.Popen[str]:
+    """Start tests/<module>.py with these words: kernels need a process of their own to be interpreted in."""
+    return subprocess.Popen(
+        [sys.executable, "-m", f"tests.{module}", *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment},
+    )  # fmt: skip
+
+
+def run_cases_in_eight_processes(module: str, count: int) -> None:
+    """`count` random cases of tests/<module>.py for each of the seeds 0 to 7, at once: most of their time goes into
+    compiling a kernel for each shape, on one core."""
+    running = [start_cases(module, count, seed) for seed in range(8)]
+    for out, err in [process.communicate() for process in running]:
+        assert out == f"{count} cases\n", out + err
 
 
 def make_llama(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,22 +17,15 @@ from mha2mla_megatron.hf.decode_triton_mha2mla import (
     has_triton,
     visible_bounds,
 )
-from tests.conftest import ROOT, refused, run_tool
+from tests.conftest import ROOT, refused, run_cases_in_eight_processes, run_tool, start_cases
 from tests.decode_kernel_cases import TOLERANCES, Case, make_inputs, relative_error
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
-def start_cases(count: int, seed: int, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.decode_kernel_cases", str(count), str(seed)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 def test_interpreted_kernel() -> None:
     pytest.importorskip("triton")
-    out, err = start_cases(24, 0, TRITON_INTERPRET="1").communicate()
+    out, err = start_cases("decode_kernel_cases", 24, 0, TRITON_INTERPRET="1").communicate()
     assert out == "24 cases\n", out + err
 
 
@@ -95,10 +87,8 @@ def test_benchmark_refuses_bad_settings() -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_random_shapes_on_the_gpu() -> None:
-    """240 shapes; each is another kernel to compile, so eight processes share them."""
-    running = [start_cases(30, seed) for seed in range(8)]
-    for out, err in [process.communicate() for process in running]:
-        assert out == "30 cases\n", out + err
+    """240 shapes."""
+    run_cases_in_eight_processes("decode_kernel_cases", 30)
 
 
 @pytest.mark.gpu

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,7 +13,7 @@ from mha2mla_megatron.evaluation.cache import stored_bytes
 from mha2mla_megatron.hf.decode_packed_mha2mla import choose_packed_tiles
 from mha2mla_megatron.hf.latent_cache_mha2mla import LatentQuantizedCache
 from mha2mla_megatron.hf.static_cache_mha2mla import StaticLatentLayer
-from tests.conftest import ROOT
+from tests.conftest import run_cases_in_eight_processes, start_cases
 from tests.test_latent_cache import GREEDY, RANKS, TOKENS, decoded, make_model
 from tests.test_quantised_cache import PER_LAYER, SMALL, random_rows
 
@@ -24,17 +21,10 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STATIC = {"backend": "latent", "static": True}
 
 
-def start_cases(*words: object, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.packed_kernel_cases", *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(("words", "line"), [((24, 0), "24 cases\n"), (("model",), "5 models\n")], ids=["24", "model"])
 def test_interpreted_kernels(words: tuple[object, ...], line: str) -> None:
     pytest.importorskip("triton")
-    out, err = start_cases(*words, TRITON_INTERPRET="1").communicate()
+    out, err = start_cases("packed_kernel_cases", *words, TRITON_INTERPRET="1").communicate()
     assert out == line, out + err
 
 
@@ -184,10 +174,8 @@ def test_tiles(element_size: int) -> None:
 @pytest.mark.gpu
 @needs_gpu
 def test_random_shapes_on_the_gpu() -> None:
-    """96 shapes, with the code for NVIDIA's instructions; each is other kernels to compile."""
-    running = [start_cases(12, seed) for seed in range(8)]
-    for out, err in [process.communicate() for process in running]:
-        assert out == "12 cases\n", out + err
+    """96 shapes, with the code for NVIDIA's instructions."""
+    run_cases_in_eight_processes("packed_kernel_cases", 12)
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mha2mla_megatron.data import documents, inputs, workers
 from mha2mla_megatron.data.documents import DocumentReader
-from tests.conftest import PROSE, make_tokenizer, refused, run_tool
+from tests.conftest import PROSE, make_tokenizer, refused, run_tool, start_cases
 
 TEXTS = [PROSE[0], PROSE[1] + "\n\n" + PROSE[2], "a", PROSE[3] * 50, " leading and trailing \n"]
 
@@ -91,7 +91,9 @@ def test_json_lines(tmp_path: Path, tokenizer: Path, tokens_of: Any, name: str) 
     assert sorted(os.listdir(tmp_path / "out")) == ["c.bin", "c.idx", "c.json"]
 
 
-def test_as_a_user_runs_it(tmp_path: Path, tokenizer: Path, tokens_of: Any) -> None:
+def test_as_a_user_runs_it(tmp_path: Path, tokenizer: Path, tokens_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a command; its worker, which starts with the command's own imports, loads neither torch nor transformers."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")  # both processes print their imports on stderr
     source = write_json_lines(tmp_path / "corpus.jsonl", [{"body": PROSE[0]}])
     (tmp_path / "run.yaml").write_text(f"tokenizer: {tokenizer}\ntext_key: body\nworkers: 1\n")
     done = run_tool(
@@ -99,6 +101,14 @@ def test_as_a_user_runs_it(tmp_path: Path, tokenizer: Path, tokens_of: Any) -> N
     )
     assert read_megatron(tmp_path / "c") == [tokens_of(PROSE[0])]
     assert "tokens/s" in done.stderr and "MB/s" in done.stderr
+    imported = re.findall(r"import time: +\d+ \| +\d+ \| +(\S+)", done.stderr)
+    modules = ("mha2mla_megatron.data.workers", "tokenizers", "torch", "transformers")
+    assert [imported.count(module) for module in modules] == [2, 2, 1, 1]
+
+
+def test_workers_start_together(tmp_path: Path) -> None:
+    out, err = start_cases("start_workers", 4, tmp_path).communicate()
+    assert out == "4 workers\n", out + err
 
 
 def test_plain_text(tmp_path: Path, tokenizer: Path, tokens_of: Any) -> None:

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import torch
 
 from mha2mla_megatron.errors import UserError
 
 
-class Blend(torch.utils.data.Dataset):
-    """Sample n is the next one of source `sources[n]`; each says so as `source`.
+class Blend:
+    """A map-style data set of torch's: sample n is the next one of source `sources[n]`; each says so as `source`.
 
     datasets: one for each source, with as many samples as `sources` asks of it.
     """

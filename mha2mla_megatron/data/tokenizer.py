@@ -47,7 +47,7 @@ class EncodedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class DocumentEncoder:
-    """Turns documents into tokens: all that a worker needs, small enough to be sent to it.
+    """Turns documents into tokens: all that a worker needs, in a form that can be sent to it.
 
     tokenizer: the tokenizers library's JSON. prefix, suffix: ids put around each document. vocab_size: ids from this
     on are refused. dtype: numpy's name of the written type.

@@ -1,6 +1,7 @@
 """Processes that tokenise: documents in, tokens out in the same order, with bounded memory.
 
-A worker imports this module and the tokenizers library, but neither torch nor transformers: it starts in a moment.
+A worker imports this module, the tokenizers library and, as every spawned process does, the file of the command that
+is running. None of these imports torch or transformers, so that it starts in a moment.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import threading
 from collections import deque
@@ -15,6 +17,8 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from ctypes import Array, c_char
+from multiprocessing.context import SpawnContext
 from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
@@ -44,7 +48,8 @@ def encode_in_order(reader: BlockReader, encoder: DocumentEncoder, workers: int)
     # Not fork: this process has threads (torch's, the tokenizers') that a forked child would find dead.
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(encoder,))
+    shared = _in_shared_memory(encoder, context)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(shared,))
     waiting: deque[tuple[Future[EncodedBatch], _Batch]] = deque()
     in_flight = 0
     finished = False
@@ -115,9 +120,22 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start_worker(encoder: DocumentEncoder) -> None:
+def _in_shared_memory(encoder: DocumentEncoder, context: SpawnContext) -> Array[c_char]:
+    """The pickled encoder, in memory that has no name and ends with the processes that hold it.
+
+    What a process is started with goes through a pipe, and a tokenizer of megabytes does not fit in: each start would
+    wait for its process to have imported all and read it.
+    """
+    pickled = pickle.dumps(encoder)
+    shared = context.RawArray(c_char, len(pickled))
+    shared.raw = pickled
+    return shared
+
+
+def _start_worker(pickled_encoder: Array[c_char]) -> None:
     global _worker
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    encoder: DocumentEncoder = pickle.loads(pickled_encoder)
     _worker = encoder, encoder.load()
 
 
