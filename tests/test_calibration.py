@@ -128,7 +128,7 @@ def probed_attention(
 def test_every_sum_is_that_of_autograd(
     tmp_path: Path, text: Path, groups: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "QUERY_BLOCK", 12)  # blocks of 12, 12 and 8 queries
+    monkeypatch.setattr(collect, "BLOCK_BYTES", {"cpu": 300_000})  # 5 or 10 queries at a time, the last ones fewer
     model = make_tokenizer(make_llama(tmp_path / "model", groups=groups, bias=bias, tied=not bias, seed=5))
     file = calibrate(model, text, tmp_path / "s.safetensors", "batch_size=4", "seed=3")
     found = load_file(file)

@@ -27,8 +27,11 @@ from mha2mla_megatron.calibration.original import Head, Layer, OriginalModel
 from mha2mla_megatron.calibration.statistics import LayerStatistics, empty_statistics, layer_shapes
 from mha2mla_megatron.progress import Progress
 
-QUERY_BLOCK = 256
-"""Queries whose attention rows are in memory at a time."""
+BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}
+"""For a block of queries: their attention rows, and BLOCK_NUMBERS for each pair of dims. Little enough for a CPU's
+caches, enough to keep a GPU busy."""
+
+BLOCK_NUMBERS = 100
 
 
 @dataclass(frozen=True)
@@ -201,26 +204,17 @@ def _add_layer(
     )
     sums.query_norms += _pair_norms(queries)
     sums.key_norms += _pair_norms(keys)
-    groups = keys.shape[1]
-    per_group = queries.shape[1] // groups
-    key_gradients, value_gradients = [], []
-    for g in range(groups):
-        mine = slice(g * per_group, (g + 1) * per_group)
-        gradient_k, gradient_v, score, loss = _group_sums(
-            queries[:, mine],
-            rotated_queries[:, mine],
-            torch.cat((rotated_keys[:, g], keys[:, g]), -1),
-            values[:, g],
-            gradients[:, mine],
-            outputs[:, mine],
-            attention.scaling,
-            architecture.window(layer),
-        )
-        key_gradients.append(gradient_k.transpose(1, 2).flatten(2))  # [b, S, N d]
-        value_gradients.append(gradient_v)
-        sums.score_moments[mine] += score
-        sums.loss_moments[mine] += loss
-    y = torch.cat((*key_gradients, *value_gradients), -1).flatten(0, 1)  # [b S, (H + G) d]
+    per_group = queries.shape[1] // keys.shape[1]
+    queries, rotated_queries, outputs, gradients = (
+        tensor.unflatten(1, (-1, per_group)) for tensor in (queries, rotated_queries, outputs, gradients)
+    )
+    both, window = torch.cat((rotated_keys, keys), -1), architecture.window(layer)
+    gradient_k, gradient_v, score, loss = _attention_sums(
+        queries, rotated_queries, gradients, outputs, both, values, attention.scaling, window
+    )
+    sums.score_moments += score
+    sums.loss_moments += loss
+    y = torch.cat((gradient_k, gradient_v), 1).transpose(1, 2).flatten(2).flatten(0, 1)  # [b S, (H + G) d]
     sums.gradient_moment += y.T @ y
     energy = y.square().sum(-1)  # [b S]
     tokens = x.flatten(0, 1).float()
@@ -229,60 +223,73 @@ def _add_layer(
     sums.gradient_energy += energy.sum()
 
 
-def _group_sums(
+def _attention_sums(
     queries: torch.Tensor,
     rotated_queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
     gradients: torch.Tensor,
     outputs: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     scaling: float,
     window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The sums of one key/value head and its N query heads.
+    """The sums that attention's probabilities are in.
 
-    queries, rotated_queries, gradients, outputs: [b, N, S, d]; values: [b, S, d]; keys: [b, S, 2d], rotated and then
-    unrotated; window: how many tokens a query sees, None: all.
+    queries, rotated_queries, gradients, outputs: [b, G, N, S, d]; keys: [b, G, S, 2d], rotated and then unrotated;
+    values: [b, G, S, d]; window: how many tokens a query sees, None: all.
 
-    Returns the gradients with respect to the unrotated key per query head [b, N, S, d] and to the value [b, S, d], and
-    the score and loss moments, each [N, P, 3, 3].
+    Returns the gradients with respect to the unrotated key per query head [b, H, S, d] and to the value [b, G, S, d],
+    and the score and loss moments, each [H, P, 3, 3].
     """
-    _, per_group, length, d = queries.shape
+    _, groups, per_group, _, d = queries.shape
     gradient_k = torch.zeros_like(queries)
     gradient_v = torch.zeros_like(values)
-    score = queries.new_zeros(per_group, d // 2, 3, 3)
+    score = queries.new_zeros(groups, per_group, d // 2, 3, 3)
     loss = torch.zeros_like(score)
-    products = _products(keys)  # [b, S, 10 P]
-    for start in range(0, length, QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, length))
+    products = _products(keys)  # [b, G, S, 10 P]
+    for rows in _query_blocks(queries):
         seen = rows.stop
-        hidden = torch.ones(seen - start, seen, dtype=torch.bool, device=queries.device).triu(start + 1)
+        hidden = torch.ones(seen - rows.start, seen, dtype=torch.bool, device=queries.device).triu(rows.start + 1)
         if window is not None:
-            hidden |= torch.ones_like(hidden).tril(start - window)
-        logits = rotated_queries[:, :, rows] @ keys[:, None, :seen, :d].transpose(2, 3) * scaling  # [b, N, m, t]
-        p = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
-        downstream = gradients[:, :, rows]
-        # The softmax's backward, with respect to the unscaled logits: p (do . v - do . o).
-        own = (downstream * outputs[:, :, rows]).sum(-1, keepdim=True)
-        g = p * (downstream @ values[:, None, :seen].transpose(2, 3) - own) * scaling
-        gradient_k[:, :, :seen] += g.transpose(2, 3) @ queries[:, :, rows]
-        gradient_v[:, :seen] += (p.transpose(2, 3) @ downstream).sum(1)
+            hidden |= torch.ones_like(hidden).tril(rows.start - window)
 
-        functionals = _functionals(queries[:, :, rows], rotated_queries[:, :, rows])  # [b, N, m, 3, 4, P]
-        effects = (functionals * (g @ keys[:, None, :seen]).view(*g.shape[:3], 1, 4, -1)).sum(4)  # [b, N, m, 3, P]
-        loss += torch.einsum("bnmxp,bnmyp->npxy", effects, effects)
-        mean = (p @ keys[:, None, :seen]).view(*p.shape[:3], 4, -1)
-        second = (p @ products[:, None, :seen]).view(*p.shape[:3], 10, -1)
-        covariance = second[:, :, :, _SYMMETRIC] - mean[:, :, :, _FIRST] * mean[:, :, :, _SECOND]  # [b, N, m, 16, P]
-        applied = (functionals[:, :, :, :, None] * covariance.view(*p.shape[:3], 1, 4, 4, -1)).sum(5)
-        score += torch.einsum("bnmxip,bnmyip->npxy", applied, functionals) * scaling**2
-    return gradient_k, gradient_v, score, loss
+        def each(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+            """left [b, G, N, m, i] times right [b, G, i, j], for all query heads of a group in one product."""
+            return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
+
+        logits = each(rotated_queries[..., rows, :], keys[:, :, :seen, :d].transpose(2, 3)) * scaling  # [b, G, N, m, t]
+        p = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        downstream = gradients[..., rows, :]
+        # The softmax's backward, with respect to the unscaled logits: p (do . v - do . o).
+        own = (downstream * outputs[..., rows, :]).sum(-1, keepdim=True)
+        g = p * (each(downstream, values[:, :, :seen].transpose(2, 3)) - own) * scaling
+        gradient_k[..., :seen, :] += g.transpose(3, 4) @ queries[..., rows, :]
+        gradient_v[:, :, :seen] += p.flatten(2, 3).transpose(2, 3) @ downstream.flatten(2, 3)
+
+        functionals = _functionals(queries[..., rows, :], rotated_queries[..., rows, :])  # [b, G, N, m, 3, 4, P]
+        effects = (functionals * each(g, keys[:, :, :seen]).unflatten(-1, (1, 4, -1))).sum(5)  # [b, G, N, m, 3, P]
+        loss += torch.einsum("bgnmxp,bgnmyp->gnpxy", effects, effects)
+        mean = each(p, keys[:, :, :seen]).unflatten(-1, (4, -1))
+        second = each(p, products[:, :, :seen]).unflatten(-1, (10, -1))
+        covariance = second[..., _SYMMETRIC, :] - mean[..., _FIRST, :] * mean[..., _SECOND, :]  # [b, G, N, m, 16, P]
+        applied = (functionals.unsqueeze(5) * covariance.unflatten(-2, (1, 4, 4))).sum(6)
+        score += torch.einsum("bgnmxip,bgnmyip->gnpxy", applied, functionals) * scaling**2
+    return gradient_k.flatten(1, 2), gradient_v, score.flatten(0, 1), loss.flatten(0, 1)
+
+
+def _query_blocks(queries: torch.Tensor) -> Iterator[slice]:
+    """The S rows of queries [b, G, N, S, d] in blocks of as many as `BLOCK_BYTES` lets be in memory at a time."""
+    b, groups, per_group, length, d = queries.shape
+    row = 4 * b * groups * per_group * (4 * length + BLOCK_NUMBERS * d // 2)
+    step = max(1, min(length, BLOCK_BYTES[queries.device.type] // row))
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
 def _functionals(queries: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
     """(t, f1, f2) of each pair as linear functions of its key's (rotated, rotated', unrotated, unrotated') parts.
 
-    queries, rotated: [b, N, m, d]. Returns [b, N, m, 3, 4, P].
+    queries, rotated: [..., m, d]. Returns [..., m, 3, 4, P].
     """
     first, second = queries.chunk(2, -1)
     zero = torch.zeros_like(first)
@@ -299,7 +306,7 @@ _SECOND = [j for _ in range(4) for j in range(4)]
 
 
 def _products(keys: torch.Tensor) -> torch.Tensor:
-    """The ten different products of a pair's four key parts. keys: [b, S, 4 P] -> [b, S, 10 P]."""
+    """The ten different products of a pair's four key parts. keys: [..., 4 P] -> [..., 10 P]."""
     parts = keys.unflatten(-1, (4, -1))
     return torch.cat([parts[..., i, :] * parts[..., j, :] for i, j in _PAIRS], -1)
 

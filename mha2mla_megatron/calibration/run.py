@@ -52,8 +52,8 @@ class CalibrateSettings:
     """Sequences whose tokens are kept in the file, for healing and for the measurements of a cache budget. Fewer if the
     text has no more."""
 
-    batch_size: int = 1
-    """Sequences in a forward and backward pass. Does not change the result."""
+    batch_size: int | None = None
+    """Sequences in a forward and backward pass. Does not change the result. None: 8 on a GPU, 1 on a CPU."""
 
     dtype: str = "float32"
     """Type of the model: float32, or bfloat16, which halves weights and hidden states. Sums are float32."""
@@ -78,11 +78,16 @@ class CalibrateSettings:
             ("stored_samples", self.stored_samples, 1),
             ("batch_size", self.batch_size, 1),
         ):
-            require_at_least(key, value, minimum)
+            if value is not None:
+                require_at_least(key, value, minimum)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         if self.memory != "auto":
             parse_size(self.memory, "memory")
         pick_device(self.device)
+
+    def sequences_at_once(self, device: torch.device) -> int:
+        """What `batch_size` comes to there."""
+        return self.batch_size or (8 if device.type == "cuda" else 1)
 
 
 def calibrate(source: Path, text: Path, target: Path, settings: CalibrateSettings) -> dict[str, Any] | None:
@@ -177,12 +182,12 @@ def read_sequences(source: Path, text: Path, settings: CalibrateSettings) -> tor
     return torch.tensor(ids[: count * length], dtype=torch.long).view(count, length)
 
 
-def make_batches(sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks) -> list[Batch]:
+def make_batches(sequences: torch.Tensor, settings: CalibrateSettings, batch_size: int, ranks: Ranks) -> list[Batch]:
     """This rank's part of the first `samples` sequences."""
     mine = range(ranks.rank, min(settings.samples, len(sequences)), ranks.world)
     return [
         Batch(sequences[list(part)], [settings.seed * 1_000_003 + index for index in part])
-        for part in (mine[start : start + settings.batch_size] for start in range(0, len(mine), settings.batch_size))
+        for part in (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
     ]
 
 
@@ -190,8 +195,9 @@ def layer_sums(
     model: OriginalModel, sequences: torch.Tensor, settings: CalibrateSettings, ranks: Ranks
 ) -> Iterator[tuple[int, LayerStatistics]]:
     """Every layer's sums over the first `samples` sequences, this rank's part run here and all parts added up."""
-    batches = make_batches(sequences, settings, ranks)
-    batch_tokens = settings.batch_size * settings.sequence_length
+    batch_size = settings.sequences_at_once(model.device)
+    batches = make_batches(sequences, settings, batch_size, ranks)
+    batch_tokens = batch_size * settings.sequence_length
     memory = _memory(settings.memory, model.device)
     for layer, sums in collect(model, batches, make_segments(model.architecture, model.dtype, batch_tokens, memory)):
         if ranks.world > 1:

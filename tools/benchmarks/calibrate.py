@@ -62,7 +62,7 @@ class BenchmarkSettings:
     stored_samples: int = 128
     """As of tools/calibrate.py."""
 
-    batch_size: int = 1
+    batch_size: int | None = None
     """As of tools/calibrate.py."""
 
     dtype: str = "bfloat16"
@@ -123,7 +123,7 @@ def make_ways(
     model: OriginalModel, sequences: torch.Tensor, settings: CalibrateSettings, target: Path
 ) -> dict[str, Callable[[], Any]]:
     """What is timed. sequences: int64 [n, S], of which the first `samples` are run; target: the statistics file."""
-    batches = make_batches(sequences, settings, ALONE)
+    batches = make_batches(sequences, settings, settings.sequences_at_once(model.device), ALONE)
     layers, head = [model.layer(index) for index in range(model.architecture.num_layers)], model.head()
     provenance = {
         "tokens": settings.samples * settings.sequence_length,
