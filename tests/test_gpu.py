@@ -87,8 +87,8 @@ def test_settings_train_alike_in_both_implementations(tmp_path: Path, words: lis
     (expected, exact), (got, tensors) = found.values()
     assert got == pytest.approx(expected, rel=1e-2)
     errors = {name: (tensors[name].float() - t.float()).norm() / t.float().norm() for name, t in exact.items()}
-    print(max(errors.values()))
-    assert max(errors.values()) < 0.1, errors
+    # 0.004 was seen; a tensor that is not trained, or trained twice, differs by more than 0.1.
+    assert max(errors.values()) < 0.02, errors
 
 
 @pytest.mark.gpu
