@@ -85,10 +85,11 @@ def collect(
 def _run_segment(model: OriginalModel, segment: range, states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What the segment makes of each batch's states [b, S, h]."""
     layers = [model.layer(index) for index in segment]
-    return [_run(layers, state.to(model.device)).cpu() for state in states]
+    return [run_layers(layers, state.to(model.device)).cpu() for state in states]
 
 
-def _run(layers: Sequence[Layer], hidden: torch.Tensor) -> torch.Tensor:
+def run_layers(layers: Sequence[Layer], hidden: torch.Tensor) -> torch.Tensor:
+    """hidden: [b, S, h], into the first layer; the same out of the last one."""
     for layer in layers:
         hidden = layer.run(hidden)
     return hidden
@@ -116,7 +117,7 @@ def _segment_sums(
     for index, batch in enumerate(batches):
         state = inputs[index].to(model.device).detach().requires_grad_(True)
         with torch.enable_grad():
-            output = _run(layers, state)
+            output = run_layers(layers, state)
             if head is None:
                 output.backward(gradients[index].to(model.device))
             else:

@@ -96,7 +96,7 @@ def rebuild_key(
     """The key of `latent_qkv` once more, bit for bit, from the latents that it left and the key's first r dims
     [S, B, G, r]. For plans with k_up."""
     weight = dict(zip(plan.names, parameters, strict=True))["k_up.weight"]
-    c_k, _ = plan.latents(_GatheredColumns(plan, latents).wait())
+    c_k, _ = plan.latents(_gathered_columns(plan, latents).wait())
     return torch.cat((rotated, (c_k @ weight.t()).view(*rotated.shape[:3], plan.shape.nope_dim)), dim=-1)
 
 
@@ -104,7 +104,7 @@ def rebuild_key(
 def rebuild_value(plan: QKVPlan, latents: torch.Tensor, parameters: Sequence[torch.nn.Parameter]) -> torch.Tensor:
     """The value of `latent_qkv` once more, bit for bit, [S B, G d]. For plans with v_up."""
     w = dict(zip(plan.names, parameters, strict=True))
-    _, c_v = plan.latents(_GatheredColumns(plan, latents).wait())
+    _, c_v = plan.latents(_gathered_columns(plan, latents).wait())
     return _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
 
 
@@ -115,11 +115,11 @@ class _LatentQKV(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         w = dict(zip(plan.names, parameters, strict=True))
         rows = x.reshape(-1, x.shape[-1])
-        whole = _Gathered(plan, rows)
+        whole = _gathered(plan, rows)
         latents = whole_latents = None
         if "kv_down.weight" in w:
             latents = whole.wait() @ w["kv_down.weight"].t()
-            whole_latents = _GatheredColumns(plan, latents)
+            whole_latents = _gathered_columns(plan, latents)
         weights, biases = zip(*((w[f"{name}.weight"], w.get(f"{name}.bias")) for name in plan.from_input), strict=True)
         parts = plan.columns(_linear(whole.wait(), weights, biases))
         del whole
@@ -145,8 +145,8 @@ class _LatentQKV(torch.autograd.Function):
         plan: QKVPlan = ctx.plan
         w: dict[str, torch.Tensor] = ctx.parameters
         rows, latents, angles, pairs = ctx.saved_tensors
-        whole = _Gathered(plan, rows)
-        whole_latents = None if latents is None else _GatheredColumns(plan, latents)
+        whole = _gathered(plan, rows)
+        whole_latents = None if latents is None else _gathered_columns(plan, latents)
         wanted = {name for name, needed in zip(plan.names, ctx.needs_input_grad[4:], strict=True) if needed}
         gradients = _WeightGradients(w, wanted)
 
@@ -167,12 +167,12 @@ class _LatentQKV(torch.autograd.Function):
         if latents is not None:
             sources = {"k_up.weight": d_k_nope, "v_up.weight": d_value}
             width = latents.shape[1] * plan.tp_group.size()
-            d_latents = _SummedColumns(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, width)))
+            d_latents = _summed_columns(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, width)))
         d_rows = d_mixed @ _joined([w[f"{name}.weight"] for name in plan.from_input])
         if d_latents is not None:
             d_own = d_latents.wait()
             d_rows.addmm_(d_own, w["kv_down.weight"])
-        reduced = _Summed(plan, d_rows)  # while the weight gradients are computed
+        reduced = _summed(plan, d_rows)  # while the weight gradients are computed
         if whole_latents is not None:
             c_k, c_v = plan.latents(whole_latents.wait())
             gradients.add(("k_up.weight",), d_k_nope, c_k)
@@ -187,82 +187,70 @@ class _LatentQKV(torch.autograd.Function):
         return None, d_x.view(ctx.input_shape), None, None, *(gradients.of.get(name) for name in plan.names)
 
 
-class _Gathered:
-    """Rows of all tensor-parallel processes, on their way under sequence parallelism; else just these rows."""
+class _Pending:
+    """A tensor that a collective is on its way to fill."""
 
-    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
-        self.rows, self.work = rows, None
-        group = plan.tp_group
-        if plan.sequence_parallel and group.size() > 1:
-            self.rows = rows.new_empty(len(rows) * group.size(), rows.shape[1])
-            self.work = torch.distributed.all_gather_into_tensor(self.rows, rows, group=group, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-        return self.rows
-
-
-class _GatheredColumns:
-    """Columns [T, C/tp] of all tensor-parallel processes, on their way to be one matrix [T, C]."""
-
-    def __init__(self, plan: QKVPlan, columns: torch.Tensor) -> None:
-        self.rows, self.work, self.processes = columns, None, plan.tp_group.size()
-        if self.processes > 1:
-            self.rows = columns.new_empty(self.processes * len(columns), columns.shape[1])
-            self.work = torch.distributed.all_gather_into_tensor(self.rows, columns, group=plan.tp_group, async_op=True)
-
-    def wait(self) -> torch.Tensor:
-        if self.work is not None:
-            self.work.wait()
-            self.work = None
-            width = self.processes * self.rows.shape[1]
-            self.rows = self.rows.unflatten(0, (self.processes, -1)).transpose(0, 1).reshape(-1, width)
-        return self.rows
-
-
-class _Summed:
-    """A sum over tensor-parallel processes, on its way: of their rows' parts under sequence parallelism each gets its
-    own, without it all get all."""
-
-    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
-        self.rows, self.work = rows, None
-        group = plan.tp_group
-        if group.size() == 1:
-            return
-        if plan.sequence_parallel:
-            self.rows = rows.new_empty(len(rows) // group.size(), rows.shape[1])
-            self.work = torch.distributed.reduce_scatter_tensor(self.rows, rows, group=group, async_op=True)
-            self.source = rows  # must live until it is read
-        else:
-            self.work = torch.distributed.all_reduce(rows, group=group, async_op=True)
+    def __init__(self, tensor: torch.Tensor, work: Any = None, source: torch.Tensor | None = None) -> None:
+        """work: the collective; None where there is nothing to wait for. source: what it reads, which must live until
+        then."""
+        self.tensor, self.work, self.source = tensor, work, source
 
     def wait(self) -> torch.Tensor:
         if self.work is not None:
             self.work.wait()
             self.work = self.source = None
-        return self.rows
+        return self.tensor
 
 
-class _SummedColumns:
-    """A sum [T, C] over tensor-parallel processes, on its way, of which each gets its own columns [T, C/tp]."""
-
-    def __init__(self, plan: QKVPlan, rows: torch.Tensor) -> None:
-        self.columns, self.work = rows, None
-        processes = plan.tp_group.size()
-        if processes > 1:
-            self.source = rows.unflatten(1, (processes, -1)).transpose(0, 1).contiguous()  # must live until it is read
-            self.columns = torch.empty_like(self.source[0])
-            self.work = torch.distributed.reduce_scatter_tensor(
-                self.columns, self.source.flatten(0, 1), group=plan.tp_group, async_op=True
-            )
+class _PendingColumns(_Pending):
+    """Columns [tp, T, C/tp] of all processes that become one matrix [T, C]."""
 
     def wait(self) -> torch.Tensor:
         if self.work is not None:
-            self.work.wait()
-            self.work = self.source = None
-        return self.columns
+            self.tensor = super().wait().transpose(0, 1).flatten(1)
+        return self.tensor
+
+
+def _gathered(plan: QKVPlan, rows: torch.Tensor) -> _Pending:
+    """Rows of all tensor-parallel processes under sequence parallelism; else just these rows."""
+    group = plan.tp_group
+    if not plan.sequence_parallel or group.size() == 1:
+        return _Pending(rows)
+    whole = rows.new_empty(len(rows) * group.size(), rows.shape[1])
+    return _Pending(whole, torch.distributed.all_gather_into_tensor(whole, rows, group=group, async_op=True))
+
+
+def _gathered_columns(plan: QKVPlan, columns: torch.Tensor) -> _Pending:
+    """Columns [T, C/tp] of all tensor-parallel processes as one matrix [T, C]."""
+    group = plan.tp_group
+    if group.size() == 1:
+        return _Pending(columns)
+    parts = columns.new_empty(group.size(), *columns.shape)
+    work = torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), columns, group=group, async_op=True)
+    return _PendingColumns(parts, work)
+
+
+def _summed(plan: QKVPlan, rows: torch.Tensor) -> _Pending:
+    """A sum over tensor-parallel processes: of their rows' parts under sequence parallelism each gets its own, without
+    it all get all."""
+    group = plan.tp_group
+    if group.size() == 1:
+        return _Pending(rows)
+    if not plan.sequence_parallel:
+        return _Pending(rows, torch.distributed.all_reduce(rows, group=group, async_op=True))
+    own = rows.new_empty(len(rows) // group.size(), rows.shape[1])
+    return _Pending(own, torch.distributed.reduce_scatter_tensor(own, rows, group=group, async_op=True), rows)
+
+
+def _summed_columns(plan: QKVPlan, rows: torch.Tensor) -> _Pending:
+    """A sum [T, C] over tensor-parallel processes, of which each gets its own columns [T, C/tp]."""
+    group = plan.tp_group
+    if group.size() == 1:
+        return _Pending(rows)
+    parts = rows.unflatten(1, (group.size(), -1)).transpose(0, 1).contiguous()
+    own = torch.empty_like(parts[0])
+    work = torch.distributed.reduce_scatter_tensor(own, parts.flatten(0, 1), group=group, async_op=True)
+    return _Pending(own, work, parts)
 
 
 class _WeightGradients:

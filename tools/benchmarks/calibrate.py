@@ -25,7 +25,7 @@ from shapes import SHAPES, Shape, make_architecture, original_config
 from timing import peak_memory, timed
 
 from mha2mla_megatron.architecture import Architecture
-from mha2mla_megatron.calibration.collect import Batch, loss_gradient
+from mha2mla_megatron.calibration.collect import Batch, loss_gradient, run_layers
 from mha2mla_megatron.calibration.original import Head, Layer, OriginalModel
 from mha2mla_megatron.calibration.run import (
     DTYPES,
@@ -141,19 +141,13 @@ def make_ways(
 @torch.no_grad()
 def forward(model: OriginalModel, layers: Sequence[Layer], head: Head, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        head.output(head.norm(_run(layers, model.embed(batch.tokens))))
+        head.output(head.norm(run_layers(layers, model.embed(batch.tokens))))
 
 
 def forward_backward(model: OriginalModel, layers: Sequence[Layer], head: Head, batches: Sequence[Batch]) -> None:
     for batch in batches:
-        hidden = head.norm(_run(layers, model.embed(batch.tokens).requires_grad_(True)))
+        hidden = head.norm(run_layers(layers, model.embed(batch.tokens).requires_grad_(True)))
         hidden.backward(loss_gradient(head, hidden.detach(), batch.seeds))
-
-
-def _run(layers: Sequence[Layer], hidden: torch.Tensor) -> torch.Tensor:
-    for layer in layers:
-        hidden = layer.run(hidden)
-    return hidden
 
 
 def measure(name: str, settings: BenchmarkSettings, device: torch.device) -> list[dict[str, Any]]:

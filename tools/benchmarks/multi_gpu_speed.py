@@ -17,6 +17,7 @@ import torch
 import torch.distributed
 from megatron.core import parallel_state
 from shapes import SHAPES, Shape, make_architecture, model_name
+from timing import device_time
 from train_step import random_batches
 
 from mha2mla_megatron.layout_plan.settings import PlanSettings
@@ -107,45 +108,6 @@ def train(
         if profile:
             found[name]["profile"] = device_time(run.step)
     return found
-
-
-def device_time(step: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds of a step on this process's GPU, from its first kernel to its last.
-
-    `computing`: some kernel but NCCL's runs; `communicating`: one of NCCL's does; `exposed`: only NCCL's do; `idle`:
-    none. `kernels`: (name, milliseconds, calls), those that take longest first.
-    """
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
-        step()
-        torch.cuda.synchronize()
-    spans: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
-    kernels: dict[str, tuple[float, int]] = {}
-    for event in seen.events():
-        if event.device_type != DeviceType.CUDA or event.name.startswith(("nccl:", "Optimizer", "ProfilerStep")):
-            continue
-        start, end = event.time_range.start / 1000, event.time_range.end / 1000
-        spans[event.name.startswith("nccl")].append((start, end))
-        total, calls = kernels.get(event.name, (0.0, 0))
-        kernels[event.name] = total + end - start, calls + 1
-    every = spans[False] + spans[True]
-    computing, busy = _covered(spans[False]), _covered(every)
-    rows = sorted(((name, *numbers) for name, numbers in kernels.items()), key=lambda row: -row[1])
-    return {
-        "computing": computing, "communicating": _covered(spans[True]), "exposed": busy - computing,
-        "idle": max(end for _, end in every) - min(start for start, _ in every) - busy, "kernels": rows,
-    }  # fmt: skip
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of (start, end)."""
-    length, reached = 0.0, float("-inf")
-    for start, end in sorted(spans):
-        length += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return length
 
 
 def save_stall(

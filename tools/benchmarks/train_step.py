@@ -48,6 +48,7 @@ from mha2mla_megatron.training.step_graph import WARMUP, capture, graph_of, use_
 
 sys.path.insert(0, str(Path(__file__).parent))
 from shapes import CONVERSIONS, MODELS, SHAPES, Shape, conversion, make_architecture, original_config, step_flops
+from timing import device_time
 
 USAGE = "train_step.py [key=value ...]"
 NOISE_FACTOR = 1.5
@@ -299,18 +300,7 @@ def profiled(step: Callable[[], Any], kernels: int) -> list[tuple[str, float, in
     """Name, milliseconds and number of calls of those that take longest in a step, then all of them together."""
     if kernels == 0:
         return []
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        step()
-        torch.cuda.synchronize()
-    rows = [
-        (event.key, event.self_device_time_total / 1000, event.count)
-        for event in found.key_averages()
-        if event.device_type == DeviceType.CUDA and not event.key.startswith(("nccl", "Optimizer"))
-    ]
-    rows.sort(key=lambda row: -row[1])
+    rows = device_time(step)["kernels"]
     return [*rows[:kernels], ("all kernels", sum(row[1] for row in rows), sum(row[2] for row in rows))]
 
 
