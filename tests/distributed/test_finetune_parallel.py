@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -251,22 +253,11 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     """One of two processes gets SIGKILL once a step is saved; the end is, bit for bit, that of an unbroken run."""
     root, output = tmp_path / "run", tmp_path / "output.txt"
     words = run_words(workspace, "mla", root, *SCHEDULE, *LONG)
-    command = [*LAUNCHER, "--max-restarts", "1", str(ROOT / "tools" / "finetune.py"), *words]
-    with output.open("w") as stream:
-        torchrun = subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
-    end = time.monotonic() + 240
-    try:
-        while not (root.is_dir() and read_latest(root)):
-            assert torchrun.poll() is None and time.monotonic() < end, output.read_text()
-            time.sleep(0.01)
+    with under_torchrun(root, output, "--max-restarts", "1", str(ROOT / "tools" / "finetune.py"), *words) as torchrun:
         worker = children(torchrun.pid, "finetune.py")[-1]
         helpers = children(worker, "spawn_main")
         os.kill(worker, signal.SIGKILL)
-        code = torchrun.wait(end - time.monotonic())
-    finally:
-        if torchrun.poll() is None:
-            torchrun.terminate()  # it ends its processes, with SIGKILL after half a minute
-            torchrun.wait(60)
+        code = torchrun.wait(PATIENCE)
     assert code == 0, output.read_text()
     first, second = (int(step) for step in re.findall(r"from step (\d+) to 24", output.read_text()))
     assert first == 0 < second < 24
@@ -275,6 +266,47 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     assert helpers and not any(command_line(helper) for helper in helpers)
+
+
+def test_a_hung_process_ends_the_others(workspace: Path, tmp_path: Path) -> None:
+    """The other of two waits for as long as it may and says so; what was saved is whole."""
+    root, output = tmp_path / "run", tmp_path / "output.txt"
+    words = ["steps=100000", "save_interval=2", "keep_last=2", "parallel.timeout_minutes=0.3", *LAYOUTS["tp2"]]
+    words = run_words(workspace, "mla", root, *words)
+    with under_torchrun(root, output, str(ROOT / "tools" / "finetune.py"), *words) as torchrun:
+        worker = children(torchrun.pid, "finetune.py")[-1]
+        os.kill(worker, signal.SIGSTOP)
+        stopped, end = time.monotonic(), time.monotonic() + PATIENCE
+        while "was waited for longer than" not in output.read_text():
+            assert torchrun.poll() is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.05)
+        waited = time.monotonic() - stopped
+        os.kill(worker, signal.SIGKILL)  # torchrun asks it to end first, which it does not hear
+        assert torchrun.wait(PATIENCE) != 0
+    (line,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    assert "longer than parallel.timeout_minutes 0.3" in line and line.endswith("goes on from the newest complete step")
+    assert waited > 0.9 * 60 * 0.3  # it had begun to wait when the other one was stopped, or after
+    run_tool("inspect_checkpoint", root)
+
+
+PATIENCE = 240
+
+
+@contextmanager
+def under_torchrun(root: Path, output: Path, *words: str) -> Iterator[subprocess.Popen[Any]]:
+    """torchrun with two processes, once they have saved a step in `root`; ended at the end. output: what all say."""
+    with output.open("w") as stream:
+        torchrun = subprocess.Popen([*LAUNCHER, *words], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
+    end = time.monotonic() + PATIENCE
+    try:
+        while not (root.is_dir() and read_latest(root)):
+            assert torchrun.poll() is None and time.monotonic() < end, output.read_text()
+            time.sleep(0.01)
+        yield torchrun
+    finally:
+        if torchrun.poll() is None:
+            torchrun.terminate()  # it ends its processes, with SIGKILL after half a minute
+            torchrun.wait(60)
 
 
 def children(process: int, words: str) -> list[int]:
