@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,18 @@ def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], fi
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"'{word}': the value is not valid YAML ({first_line(error)})") from None
         merged = _merge(merged, update, f"'{word}'")
+    return _to_object(merged)
+
+
+def make_settings[Settings](schema: type[Settings], values: Mapping[str, Any], source: str) -> Settings:
+    """Make a `schema` from its defaults and nested `values`. source: what an error names.
+
+    Raises UserError as `load_settings` does.
+    """
     try:
-        return OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except OmegaConfBaseException as error:
-        raise UserError(first_line(error)) from None
+        return _to_object(_merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)), source))
+    except UserError as error:
+        raise UserError(f"{source}: {str(error).removeprefix(f'{source}: ')}") from None
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -55,6 +63,13 @@ def require_keys(settings: Any, *keys: str) -> None:
             value = getattr(value, part)
         if value is None:
             raise UserError(f"{key} is not set; give it in the YAML file or as {key}=VALUE")
+
+
+def _to_object(merged: Any) -> Any:
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(first_line(error)) from None
 
 
 def _read_yaml(file: Path) -> Any:

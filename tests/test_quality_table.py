@@ -24,6 +24,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 compa
 STEPS = 6
 TABLE = [
     "original", "original, fine-tuned", "ours -50 %", "ours -50 %, fine-tuned", "ours -50 %, distilled",
+    "rope", "rope, fine-tuned", "second stage", "second stage, fine-tuned", "second stage, distilled",
     "paper -50 %", "paper -50 %, fine-tuned",
 ]  # fmt: skip
 
@@ -46,6 +47,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "base": {"dtype": "float32"},
         "rows": {
             "ours -50 %": {"series": "ours", "cache_budget": 0.5, "allocation": {"tokens": 64}},
+            "rope": {"distill": False, "partial_rope": {"strategy": "uniform", "qk_rope_head_dim": 4}},
+            "second stage": {
+                "from": "rope, fine-tuned",
+                "distill": {"teacher": "original, fine-tuned"},
+                "low_rank": {"method": "joint", "objective": "weights", "kv_lora_rank": 24},
+            },
             "paper -50 %": {
                 "distill": False,
                 "finetune": {"optimizer": {"lr": 2e-3}},
@@ -85,7 +92,10 @@ def test_the_table_is_what_the_tools_give(tmp_path: Path, workspace: Path, finis
     assert sorted(found) == sorted(TABLE)
     assert found["ours -50 %"]["cache_fraction"] <= 0.5 and found["original"]["cache_fraction"] == 1
     assert found["paper -50 %"]["cache_elements"] == 2 * 4 + 24
-    assert {one["tokens"] for one in found.values()} == {0, STEPS * 4 * 32}
+    stages_before = {"second stage, fine-tuned": 2, "second stage, distilled": 2}
+    for name, one in found.items():
+        runs = stages_before.get(name, int(name.endswith(("tuned", "distilled"))))
+        assert one["tokens"] == runs * STEPS * 4 * 32, name
     config = yaml.safe_load((workspace / "table.yaml").read_text())
     words = ["partial_rope.qk_rope_head_dim=4", "low_rank.method=joint", "low_rank.kv_lora_rank=24", "dtype=float32"]
     run_tool("convert_mha_to_mla", workspace / "model", tmp_path / "mla", "partial_rope.strategy=uniform", *words)
@@ -117,6 +127,50 @@ def test_the_table_is_what_the_tools_give(tmp_path: Path, workspace: Path, finis
     ratio = by_hand[2]["perplexity"] / found["original, fine-tuned"]["texts"]["held out"]["perplexity"]
     assert f"(x {ratio:.4f})" in table[-3] and "± " in table[-3] and "original, fine-tuned" in table[-1]
     assert (finished / "table.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_two_stages_and_a_trained_teacher_are_what_the_tools_give(
+    tmp_path: Path, workspace: Path, finished: Path
+) -> None:
+    """Partial RoPE trained, factored, and trained again by the fine-tuned original: by hand, command after command."""
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(config["finetune"]))
+
+    def trained(model: Path, name: str, *words: str) -> Path:
+        run_tool("convert_hf_to_megatron", model, tmp_path / f"{name}_megatron")
+        roots = [f"load={tmp_path / name}_megatron", f"save={tmp_path / name}_run"]
+        run_tool("finetune", tmp_path / "finetune.yaml", *roots, *words)
+        run_tool("convert_megatron_to_hf", tmp_path / f"{name}_run", tmp_path / f"{name}_tuned")
+        return tmp_path / f"{name}_tuned"
+
+    rope = ["partial_rope.strategy=uniform", "partial_rope.qk_rope_head_dim=4", "dtype=float32"]
+    run_tool("convert_mha_to_mla", workspace / "model", tmp_path / "rope", *rope)
+    low_rank = ["low_rank.method=joint", "low_rank.objective=weights", "low_rank.kv_lora_rank=24", "dtype=float32"]
+    run_tool("convert_mha_to_mla", trained(tmp_path / "rope", "rope"), tmp_path / "mla", *low_rank)
+    trained(workspace / "model", "original")
+    teacher = [f"distillation.teacher={tmp_path / 'original_run'}", "distillation.weight=0.9"]
+    student = trained(tmp_path / "mla", "mla", *teacher)
+    run_tool(
+        "evaluate_perplexity", tmp_path / "mla", student, workspace / "heldout.txt",
+        "window=64", "dtype=float32", f"output={tmp_path / 'p.json'}",
+    )  # fmt: skip
+    found = results(finished)
+    by_hand = json.loads((tmp_path / "p.json").read_text())["results"]
+    for name, one in zip(("second stage", "second stage, distilled"), by_hand, strict=True):
+        assert found[name]["texts"]["held out"]["perplexity"] == one["perplexity"], name
+
+
+def test_a_run_stays_until_nobody_learns_from_it(tmp_path: Path, workspace: Path) -> None:
+    words = (workspace / "table.yaml", f"out={tmp_path / 'out'}", "only=[original]")
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    one = {"ours": {**config["rows"]["ours -50 %"], "distill": {"teacher": "original, fine-tuned"}, "finetune": True}}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**config, "rows": one}))
+    run_tool("quality_table", tmp_path / "table.yaml", *words[1:])
+    (kept,) = (tmp_path / "out" / "work").glob("run_*")
+    assert (kept / "run" / f"iter_{STEPS:07d}").is_dir()
+    done = run_tool("quality_table", tmp_path / "table.yaml", words[1])
+    assert "original, fine-tuned: fine-tune" not in done.stdout, "its teacher was there"
+    assert not list((tmp_path / "out" / "work").glob("run_*"))
 
 
 def test_nothing_is_done_twice_and_results_travel_without_models(
@@ -164,7 +218,6 @@ def test_time_up_in_the_middle_of_a_training(
     assert steps == STEPS and "Not complete" not in done.stdout
     mine, whole = results(tmp_path / "out")["original, fine-tuned"], results(finished)["original, fine-tuned"]
     assert mine["curves"] == whole["curves"] and mine["texts"] == whole["texts"] and mine["tasks"] == whole["tasks"]
-    assert not list((tmp_path / "out" / "work").glob("run_*"))
 
 
 @pytest.mark.parametrize(
@@ -180,6 +233,8 @@ def test_time_up_in_the_middle_of_a_training(
         (["rows.new.finetune=maybe"], ["rows.new.finetune", "maybe", "true, false"]),
         (["rows.new.distill={weight: 2}", "rows.new.cache_budget=0.5"], ["distillation.weight", "2"]),
         (["finetune.data.train=/none/tokens"], ["/none/tokens.idx"]),
+        (["rows.new.from=ours -50 %"], ["rows.new.from", "'ours -50 %'", "no trained line", "rope, fine-tuned"]),
+        (["rows.rope.distill={teacher: 'rope, distilled'}"], ["rows.rope: distillation.teacher", "'rope, distilled'"]),
     ],
     ids=lambda value: value[0].split("=")[0] if isinstance(value, list) else None,
 )

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from mha2mla_megatron.calibration.run import CalibrateSettings
 from mha2mla_megatron.convert import OF_THE_OUTPUT, ConvertSettings
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.choices import ChoicesSettings
 from mha2mla_megatron.evaluation.perplexity import PerplexitySettings
 from mha2mla_megatron.files import file_sha256
-from mha2mla_megatron.settings import load_settings, require_keys, to_dict
+from mha2mla_megatron.settings import make_settings, require_keys, to_dict
 from mha2mla_megatron.sweep import conversion_settings, leaves
 from mha2mla_megatron.training.config import FinetuneSettings
 
@@ -46,13 +44,15 @@ class QualitySettings:
     rows: dict[str, Any] = field(default_factory=dict)
     """Name -> conversion settings. Beside them `series`, which rows of several cache sizes share and the picture
     connects (default: the name), `finetune` and `distill`, whether the row is trained so (default: true), or settings
-    that differ from those below."""
+    that differ from those below, and `from`: a trained line of the table above this row, such as "a row, fine-tuned",
+    whose model is converted instead of the original (then without statistics, which are the original's)."""
 
     finetune: dict[str, Any] = field(default_factory=dict)
     """Settings of tools/finetune.py for all runs, but load, save and distillation. Empty: nothing is fine-tuned."""
 
     distillation: dict[str, Any] = field(default_factory=dict)
-    """weight and temperature of the runs that learn from the original. Empty: no such runs."""
+    """Settings of the runs that learn from a teacher, as of tools/finetune.py. `teacher`: a line of the table above
+    theirs, "original" (the default) or one that is trained, such as "original, fine-tuned". Empty: no such runs."""
 
     texts: dict[str, str] = field(default_factory=dict)
     """Name -> held-out text, for the perplexity."""
@@ -90,7 +90,8 @@ class QualitySettings:
 class Entry(NamedTuple):
     """One line of the table. conversion, training: None where there is none.
 
-    conversion_key, key: hashes of all that decides the converted model, and the line.
+    conversion_key, key: hashes of all that decides the converted model, and the line. source, teacher: the trained
+    lines whose models it is converted from, and learns from; None for the original, or none.
     """
 
     row: str
@@ -100,6 +101,8 @@ class Entry(NamedTuple):
     training: FinetuneSettings | None
     conversion_key: str
     key: str
+    source: Entry | None
+    teacher: Entry | None
 
     @property
     def name(self) -> str:
@@ -128,6 +131,9 @@ class Work:
     def run(self, entry: Entry) -> Path:
         return self.root / f"run_{entry.key[:12]}"
 
+    def checkpoints(self, entry: Entry) -> Path:
+        return self.run(entry) / "run"
+
 
 def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None) -> tuple[list[Entry], Work]:
     """Every line of the table, the original first, and where their work is done.
@@ -140,15 +146,20 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
     for row, values in {"original": None, **settings.rows}.items():
         own = dict(values or {})
         series, fit, distill = (own.pop(k, v) for k, v in (("series", row), ("finetune", True), ("distill", True)))
+        source = _trained_line(f"rows.{row}.from", own.pop("from", None), entries)
         conversion = None
         if values is not None:
-            known = {"statistics": str(work.statistics)} if settings.calibration_text is not None else {}
-            given = {**known, **dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))}
+            known = settings.calibration_text is not None and source is None
+            given = {"statistics": str(work.statistics)} if known else {}
+            given.update({**dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))})
             conversion = conversion_settings(row, given)
-        for kind, training in _training(row, settings, work, fit, distill if values is not None else False).items():
-            about = {**inputs, "conversion": _plain(conversion)}
-            keys = hash_of(about), hash_of({**about, "training": _identity(training)})
-            entries.append(Entry(row, str(series), kind, conversion, training, *keys))
+        about = {**inputs, "conversion": _plain(conversion), **({} if source is None else {"from": source.key})}
+        for kind, values_of_kind in _trainings(row, settings, fit, distill if values is not None else False).items():
+            training, teacher = None, None
+            if values_of_kind is not None:
+                training, teacher = _training(row, values_of_kind, entries, work)
+            keys = hash_of(about), hash_of({**about, "training": _identity(training, teacher)})
+            entries.append(Entry(row, str(series), kind, conversion, training, *keys, source, teacher))
     files = [entry.file for entry in entries]
     for entry in entries:
         if files.count(entry.file) > 1:
@@ -159,29 +170,51 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
     return entries, work
 
 
-def _training(
-    row: str, settings: QualitySettings, work: Work, fit: Any, distill: Any
-) -> dict[str, FinetuneSettings | None]:
-    """Kind of line -> its training, for the lines that a row has. fit, distill: its `finetune` and `distill`."""
+def _trainings(row: str, settings: QualitySettings, fit: Any, distill: Any) -> dict[str, dict[str, Any] | None]:
+    """Kind of line -> settings of its training, for the lines that a row has. fit, distill: its `finetune` and
+    `distill`."""
     for key, value in (("finetune", fit), ("distill", distill)):
         if not isinstance(value, bool | dict):
             raise UserError(f"rows.{row}.{key}: {value!r}; valid: true, false, or a mapping of settings")
-    found: dict[str, FinetuneSettings | None] = {KINDS[0]: None}
+    found: dict[str, dict[str, Any] | None] = {KINDS[0]: None}
+    if not settings.finetune:
+        return found
     common = _merged(settings.finetune, fit if isinstance(fit, dict) else {})
-    if settings.finetune and fit is not False:
-        for key in ("load", "save", "distillation"):
-            if key in common:
-                raise UserError(f"finetune.{key}: set for each run; leave it out")
-        found[KINDS[1]] = _finetune_settings(work, common)
-        if settings.distillation and distill is not False:
-            own = _merged(settings.distillation, distill if isinstance(distill, dict) else {})
-            found[KINDS[2]] = _finetune_settings(
-                work, {**common, "distillation": {"teacher": str(work.original), **own}}
-            )
-    for training in found.values():
-        if training is not None:
-            require_keys(training, "data.train")
+    for key in ("load", "save", "distillation"):
+        if key in common:
+            raise UserError(f"finetune.{key}: set for each run; leave it out")
+    if fit is not False:
+        found[KINDS[1]] = common
+    if settings.distillation and distill is not False:
+        own = _merged(settings.distillation, distill if isinstance(distill, dict) else {})
+        found[KINDS[2]] = {**common, "distillation": {"teacher": "original", **own}}
     return found
+
+
+def _training(
+    row: str, values: dict[str, Any], above: list[Entry], work: Work
+) -> tuple[FinetuneSettings, Entry | None]:
+    """(the settings of a line's training, the line that is its teacher, if that is trained). above: lines so far."""
+    teacher = None
+    if "distillation" in values:
+        name = values["distillation"]["teacher"]
+        if name != "original":
+            teacher = _trained_line(f"rows.{row}: distillation.teacher", name, above)
+        folder = work.original if teacher is None else work.checkpoints(teacher)
+        values = {**values, "distillation": {**values["distillation"], "teacher": str(folder)}}
+    training = make_settings(FinetuneSettings, values, "finetune")
+    require_keys(training, "data.train")
+    return training, teacher
+
+
+def _trained_line(key: str, name: Any, above: list[Entry]) -> Entry | None:
+    """The trained line of this name, None for None."""
+    if name is None:
+        return None
+    trained = {entry.name: entry for entry in above if entry.training is not None}
+    if name not in trained:
+        raise UserError(f"{key}: {name!r} is no trained line of the table above it; there are: {'; '.join(trained)}")
+    return trained[name]
 
 
 def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -189,16 +222,6 @@ def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     both = {key: _merged(common[key], value) for key, value in own.items()
             if isinstance(value, dict) and isinstance(common.get(key), dict)}  # fmt: skip
     return {**common, **own, **both}
-
-
-def _finetune_settings(work: Work, values: dict[str, Any]) -> FinetuneSettings:
-    work.root.mkdir(parents=True, exist_ok=True)
-    file = work.root / "finetune.yaml"
-    file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-    try:
-        return load_settings(FinetuneSettings, [], file)
-    except UserError as error:
-        raise UserError(f"finetune: {str(error).removeprefix(f'{file}: ')}") from None
 
 
 def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
@@ -213,8 +236,8 @@ def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
     return values
 
 
-def _identity(training: FinetuneSettings | None) -> dict[str, Any] | None:
-    """The settings with the contents of the token files in place of their names."""
+def _identity(training: FinetuneSettings | None, teacher: Entry | None) -> dict[str, Any] | None:
+    """The settings with the contents of the token files, and of the teacher's training, in place of their names."""
     if training is None:
         return None
     values = to_dict(training)
@@ -225,7 +248,9 @@ def _identity(training: FinetuneSettings | None) -> dict[str, Any] | None:
     for key in ("load", "save", "save_interval", "keep_last"):
         del values[key]
     del values["data"]["cache"]
-    values["distillation"]["teacher"] = values["distillation"]["teacher"] is not None
+    values["distillation"]["teacher"] = (
+        values["distillation"]["teacher"] is not None if teacher is None else teacher.key
+    )
     return values
 
 

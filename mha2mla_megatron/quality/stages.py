@@ -84,48 +84,69 @@ class Quality:
         return all(found[kind].keys() == wanted.keys() for kind, wanted in self.measurements.items())
 
     def _entry(self, entry: Entry) -> None:
-        folder = self._converted(entry) if entry.conversion is not None else self.model
-        if entry.training is not None:
-            folder = self._trained(entry, entry.training, folder)
-        self._evaluate(entry, folder)
-        if entry.training is not None and not self.settings.keep_models:
-            shutil.rmtree(self.work.run(entry), ignore_errors=True)
+        self._evaluate(entry, self._model(entry))
+        if not self.settings.keep_models:
+            self._delete_runs()
+
+    def _model(self, entry: Entry) -> Path:
+        """The line's model as a Hugging Face folder."""
+        if entry.training is None:
+            return self._converted(entry)
+        exported = self.work.run(entry) / "hf"
+        if not (exported / "config.json").exists():
+            megatron_to_hf(self._trained(entry, entry.training), exported, ToHFSettings())
+        return exported
 
     def _converted(self, entry: Entry) -> Path:
-        assert entry.conversion is not None
+        if entry.conversion is None:
+            return self.model
         folder = self.work.converted(entry)
         if not (folder / "config.json").exists():
-            if self.settings.calibration_text is not None and not self.work.statistics.exists():
+            model = self.model if entry.source is None else self._model(entry.source)
+            if entry.conversion.statistics == str(self.work.statistics) and not self.work.statistics.exists():
                 with self._timed(entry, "calibrate"):
                     calibrate(
-                        self.model, Path(self.settings.calibration_text), self.work.statistics, self.settings.calibrate
-                    )
+                        self.model, Path(str(self.settings.calibration_text)), self.work.statistics,
+                        self.settings.calibrate,
+                    )  # fmt: skip
             with self._timed(entry, "convert"):
-                convert_model(self.model, folder, entry.conversion)
+                convert_model(model, folder, entry.conversion)
         return folder
 
-    def _trained(self, entry: Entry, training: FinetuneSettings, folder: Path) -> Path:
+    def _trained(self, entry: Entry, training: FinetuneSettings) -> Path:
+        """The line's checkpoints, after its last step."""
         from mha2mla_megatron.training.loop import finetune  # megatron takes seconds to import
 
-        run = self.work.run(entry)
-        root, exported = run / "run", run / "hf"
-        if not (exported / "config.json").exists():
-            if not (root / "settings.yaml").exists() or read_latest(root) != training.steps:
-                if training.distillation.teacher is not None or entry.conversion is None:
-                    _to_megatron(self.model, self.work.original)
-                start = self.work.original
-                if entry.conversion is not None:
-                    start = folder.with_name(f"{folder.name}_megatron")
-                    _to_megatron(folder, start)
-                with self._timed(entry, "fine-tune"):
-                    try:
-                        finetune(dataclasses.replace(training, load=str(start), save=str(root), keep_last=1))
-                    finally:
-                        self._keep_curve(entry, root)
-                if read_latest(root) != training.steps:
-                    raise OutOfTime if self.settings.minutes is not None else KeyboardInterrupt
-            megatron_to_hf(root, exported, ToHFSettings())
-        return exported
+        root = self.work.checkpoints(entry)
+        if (root / "settings.yaml").exists() and read_latest(root) == training.steps:
+            return root
+        start = self.work.original
+        if entry.conversion is not None:
+            folder = self._converted(entry)
+            start = folder.with_name(f"{folder.name}_megatron")
+            _to_megatron(folder, start)
+        else:
+            _to_megatron(self.model, start)
+        if entry.teacher is not None and entry.teacher.training is not None:
+            self._trained(entry.teacher, entry.teacher.training)
+        elif training.distillation.teacher is not None:
+            _to_megatron(self.model, self.work.original)
+        with self._timed(entry, "fine-tune"):
+            try:
+                finetune(dataclasses.replace(training, load=str(start), save=str(root), keep_last=1))
+            finally:
+                self._keep_curve(entry, root)
+        if read_latest(root) != training.steps:
+            raise OutOfTime if self.settings.minutes is not None else KeyboardInterrupt
+        return root
+
+    def _delete_runs(self) -> None:
+        """Those of complete lines that no line still to be done is made from, or learns from."""
+        left = [entry for entry in self.entries if not self.complete(entry)]
+        needed = {entry.key for line in left for entry in (line.source, line.teacher) if entry is not None}
+        for entry in self.entries:
+            if self.complete(entry) and entry.key not in needed:
+                shutil.rmtree(self.work.run(entry), ignore_errors=True)
 
     def _evaluate(self, entry: Entry, folder: Path) -> None:
         found, settings = self.results[entry.name], self.settings
@@ -159,7 +180,8 @@ class Quality:
         """Put the run's losses against its tokens into the results; a long run's are thinned out."""
         if not (root / "log.jsonl").exists():
             return
-        found, tokens = self.results[entry.name], 0
+        found = self.results[entry.name]
+        tokens = 0 if entry.source is None else self.results[entry.source.name]["tokens"]
         curves: dict[str, list[list[float]]] = {"loss": [], "validation_loss": []}
         for line in read_log(root):
             tokens += line.get("tokens", 0)
