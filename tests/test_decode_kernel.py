@@ -29,6 +29,12 @@ def test_interpreted_kernel() -> None:
     assert out == "24 cases\n", out + err
 
 
+def test_interpreted_models_of_every_method() -> None:
+    pytest.importorskip("triton")
+    out, err = start_cases("decode_kernel_cases", "model", TRITON_INTERPRET="1").communicate()
+    assert out == "5 models\n", out + err
+
+
 def test_importable_where_triton_is_absent() -> None:
     script = (
         "import sys, torch; sys.modules['triton'] = None\n"
@@ -47,12 +53,12 @@ def test_no_kernel_on_the_cpu() -> None:
 def test_tiles_fit(element_size: int, shared_memory: int) -> None:
     """Every tile is a power of two, fits the shared memory, and all programs together cover the shape."""
     for m in (1, 9, 32, 160):
-        for g in (0, 24, 512, 4096):
-            for c in (16, 96, 100, 512, 1024, 2048, 4096):
-                tiles = choose_tiles(7, m, 5000, g, c, element_size, 132, shared_memory)
+        for shared in (True, False):
+            for v in (16, 96, 100, 512, 1024, 2048, 4096):
+                tiles = choose_tiles(7, m, 5000, v, shared, element_size, 132, shared_memory)
                 sizes = (tiles.block_m, tiles.block_n, tiles.block_c, tiles.warps)
                 assert all(n & (n - 1) == 0 for n in sizes)
-                assert not tiles.scores_latent or tiles.block_c >= c  # a score needs all columns
+                assert not tiles.scores_values or (shared and tiles.block_c >= v)  # a score needs all columns
                 assert _shared_bytes(tiles, element_size) <= shared_memory
                 assert 1 <= tiles.splits <= 5000 // 64 + 1
 
@@ -77,7 +83,7 @@ def test_benchmark_on_the_cpu(tmp_path: Path) -> None:
     assert output.with_suffix(".png").stat().st_size > 1000
     run_tool("benchmarks/decode", *words, "time_limit=0.01", own_process=True)
     result = json.loads(output.read_text())
-    assert result["steps"] == [] and "tiny, 68.75" in result["not_run"]
+    assert result["steps"] == [] and "tiny, -68.75 % joint" in result["not_run"]
 
 
 def test_benchmark_refuses_bad_settings() -> None:
@@ -93,11 +99,13 @@ def test_random_shapes_on_the_gpu() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("shared", [True, False], ids=["joint", "split"])
 @pytest.mark.parametrize("rank", [24, 96, 256, 512, 1024, 2048, 4096])
-def test_long_rows_on_the_gpu(rank: int) -> None:
+def test_long_rows_on_the_gpu(rank: int, shared: bool) -> None:
     """8192 rows in many splits, as a model's step has them; the same bits at every run."""
     torch.manual_seed(0)
-    inputs, exact = make_inputs(Case(4, 32, 1, 8192, 512, rank, torch.bfloat16, "static", 0), "cuda")
+    keys, values = ((0, rank), (0, rank)) if shared else ((0, rank), (rank, 2 * rank))
+    inputs, exact = make_inputs(Case(4, 32, 1, 8192, 512, keys, values, torch.bfloat16, "static", 0), "cuda")
     result = flash_decode(**inputs)
     assert relative_error(result, exact) < TOLERANCES[torch.bfloat16]
     assert torch.equal(flash_decode(**inputs), result)
@@ -108,7 +116,7 @@ def test_long_rows_on_the_gpu(rank: int) -> None:
 def test_cuda_graph_follows_the_mask() -> None:
     """One captured launch serves every length: it is read from the mask on the device."""
     torch.manual_seed(0)
-    inputs, _ = make_inputs(Case(3, 8, 1, 1000, 64, 96, torch.bfloat16, "static", 0), "cuda")
+    inputs, _ = make_inputs(Case(3, 8, 1, 1000, 64, (0, 96), (0, 96), torch.bfloat16, "static", 0), "cuda")
     flash_decode(**inputs)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -122,11 +130,12 @@ def test_cuda_graph_follows_the_mask() -> None:
 
 @pytest.mark.gpu
 @needs_gpu
-def test_model_on_the_gpu() -> None:
+@pytest.mark.parametrize("method", ["joint", "split", "key", "value"])
+def test_model_on_the_gpu(method: str) -> None:
     """generate with the kernel, compiled into CUDA graphs over a static cache, equals expanded with a dynamic cache."""
     from tests.test_latent_cache import GREEDY, TOKENS, make_model
 
-    model = make_model(r=[0, 4, 4]).to("cuda")
+    model = make_model(method, [0, 4, 4]).to("cuda")
     prompt, mask = TOKENS.cuda(), torch.ones_like(TOKENS).cuda()
     mask[0, :3] = 0
     results = []

@@ -83,13 +83,12 @@ def absorbed_attention(
     keys, values = layout.key_columns, layout.value_columns
     if (
         kernel
-        and keys == values
         and has_triton(unrotated)
         and q_rope.dtype == q_key.dtype == k_rope.dtype == unrotated.dtype
         and (mask is None or mask.dtype == torch.bool)
         and not (torch.is_grad_enabled() and (q_key.requires_grad or unrotated.requires_grad))
     ):
-        return flash_decode(q_rope, q_key, k_rope, unrotated, mask, scaling), None
+        return flash_decode(q_rope, q_key, k_rope, unrotated, keys, values, mask, scaling), None
     scores = _wide_bmm(q_key.flatten(1, 2), unrotated[..., keys].transpose(1, 2))
     scores = scores + _wide_bmm(q_rope.flatten(1, 2), k_rope.transpose(1, 2))
     scores = scores.view(batch, heads, length, -1) * scaling

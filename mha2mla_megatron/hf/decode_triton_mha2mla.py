@@ -1,22 +1,24 @@
-"""Flash decoding over a joint latent cache in Triton: the cache is read from memory once for all heads of a tile.
+"""Flash decoding over a latent cache in Triton: the cache is read from memory once for all heads of a tile.
 
-In the absorbed form every head attends over the same rows, [rotated keys of all groups | latent]: keys are the whole
-row, values its latent. A query is zero in the rotated columns of other groups; those columns are loaded anyway, for
-the heads of those groups, and multiplied for all.
+In the absorbed form every head attends over the same rows, [rotated keys of all groups | unrotated part]: the rotated
+and the key columns score, the value columns are averaged. Keys and values share their columns (joint) or have their
+own (split, and what is not factored). A query is zero in the rotated columns of other groups; those columns are loaded
+anyway, for the heads of those groups, and multiplied for all.
 
 Matrix instructions want 64 rows or more of their first operand, and a decode step has few query rows. So cached rows
-and latent columns, of which there are many, are the long sides of all products: scores^T = keys queries^T and
-context^T = values^T weights^T, both from the same tile of cached rows in shared memory.
+and their columns, of which there are many, are the long sides of all products: scores^T = keys queries^T and
+context^T = values^T weights^T.
 
-Two kernels. `_score_rows`, a plain product that streams columns, writes float32 scores of the rotated columns, with the
-mask in them. `_average_rows` is flash decoding over the latents: it adds their scores and averages them, from one
-reading. Latents too wide for that are scored by the first kernel too, and read twice.
+Two kernels. `_score_rows`, a plain product that streams columns, writes float32 scores, with the mask in them.
+`_average_rows` is flash decoding over the values. Columns of their own are read once: keys by the first kernel, values
+by the second. Shared ones are scored and averaged by the second from one tile in shared memory; where they are too wide
+for that, the first kernel scores them too, and they are read twice.
 
 (Rotated columns scored in the second kernel would save the scores' way through memory, a tenth of a row, but two chains
 of matrix instructions in its loop read wrong addresses with Triton 3.6.)
 
-Shape letters: b batch, m query rows per sequence (heads x new tokens), t cached rows, g rotated columns (G r), c latent
-width.
+Shape letters: b batch, m query rows per sequence (heads x new tokens), t cached rows, g rotated columns (G r), w width
+of the unrotated part, k and v widths of its key and value columns.
 """
 
 # pyright: reportInvalidTypeForm=false
@@ -50,9 +52,9 @@ class Tiles:
     block_n: int
     """Cached rows of one step."""
     block_c: int
-    """Latent columns whose average a program computes."""
-    scores_latent: bool
-    """Whether the averaging kernel scores the latents itself; the kernel before it does otherwise."""
+    """Value columns whose average a program computes."""
+    scores_values: bool
+    """Whether the averaging kernel scores the columns that it averages; the kernel before it does otherwise."""
     warps: int
     stages: int
     splits: int
@@ -80,21 +82,24 @@ def _is_ampere_or_newer(device: int) -> bool:
 
 
 def choose_tiles(
-    batch: int, m: int, t: int, g: int, c: int, element_size: int, multiprocessors: int, shared_memory: int
+    batch: int, m: int, t: int, v: int, shared: bool, element_size: int, multiprocessors: int, shared_memory: int
 ) -> Tiles:
-    """The tiles for these shapes on a GPU with this many multiprocessors, each with these bytes of shared memory."""
-    widest, rows = _power_of_2(max(16, c)), _power_of_2(max(16, m))
+    """The tiles for these shapes on a GPU with this many multiprocessors, each with these bytes of shared memory.
+
+    shared: whether the value columns are the key columns too.
+    """
+    widest, rows = _power_of_2(max(16, v)), _power_of_2(max(16, m))
     cuts = [
         # A thread keeps at most 128 registers of the context, float32.
-        Tiles(block_m, 64, block_c, scores_latent, 4 if block_c * block_m <= 128 * 128 else 8, stages, 1)
+        Tiles(block_m, 64, block_c, scores_values, 4 if block_c * block_m <= 128 * 128 else 8, stages, 1)
         for block_m in (64, 32, 16)
-        for scores_latent, block_c in ((True, widest), (False, min(widest, 256)), (False, 64))
+        for scores_values, block_c in ((True, widest), (False, min(widest, 256)), (False, 64))
         for stages in (4, 3, 2)
-        if block_m <= rows and block_c * block_m <= 128 * 256
+        if block_m <= rows and block_c * block_m <= 128 * 256 and (shared or not scores_values)
     ]
     cuts.append(Tiles(16, 64, 16, False, 4, 1, 1))
     tiles = next(cut for cut in cuts if cut == cuts[-1] or _shared_bytes(cut, element_size) <= shared_memory)
-    programs = batch * -(-m // tiles.block_m) * -(-c // tiles.block_c)
+    programs = batch * -(-m // tiles.block_m) * -(-v // tiles.block_c)
     # Registers hold two programs of 4 warps; so many run at once.
     resident = multiprocessors * max(1, min(8 // tiles.warps, shared_memory // _shared_bytes(tiles, element_size)))
 
@@ -109,7 +114,7 @@ def choose_tiles(
 def _shared_bytes(tiles: Tiles, element_size: int) -> int:
     """Shared memory that Triton 3.6 gives the averaging kernel for Hopper: stages of cached rows, the query, weights,
     and scores on their way in or between two layouts."""
-    query = tiles.block_m * tiles.block_c if tiles.scores_latent else 0
+    query = tiles.block_m * tiles.block_c if tiles.scores_values else 0
     scores = tiles.block_m * tiles.block_n
     rows = tiles.stages * tiles.block_n * tiles.block_c
     return (rows + query + scores) * element_size + 4 * scores * max(1, tiles.stages - 1)
@@ -142,66 +147,70 @@ def visible_bounds(mask: torch.Tensor, batch: int) -> torch.Tensor:
 
 def flash_decode(
     q_rope: torch.Tensor,
-    q_latent: torch.Tensor,
+    q_key: torch.Tensor,
     k_rope: torch.Tensor,
-    latent: torch.Tensor,
+    unrotated: torch.Tensor,
+    keys: slice,
+    values: slice,
     mask: torch.Tensor | None,
     scaling: float,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """Attention over cached rows [k_rope | latent] whose values are the latent.
+    """Attention over cached rows [k_rope | unrotated].
 
-    q_rope [b, H, s, g], q_latent [b, H, s, c], k_rope [b, t, g] and latent [b, t, c] of one type: bfloat16, float16 or
-    float32 (as sums of three tf32 products). mask: None (every token sees every row) or bool [1 or b, 1, s, t].
-    Returns the averaged latents [b, H, s, c] in that type, 0 where a token sees no row; scores and sums are float32.
-    Works in 4 b H s t bytes for the scores, and 4 b H s c for each split.
+    q_rope [b, H, s, g], q_key [b, H, s, k], k_rope [b, t, g] and unrotated [b, t, w] of one type: bfloat16, float16 or
+    float32 (as sums of three tf32 products). keys, values: columns of the unrotated part, the same ones or others; keys
+    may be none. mask: None (every token sees every row) or bool [1 or b, 1, s, t].
+    Returns the averaged value columns [b, H, s, v] in that type, 0 where a token sees no row; scores and sums are
+    float32. Works in 4 b H s t bytes for the scores, and 4 b H s v for each split.
     """
-    batch, heads, length, c = q_latent.shape
-    m, t, g = heads * length, latent.shape[1], k_rope.shape[-1]
-    q_rope, q_latent = q_rope.reshape(batch, m, g).contiguous(), q_latent.reshape(batch, m, c).contiguous()
-    k_rope, latent = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_rope, latent))
+    batch, heads, length, k = q_key.shape
+    m, t, g, v = heads * length, unrotated.shape[1], k_rope.shape[-1], values.stop - values.start
+    q_rope, q_key = q_rope.reshape(batch, m, g).contiguous(), q_key.reshape(batch, m, k).contiguous()
+    k_rope, unrotated = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_rope, unrotated))
+    device, element_size = unrotated.device, unrotated.element_size()
     if tiles is None:
-        tiles = choose_tiles(batch, m, t, g, c, latent.element_size(), *device_limits(latent.device.index))
-    c_tiles, c_block = -(-c // tiles.block_c), min(1024, _power_of_2(c))
-    block_m, precision = min(64, _power_of_2(max(16, m))), PRECISIONS[latent.dtype]
-    scores = torch.empty(batch, t, m, dtype=torch.float32, device=latent.device)
-    partial = torch.empty(batch, tiles.splits, m, c, dtype=torch.float32, device=latent.device)
-    logsumexp = torch.empty(batch, tiles.splits, m, dtype=torch.float32, device=latent.device)
-    out = torch.empty(batch, heads, length, c, dtype=latent.dtype, device=latent.device)
-    bounds = latent  # not read where there is no mask
+        tiles = choose_tiles(batch, m, t, v, keys == values, element_size, *device_limits(device.index))
+    v_tiles, v_block = -(-v // tiles.block_c), min(1024, _power_of_2(v))
+    block_m, precision = min(64, _power_of_2(max(16, m))), PRECISIONS[unrotated.dtype]
+    scores = torch.empty(batch, t, m, dtype=torch.float32, device=device)
+    partial = torch.empty(batch, tiles.splits, m, v, dtype=torch.float32, device=device)
+    logsumexp = torch.empty(batch, tiles.splits, m, dtype=torch.float32, device=device)
+    out = torch.empty(batch, heads, length, v, dtype=unrotated.dtype, device=device)
+    bounds = unrotated  # not read where there is no mask
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         bounds = visible_bounds(mask, batch)
     strides = (
-        k_rope.stride(0), k_rope.stride(1), latent.stride(0), latent.stride(1),
+        k_rope.stride(0), k_rope.stride(1), unrotated.stride(0), unrotated.stride(1),
         0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
     )  # fmt: skip
     # Triton launches on the current device, which is not always the tensors' (a compiled graph sees to that itself).
-    guard = torch.cuda.device(latent.device) if latent.is_cuda and not torch.compiler.is_compiling() else nullcontext()
+    guard = torch.cuda.device(device) if unrotated.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
         _score_rows[(-(-t // 128), -(-m // block_m), batch)](
-            q_rope, q_latent, k_rope, latent, latent if mask is None else mask, bounds, scores, *strides, m, length, t,
-            G=g, C=0 if tiles.scores_latent else c, HAS_MASK=mask is not None, PRECISION=precision, BLOCK_M=block_m,
-            BLOCK_N=128, BLOCK_K=128 // latent.element_size(), STAGES=4, num_warps=4, num_stages=4,
+            q_rope, q_key, k_rope, unrotated[..., keys], unrotated if mask is None else mask, bounds, scores, *strides,
+            m, length, t, G=g, K=0 if tiles.scores_values else k, HAS_MASK=mask is not None, PRECISION=precision,
+            BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=128 // element_size, STAGES=4, num_warps=4, num_stages=4,
         )  # fmt: skip
-        _average_rows[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
-            q_latent, latent, bounds, scores, partial, logsumexp, latent.stride(0), latent.stride(1), m, t,
-            scaling * LOG2_E, C=c, C_TILES=c_tiles, HAS_BOUNDS=mask is not None, SCORES_LATENT=tiles.scores_latent,
-            PRECISION=precision, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
+        _average_rows[(v_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
+            q_key, unrotated[..., values], bounds, scores, partial, logsumexp, unrotated.stride(0), unrotated.stride(1),
+            m, t, scaling * LOG2_E, V=v, V_TILES=v_tiles, HAS_BOUNDS=mask is not None,
+            SCORES_VALUES=tiles.scores_values, PRECISION=precision, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        _combine_splits[(batch * m, -(-c // c_block))](partial, logsumexp, out, m, tiles.splits, C=c, BLOCK_C=c_block)
+        _combine_splits[(batch * m, -(-v // v_block))](partial, logsumexp, out, m, tiles.splits, C=v, BLOCK_C=v_block)
     return out
 
 
 @_jit
 def _score_rows(
-    q_rope, q_latent, k_rope, latent, mask, bounds, scores,
-    k_rope_batch, k_rope_row, latent_batch, latent_row, mask_batch, mask_query, m, queries, t,
-    G: tl.constexpr, C: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    q_rope, q_key, k_rope, keys, mask, bounds, scores,
+    k_rope_batch, k_rope_row, keys_batch, keys_row, mask_batch, mask_query, m, queries, t,
+    G: tl.constexpr, K: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores [b, t, m] of BLOCK_N rows over G rotated columns and C latents, -inf where a query does not see the row;
+    """Scores [b, t, m] of BLOCK_N rows over G rotated columns and K others, -inf where a query does not see the row;
     not yet scaled."""
     batch, n = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_N
     begin, end = 0, t
@@ -216,10 +225,10 @@ def _score_rows(
                 acc, q_rope + batch * m * G, k_rope + batch * k_rope_batch, k_rope_row, rows_n, rows_m, end, m, G,
                 BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
-        if C > 0:
+        if K > 0:
             acc = _add_product(
-                acc, q_latent + batch * m * C, latent + batch * latent_batch, latent_row, rows_n, rows_m, end, m, C,
-                BLOCK_K, PRECISION, STAGES,
+                acc, q_key + batch * m * K, keys + batch * keys_batch, keys_row, rows_n, rows_m, end, m, K, BLOCK_K,
+                PRECISION, STAGES,
             )  # fmt: skip
         inside = (rows_n < end)[:, None] & (rows_m < m)[None, :]
         if HAS_MASK and queries == 1:
@@ -253,13 +262,13 @@ def _load_rows(pointer, stride, rows, end, columns, COLUMNS: tl.constexpr):
 
 @_jit
 def _average_rows(
-    q_latent, latent, bounds, scores, context, logsumexp, latent_batch, latent_row, m, t, scale,
-    C: tl.constexpr, C_TILES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_LATENT: tl.constexpr,
+    q_values, values, bounds, scores, context, logsumexp, values_batch, values_row, m, t, scale,
+    V: tl.constexpr, V_TILES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_VALUES: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C latent columns."""
-    tile, split, batch = tl.program_id(0) % C_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows_m = (tl.program_id(0) // C_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C value columns."""
+    tile, split, batch = tl.program_id(0) % V_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows_m = (tl.program_id(0) // V_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = (rows_m < m)[None, :]
     begin, end = 0, t
     if HAS_BOUNDS:
@@ -271,23 +280,23 @@ def _average_rows(
     end = tl.minimum(end, begin + length)
 
     scores += batch * t * m
-    latent += batch * latent_batch
+    values += batch * values_batch
     column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    if SCORES_LATENT:
-        q = tl.trans(_load_rows(q_latent + batch * m * C, C, rows_m, m, column, C))
+    if SCORES_VALUES:
+        q = tl.trans(_load_rows(q_values + batch * m * V, V, rows_m, m, column, V))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         rows_n = n + tl.arange(0, BLOCK_N)
-        values = _load_rows(latent, latent_row, rows_n, end, column, C)
+        rows = _load_rows(values, values_row, rows_n, end, column, V)
         at = scores + rows_n[:, None] * m + rows_m[None, :]
         part = tl.load(at, mask=(rows_n < end)[:, None] & valid_m, other=float("-inf"))
-        if SCORES_LATENT:
-            part = tl.dot(values, q, part, input_precision=PRECISION)
-        acc, top, total = _fold_rows(values, part * scale, acc, top, total, PRECISION)
+        if SCORES_VALUES:
+            part = tl.dot(rows, q, part, input_precision=PRECISION)
+        acc, top, total = _fold_rows(rows, part * scale, acc, top, total, PRECISION)
     row = (batch * tl.num_programs(1) + split) * m
-    _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, tile == 0, C)
+    _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, tile == 0, V)
 
 
 @_jit

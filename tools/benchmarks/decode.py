@@ -56,9 +56,28 @@ class Shape(ModelShape):
         """G r with r = d/8."""
         return self.groups * self.head_dim // 8
 
-    def rank(self, saving: float) -> int:
-        """c that saves this percentage of the cache with r = d/8."""
-        return round((1 - saving / 100) * 2 * self.groups * self.head_dim) - self.rope_columns()
+
+@dataclass(frozen=True)
+class Conversion:
+    """Of a model whose heads rotate r = d/8 dims: percentage of the cache that is saved, and low_rank.method."""
+
+    saving: float
+    method: str
+
+    def __str__(self) -> str:
+        return f"-{self.saving:g} % {self.method}"
+
+    def width(self, shape: Shape) -> int:
+        """Columns of a cached row beside the rotated ones."""
+        return round((1 - self.saving / 100) * 2 * shape.groups * shape.head_dim) - shape.rope_columns()
+
+    def rank(self, shape: Shape) -> int:
+        return self.width(shape) // (2 if self.method == "split" else 1)
+
+    def columns(self, shape: Shape) -> tuple[slice, slice]:
+        """Of keys and values, in the unrotated part."""
+        rank = self.rank(shape)
+        return slice(0, rank), slice(rank, 2 * rank) if self.method == "split" else slice(0, rank)
 
 
 SHAPES = {
@@ -101,6 +120,9 @@ class DecodeSettings:
     savings: list[float] = field(default_factory=lambda: [68.75, 87.5])
     """Percentages of the cache that the converted models save."""
 
+    methods: list[str] = field(default_factory=lambda: ["joint"])
+    """joint, split: how keys and values are factored, with caches of the same size."""
+
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static,
     int4-static, int2-static (packed caches of fixed size)."""
@@ -139,11 +161,16 @@ class DecodeSettings:
     output: str | None = None
     """A JSON file for the numbers; the plot goes beside it."""
 
+    def conversions(self) -> list[Conversion]:
+        return [Conversion(saving, method) for saving in self.savings for method in self.methods]
+
     def __post_init__(self) -> None:
         for name in self.shapes:
             require_one_of("shapes", name, tuple(SHAPES))
         for name in self.variants:
             require_one_of("variants", name, tuple(VARIANTS))
+        for method in self.methods:
+            require_one_of("methods", method, ("joint", "split"))
         for bits in self.kernel_bits:
             require_one_of("kernel_bits", bits, (16, 8, 4, 2))
         require_one_of("capture", self.capture, ("compile", "graph", "eager"))
@@ -235,7 +262,7 @@ class Kernel:
     """Of the cached tensors that a launch has to read."""
     q: torch.Tensor
     rows: Callable[[], torch.Tensor]
-    """[b, t, G r + c]: what is attended to."""
+    """[b, t, G r + w]: what is attended to."""
     inputs: dict[str, Any]
 
 
@@ -243,51 +270,53 @@ def normal(*sizes: int, device: torch.device) -> torch.Tensor:
     return torch.randn(*sizes, device=device, dtype=torch.bfloat16)
 
 
-def row_kernel(batch: int, context: int, shape: Shape, rank: int, device: torch.device) -> Kernel:
+def row_kernel(batch: int, context: int, shape: Shape, conversion: Conversion, device: torch.device) -> Kernel:
     """The kernel over 16-bit rows."""
-    columns, heads = shape.rope_columns(), shape.heads
-    q_rope, q_latent = (normal(batch, heads, 1, width, device=device) for width in (columns, rank))
-    k_rope, latent = (normal(batch, context, width, device=device) for width in (columns, rank))
+    columns, heads, width, rank = shape.rope_columns(), shape.heads, conversion.width(shape), conversion.rank(shape)
+    keys, values = conversion.columns(shape)
+    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, rank))
+    k_rope, unrotated = (normal(batch, context, n, device=device) for n in (columns, width))
     inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
 
     def run(tiles: Tiles | None = None) -> torch.Tensor:
-        return flash_decode(q_rope, q_latent, k_rope, latent, inputs["mask"], (columns + rank) ** -0.5, tiles)
+        scaling = (columns + rank) ** -0.5
+        return flash_decode(q_rope, q_key, k_rope, unrotated, keys, values, inputs["mask"], scaling, tiles)
 
-    chosen = choose_tiles(batch, heads, context, columns, rank, 2, *device_limits(device.index))
-    q = torch.cat((q_rope, q_latent), -1)
-    nbytes = 2 * batch * context * (columns + rank)
-    return Kernel(
-        run, chosen, list(other_tiles(chosen, rank)), nbytes, q, lambda: torch.cat((k_rope, latent), -1), inputs
-    )
+    chosen = choose_tiles(batch, heads, context, rank, keys == values, 2, *device_limits(device.index))
+    others = list(other_tiles(chosen, rank, keys == values))
+    nbytes, q = 2 * batch * context * (columns + width), torch.cat((q_rope, q_key), -1)
+    return Kernel(run, chosen, others, nbytes, q, lambda: torch.cat((k_rope, unrotated), -1), inputs)
 
 
-def packed_kernel(batch: int, context: int, shape: Shape, rank: int, nbits: int, device: torch.device) -> Kernel:
+def packed_kernel(
+    batch: int, context: int, shape: Shape, conversion: Conversion, nbits: int, device: torch.device
+) -> Kernel:
     """The kernel over packed latents, full of random codes."""
-    columns, heads = shape.rope_columns(), shape.heads
-    q_rope, q_latent = (normal(batch, heads, 1, width, device=device) for width in (columns, rank))
+    columns, heads, width, rank = shape.rope_columns(), shape.heads, conversion.width(shape), conversion.rank(shape)
+    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, rank))
     like = normal(batch, 0, 1, device=device)
-    parts = [
-        PackedTokens(like.new_empty(batch, 0, width), context, bits, GROUP, RESIDUAL)
-        for width, bits in ((columns, max(nbits, 4)), (rank, nbits))
+    rope, unrotated = parts = [
+        PackedTokens(like.new_empty(batch, 0, n), context, bits, GROUP, RESIDUAL)
+        for n, bits in ((columns, max(nbits, 4)), (width, nbits))
     ]
     for part in parts:
         fill_packed(part)
+    keys, values = conversion.columns(shape)
     count = torch.tensor(context, device=device)
     inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
-    whole = slice(0, rank)
 
     def run(tiles: PackedTiles | None = None) -> torch.Tensor:
         mask, scaling = inputs["mask"], (columns + rank) ** -0.5
-        return flash_decode_packed(q_rope, q_latent, *parts, whole, whole, count, mask, scaling, tiles)
+        return flash_decode_packed(q_rope, q_key, rope, unrotated, keys, values, count, mask, scaling, tiles)
 
     def rows() -> torch.Tensor:
         newest = [part.window[:, (context - 1) % part.window.shape[1]][:, None].float() for part in parts]
         return torch.cat([part.dequantize(new, count - 1) for part, new in zip(parts, newest, strict=True)], -1)
 
-    packed = parts[1].blocks * GROUP
+    packed = unrotated.blocks * GROUP
     chosen = choose_packed_tiles(batch, heads, packed, rank, 2, device_limits(device.index)[0])
     nbytes = sum(part.nbytes for part in parts)
-    q = torch.cat((q_rope, q_latent), -1)
+    q = torch.cat((q_rope, q_key), -1)
     return Kernel(run, chosen, list(other_packed_tiles(chosen, rank)), nbytes, q, rows, inputs)
 
 
@@ -304,37 +333,39 @@ def make_kernel(bits: int, *case: Any) -> Kernel:
     return row_kernel(*case) if bits == 16 else packed_kernel(*sizes, bits, device)
 
 
-def check_kernel(bits: int, shape: Shape, rank: int, device: torch.device) -> float:
+def check_kernel(bits: int, shape: Shape, conversion: Conversion, device: torch.device) -> float:
     """Largest error against float64, relative to the largest value, with left padding and hidden rows at the end."""
-    kernel = make_kernel(bits, 2, 1111, shape, rank, device)
+    kernel = make_kernel(bits, 2, 1111, shape, conversion, device)
     mask = kernel.inputs["mask"]
     mask[0, ..., :200] = False
     mask[:, ..., 1000:1080] = False
-    q, rows = kernel.q.double(), kernel.rows().double()
-    scores = torch.einsum("bhsk,btk->bhst", q, rows) * q.shape[-1] ** -0.5
+    q, (k_rope, unrotated) = kernel.q.double(), kernel.rows().double().tensor_split([shape.rope_columns()], -1)
+    keys, values = conversion.columns(shape)
+    scores = torch.einsum("bhsk,btk->bhst", q, torch.cat((k_rope, unrotated[..., keys]), -1)) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    exact = torch.einsum("bhst,btc->bhsc", weights, rows[..., shape.rope_columns() :])
+    exact = torch.einsum("bhst,btc->bhsc", weights, unrotated[..., values])
     error = ((kernel.run().double() - exact).abs().max() / exact.abs().max()).item()
     if not error < KERNEL_TOLERANCE:
-        raise SystemExit(f"the {bits}-bit kernel is wrong for {shape}, rank {rank}: error {error:.2e}")
+        raise SystemExit(f"the {bits}-bit kernel is wrong for {shape}, {conversion}: error {error:.2e}")
     return error
 
 
 def time_kernel(settings: DecodeSettings, report: Report, device: torch.device, copy: float) -> None:
     """The kernels alone, all their passes and the reading of the mask included, against the bandwidth of a copy."""
-    cases = [(SHAPES[name], name, saving) for name in settings.shapes for saving in settings.savings]
-    for (shape, name, saving), bits in itertools.product(cases, settings.kernel_bits):
-        error = check_kernel(bits, shape, shape.rank(saving), device)
-        report.add("kernel", {"shape": name, "saving": saving, "bits": bits, "error": error})
-    for (shape, name, saving), context in itertools.product(cases, settings.contexts):
-        rank = shape.rank(saving)
-        row_bytes = 2 * (shape.rope_columns() + rank) * context
+    cases = list(itertools.product(settings.shapes, settings.conversions()))
+    for (name, conversion), bits in itertools.product(cases, settings.kernel_bits):
+        error = check_kernel(bits, SHAPES[name], conversion, device)
+        report.add("kernel", {"shape": name, **dataclasses.asdict(conversion), "bits": bits, "error": error})
+    for (name, conversion), context in itertools.product(cases, settings.contexts):
+        shape = SHAPES[name]
+        row_bytes = 2 * (shape.rope_columns() + conversion.width(shape)) * context
         for batch in sorted({batch or max(1, (4 << 30) // row_bytes) for batch in settings.batches}):
             for bits in settings.kernel_bits:
-                what = f"{name}, {saving}, {bits} bits, batch {batch} context {context}"
+                what = f"{name}, {conversion}, {bits} bits, batch {batch} context {context}"
                 if report.has_time(f"kernel {what}"):
-                    head = {"shape": name, "saving": saving, "bits": bits, "batch": batch, "context": context}
-                    kernel = make_kernel(bits, batch, context, shape, rank, device)
+                    head = {"shape": name, **dataclasses.asdict(conversion), "bits": bits, "batch": batch}
+                    head["context"] = context
+                    kernel = make_kernel(bits, batch, context, shape, conversion, device)
                     for row in time_tiles(kernel, settings, report, device):
                         rate = kernel.nbytes / row["ms"] / 1e6
                         speed = {"GB/s": rate, "of copy": 1e9 * rate / copy}
@@ -370,18 +401,19 @@ def time_tiles(kernel: Kernel, settings: DecodeSettings, report: Report, device:
     return fastest if rows[0] in fastest else [*fastest, rows[0]]
 
 
-def other_tiles(chosen: Tiles, rank: int) -> Iterator[Tiles]:
+def other_tiles(chosen: Tiles, rank: int, shared: bool) -> Iterator[Tiles]:
     """The same work cut in other ways."""
     for splits in (max(1, chosen.splits // 2), 2 * chosen.splits):
         yield dataclasses.replace(chosen, splits=splits)
     whole = 1 << (max(16, rank) - 1).bit_length()
-    for (scores_latent, block_c), warps, block_m, stages in itertools.product(
+    for (scores_values, block_c), warps, block_m, stages in itertools.product(
         ((True, whole), (False, 512), (False, 256), (False, 128)), (4, 8), (16, 32, 64), (2, 3, 4)
     ):
         tiles = dataclasses.replace(
-            chosen, scores_latent=scores_latent, block_c=block_c, warps=warps, block_m=block_m, stages=stages
+            chosen, scores_values=scores_values, block_c=block_c, warps=warps, block_m=block_m, stages=stages
         )
-        if tiles != chosen and block_c <= whole and block_c * block_m <= 128 * 32 * warps:
+        fits = block_c <= whole and block_c * block_m <= 128 * 32 * warps
+        if tiles != chosen and fits and (shared or not scores_values):
             yield tiles
 
 
@@ -402,8 +434,8 @@ def other_packed_tiles(chosen: PackedTiles, rank: int) -> Iterator[PackedTiles]:
             yield dataclasses.replace(chosen, block_n=block_n, block_c=block_c, warps=warps, stages=stages)
 
 
-def make_model(shape: Shape, saving: float | None, device: torch.device, context: int) -> Any:
-    """A random bf16 model, made on the device; converted (joint, r = d/8) where a saving is given."""
+def make_model(shape: Shape, conversion: Conversion | None, device: torch.device, context: int) -> Any:
+    """A random bf16 model, made on the device."""
     settings: dict[str, Any] = dict(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
@@ -411,29 +443,31 @@ def make_model(shape: Shape, saving: float | None, device: torch.device, context
     )  # fmt: skip
     torch.manual_seed(0)
     with torch.device(device):
-        if saving is None:
+        if conversion is None:
             return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=torch.bfloat16).eval()
         settings["mha2mla"] = {
             "partial_rope": {"qk_rope_head_dim": shape.head_dim // 8},
-            "low_rank": {"method": "joint", "kv_lora_rank": shape.rank(saving)},
+            "low_rank": {"method": conversion.method, "kv_lora_rank": conversion.rank(shape)},
         }
         return MHA2MLALlamaForCausalLM._from_config(MHA2MLALlamaConfig(**settings), dtype=torch.bfloat16).eval()
 
 
-def cache_widths(shape: Shape, saving: float | None) -> tuple[tuple[int, int], tuple[int, int]]:
+def cache_widths(shape: Shape, conversion: Conversion | None) -> tuple[tuple[int, int], tuple[int, int]]:
     """(heads, columns) of a layer's keys and values."""
-    if saving is None:
+    if conversion is None:
         return (shape.groups, shape.head_dim), (shape.groups, shape.head_dim)
-    return (1, shape.rank(saving)), (1, shape.rope_columns())
+    return (1, conversion.width(shape)), (1, shape.rope_columns())
 
 
-def fill_cache(model: Any, shape: Shape, saving: float | None, variant: Variant, batch: int, tokens: int) -> Any:
+def fill_cache(
+    model: Any, shape: Shape, conversion: Conversion | None, variant: Variant, batch: int, tokens: int
+) -> Any:
     """A cache of random tokens; where it is static, `tokens` is what there is room for."""
     static: dict[str, Any] = {"config": model.config, "max_cache_len": tokens}
     cache: Any = DynamicCache() if not variant.static else StaticCache(**static)
     if variant.nbits < 16:
         cache = StaticLatentCache(**static, nbits=variant.nbits)
-    parts = cache_widths(shape, saving)
+    parts = cache_widths(shape, conversion)
     for layer in range(shape.layers):
         if variant.static:
             empty = (torch.empty(batch, n, 0, width, dtype=model.dtype, device=model.device) for n, width in parts)
@@ -451,9 +485,9 @@ def fill_cache(model: Any, shape: Shape, saving: float | None, variant: Variant,
     return cache
 
 
-def formula_bytes(shape: Shape, saving: float | None, nbits: int, tokens: int) -> float:
+def formula_bytes(shape: Shape, conversion: Conversion | None, nbits: int, tokens: int) -> float:
     """What a sequence's cache of so many tokens takes, all layers, scales and the window included."""
-    (heads, key_width), (_, value_width) = cache_widths(shape, saving)
+    (heads, key_width), (_, value_width) = cache_widths(shape, conversion)
     if nbits == 16:
         return 2 * tokens * shape.layers * heads * (key_width + value_width)
     packed, window = max(0, (tokens - RESIDUAL) // GROUP) * GROUP, min(tokens, RESIDUAL + GROUP)
@@ -524,7 +558,7 @@ def cache_bytes(cache: Any) -> int:
 
 
 def time_step(
-    model: Any, shape: Shape, saving: float | None, variant: Variant, batch: int, context: int,
+    model: Any, shape: Shape, conversion: Conversion | None, variant: Variant, batch: int, context: int,
     settings: DecodeSettings, copy: float,
 ) -> dict[str, Any]:  # fmt: skip
     """One row: milliseconds of a step, tokens per second, memory. Raises RuntimeError where it does not fit."""
@@ -533,12 +567,12 @@ def time_step(
         model.config.mla_decode, model.config.mla_kernel = variant.decode, variant.kernel
     allocated = torch.cuda.memory_allocated() if device.type == "cuda" else 0
     tokens = context + room if variant.static else context
-    cache = fill_cache(model, shape, saving, variant, batch, tokens)
+    cache = fill_cache(model, shape, conversion, variant, batch, tokens)
     allocated = torch.cuda.memory_allocated() - allocated if device.type == "cuda" else cache_bytes(cache)
     step = Step(model, cache, context, batch, settings.capture)
     ms, spread = milliseconds(step, settings.steps, settings.rounds, device, before=step.rewind)
-    read = weight_bytes(model) + batch * formula_bytes(shape, saving, variant.nbits, context)
-    formula = batch * formula_bytes(shape, saving, variant.nbits, tokens)
+    read = weight_bytes(model) + batch * formula_bytes(shape, conversion, variant.nbits, context)
+    formula = batch * formula_bytes(shape, conversion, variant.nbits, tokens)
     row = {
         "ms": ms, "spread": spread, "tokens/s": 1000 * batch / ms, "of copy": 1000 * read / ms / copy,
         "cache GB": allocated / 1e9, "cache/formula": allocated / formula,
@@ -549,51 +583,56 @@ def time_step(
     return row
 
 
-def largest_batch(model: Any, shape: Shape, saving: float | None, variant: Variant, settings: Any, context: int) -> int:
+def largest_batch(
+    model: Any, shape: Shape, conversion: Conversion | None, variant: Variant, settings: Any, context: int
+) -> int:
     """The batch whose static cache fills the memory that the weights leave, less a step's own memory."""
     if model.device.type != "cuda":
         return 2
     free, _ = torch.cuda.mem_get_info()
-    per_sequence = int(formula_bytes(shape, saving, variant.nbits, context + settings.steps + 8))
+    per_sequence = int(formula_bytes(shape, conversion, variant.nbits, context + settings.steps + 8))
     # A step's logits, and the float32 partial results of a layer's splits.
-    per_sequence += 4 * (2 * shape.vocabulary + 8 * shape.heads * (shape.rank(saving) if saving else shape.head_dim))
+    per_sequence += 4 * (
+        2 * shape.vocabulary + 8 * shape.heads * (conversion.rank(shape) if conversion else shape.head_dim)
+    )
     return max(1, (free - SPARE_BYTES) // per_sequence)
 
 
 def time_steps(settings: DecodeSettings, report: Report, device: torch.device, copy: float) -> None:
     for name in settings.shapes:
-        for saving in [None, *settings.savings]:
+        for conversion in [None, *settings.conversions()]:
             names = [
                 variant
                 for variant in settings.variants
-                if VARIANTS[variant].converted == (saving is not None)
+                if VARIANTS[variant].converted == (conversion is not None)
                 and (VARIANTS[variant].kernel == "torch" or device.type == "cuda" or VARIANTS[variant].nbits < 16)
             ]
-            if not names or not report.has_time(f"{name}, {saving or 'original'}"):
+            if not names or not report.has_time(f"{name}, {conversion or 'original'}"):
                 continue
             free_memory()
-            model = make_model(SHAPES[name], saving, device, max(settings.contexts))
+            model = make_model(SHAPES[name], conversion, device, max(settings.contexts))
             for context in settings.contexts:
                 for batch in settings.batches:
                     for variant in names:
-                        _add_row(model, name, saving, variant, batch, context, settings, report, copy)
+                        _add_row(model, name, conversion, variant, batch, context, settings, report, copy)
             del model
 
 
 def _add_row(
-    model: Any, name: str, saving: float | None, variant: str, batch: int, context: int, settings: DecodeSettings,
-    report: Report, copy: float,
+    model: Any, name: str, conversion: Conversion | None, variant: str, batch: int, context: int,
+    settings: DecodeSettings, report: Report, copy: float,
 ) -> None:  # fmt: skip
     """Time one row; where the batch is searched for, with 4 % less at every failure."""
     search, start = batch == 0, time.perf_counter()
     if search and not VARIANTS[variant].static:
         return
     free_memory()
-    batch = batch or largest_batch(model, SHAPES[name], saving, VARIANTS[variant], settings, context)
-    head = {"shape": name, "variant": variant, "saving": saving or 0.0, "context": context}
-    while report.has_time(f"{name} {variant} {saving or 'original'} batch {batch} context {context}"):
+    batch = batch or largest_batch(model, SHAPES[name], conversion, VARIANTS[variant], settings, context)
+    about = dataclasses.asdict(conversion or Conversion(0.0, "none"))
+    head = {"shape": name, "variant": variant, **about, "context": context}
+    while report.has_time(f"{name} {variant} {conversion or 'original'} batch {batch} context {context}"):
         try:
-            row = time_step(model, SHAPES[name], saving, VARIANTS[variant], batch, context, settings, copy)
+            row = time_step(model, SHAPES[name], conversion, VARIANTS[variant], batch, context, settings, copy)
         except RuntimeError as failure:
             if not any(sign in str(failure) for sign in ("out of memory", "ALLOC_FAILED")):
                 raise
@@ -626,7 +665,7 @@ def plot(report: Report) -> None:
         lines: dict[str, list[tuple[int, float]]] = {}
         for row in rows:
             if (row["shape"], row["context"]) == (shape, context):
-                label = row["variant"] + (f" -{row['saving']:g} %" if row["saving"] else "")
+                label = row["variant"] + (f" {Conversion(row['saving'], row['method'])}" if row["saving"] else "")
                 lines.setdefault(label, []).append((row["batch"], row["tokens/s"]))
         for label, points in lines.items():
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
