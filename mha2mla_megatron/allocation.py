@@ -16,6 +16,9 @@ class Choice(NamedTuple):
 
     kv_lora_rank: int
 
+    k_lora_rank: int | None
+    """Of split; None: as kv_lora_rank."""
+
     cost: int
     """Cached elements per token."""
 

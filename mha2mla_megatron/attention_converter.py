@@ -157,22 +157,19 @@ class AttentionConverter:
         kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
         return max(0.0, (losses.sum() - kept.sum()).item())
 
-    def rank_losses(self, layer: int, layout: LatentLayout) -> torch.Tensor:
-        """The price of every rank c from 0 on, in the objective: float64 [ranks], not increasing."""
+    def rank_losses(self, layer: int, layout: LatentLayout) -> list[torch.Tensor]:
+        """The price of every rank from 0 on, in the objective, for each latent, keys' before values': float64 [ranks],
+        not increasing and convex. Of split, a layer that rotates every key has [0] for the keys, which it need not
+        factor."""
         source = self._layer(layer)
         order = head_row_order(self._pairs(source, layout), layout.head_dim).to(self.device)
         k = ordered_heads(source.weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
         k_nope = k[:, layout.qk_rope_head_dim :].flatten(0, 1)
-        parts = [
-            truncation_losses(rows, metric).cpu()
-            for _, rows, metric in _parts(
-                k_nope, source.weights["v_proj.weight"], layout, self._metric(source, layout, order)
-            )
-        ]
-        longest = max((len(part) for part in parts), default=1)
-        # A layer that rotates every key has none to factor.
-        nothing = torch.zeros(longest, dtype=torch.float64)
-        return 0.5 * sum((torch.nn.functional.pad(part, (0, longest - len(part))) for part in parts), nothing)
+        metric = self._metric(source, layout, order)
+        parts = _parts(k_nope, source.weights["v_proj.weight"], layout, metric)
+        losses = [0.5 * truncation_losses(rows, its_metric).cpu() for _, rows, its_metric in parts]
+        missing = (2 if layout.method == "split" else 1) - len(losses)
+        return [torch.zeros(1, dtype=torch.float64)] * missing + losses
 
     def _read_layer(self, layer: int) -> _Layer:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope
@@ -235,12 +232,12 @@ class AttentionConverter:
         self, k_nope: torch.Tensor, v: torch.Tensor, layout: LatentLayout, metric: Metric
     ) -> dict[str, torch.Tensor]:
         """kv_down_proj, k_up_proj and v_up_proj of the layer's method, those that it has."""
-        c = layout.kv_lora_rank
-        if c is None:
+        if layout.kv_down_dim == 0:
             return {}
         factors, downs = {}, []
         for names, rows, its_metric in _parts(k_nope, v, layout, metric):
-            up, down = factorise(rows, c, self.mla.low_rank.singular_values, its_metric)
+            rank = layout.key_rank if names == ("k_up_proj",) else layout.value_rank
+            up, down = factorise(rows, rank, self.mla.low_rank.singular_values, its_metric)
             widths = [layout.nope_dim if name == "k_up_proj" else layout.value_dim for name in names]
             factors.update({f"{name}.weight": part for name, part in zip(names, up.split(widths), strict=True)})
             downs.append(down)
@@ -267,12 +264,12 @@ def _relative_errors(
     k: torch.Tensor, v: torch.Tensor, k_nope: torch.Tensor, factors: dict[str, torch.Tensor], layout: LatentLayout
 ) -> dict[str, float]:
     """||W - up down|| / ||W|| over all rows of K (rotated ones are exact) and of V."""
-    c = layout.kv_lora_rank or 0
     errors = {"key_error": 0.0, "value_error": 0.0}
     if layout.factors_key:
-        product = factors["k_up_proj.weight"] @ factors["kv_down_proj.weight"][:c]
+        product = factors["k_up_proj.weight"] @ factors["kv_down_proj.weight"][: layout.key_rank]
         errors["key_error"] = ((k_nope - product).norm() / k.to(torch.float64).norm()).item()
     if layout.factors_value:
-        product = factors["v_up_proj.weight"] @ factors["kv_down_proj.weight"][layout.kv_down_dim - c :]
+        down = factors["kv_down_proj.weight"][layout.kv_down_dim - layout.value_rank :]
+        product = factors["v_up_proj.weight"] @ down
         errors["value_error"] = ((v - product).norm() / v.to(torch.float64).norm()).item()
     return errors

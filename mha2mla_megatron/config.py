@@ -74,7 +74,12 @@ class LowRankConfig:
     joint where a rank is given, else none."""
 
     kv_lora_rank: Any = None
-    """c, total latent width: one number or a list with one per layer. split has a latent of this width twice."""
+    """c, total latent width: one number or a list with one per layer. split has a latent of this width twice, or, with
+    k_lora_rank, for the values alone."""
+
+    k_lora_rank: Any = None
+    """Width of the keys' latent of split, which need less than values: one number or a list with one per layer. null:
+    as wide as the values'."""
 
     d_kv: Any = None
     """The paper's name for c / G, latent width per kv head; given instead of kv_lora_rank, never with it."""
@@ -100,6 +105,7 @@ class LowRankConfig:
         if not 0 < self.damping <= 1:
             raise UserError(f"low_rank.damping: {self.damping} is not above 0 and at most 1")
         _numbers("low_rank.kv_lora_rank", self.kv_lora_rank, minimum=1)
+        _numbers("low_rank.k_lora_rank", self.k_lora_rank, minimum=0)
         _numbers("low_rank.d_kv", self.d_kv, minimum=1)
         if self.kv_lora_rank is not None and self.d_kv is not None:
             raise UserError("low_rank.kv_lora_rank and low_rank.d_kv are both set; give one (kv_lora_rank = d_kv * G)")
@@ -112,6 +118,8 @@ class LowRankConfig:
             method = "joint" if given else "none"
         if method == "none" and given:
             raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
+        if self.k_lora_rank is not None and method != "split":
+            raise UserError(f"low_rank.k_lora_rank: of low_rank.method=split alone, which is {method}")
         if method != "none" and not given:
             raise UserError(
                 f"low_rank.method={method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv, or a cache_budget"
@@ -156,6 +164,7 @@ class MHA2MLAConfig:
         for key, value in (
             ("partial_rope.qk_rope_head_dim", rope.qk_rope_head_dim),
             ("low_rank.kv_lora_rank", low_rank.kv_lora_rank),
+            ("low_rank.k_lora_rank", low_rank.k_lora_rank),
         ):
             if isinstance(value, list) and len(value) != num_layers:
                 raise UserError(f"{key}: a list of {len(value)}, but the model has {num_layers} layers; give one each")
@@ -174,8 +183,9 @@ class MHA2MLAConfig:
         """One layer's shapes, from a resolved config."""
         r = layer_value(self.partial_rope.qk_rope_head_dim, layer)
         assert r is not None, "the config is not resolved"
-        c = layer_value(self.low_rank.kv_lora_rank, layer)
-        return LatentLayout(hidden_size, num_attention_heads, num_key_value_heads, head_dim, r, self.low_rank.method, c)
+        c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))
+        heads = hidden_size, num_attention_heads, num_key_value_heads, head_dim
+        return LatentLayout(*heads, r, self.low_rank.method, c, k)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:
@@ -184,6 +194,22 @@ def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:
         return MHA2MLAConfig(PartialRopeConfig(**values["partial_rope"]), LowRankConfig(**values["low_rank"]))
     except (TypeError, KeyError) as error:
         raise UserError(f"{source}: not an MHA2MLA config ({error})") from None
+
+
+def describe_conversion(values: dict[str, Any]) -> str:
+    """The settings that decide shapes, of `dataclasses.asdict` of a resolved MHA2MLAConfig."""
+    low_rank = values["low_rank"]
+    numbers = {
+        "qk_rope_head_dim": values["partial_rope"]["qk_rope_head_dim"],
+        **{key: low_rank.get(key) for key in ("kv_lora_rank", "k_lora_rank")},
+    }
+    words = [f"{key} {_same(value)}" for key, value in numbers.items() if value is not None]
+    return ", ".join((low_rank["method"], *words))
+
+
+def _same(values: Any) -> Any:
+    """One number for layers that all have it."""
+    return values[0] if isinstance(values, list | tuple) and len(set(values)) == 1 else values
 
 
 def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int, rotates: bool) -> None:
@@ -207,6 +233,9 @@ def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int, rotate
         raise UserError(
             f"low_rank.kv_lora_rank: {c} is more than the rank {limit} of what {layout.method} factors in layer {layer}"
         )
+    limit, k = layout.k_lora_rank_limit, layout.k_lora_rank
+    if k is not None and layout.factors_key and not 1 <= k <= limit:
+        raise UserError(f"low_rank.k_lora_rank: {k} in layer {layer}, whose keys to factor have the rank {limit}")
 
 
 def _numbers(key: str, value: Any, minimum: int, even: bool = False) -> None:

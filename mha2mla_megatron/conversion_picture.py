@@ -27,12 +27,12 @@ def draw_allocation(report: dict[str, Any], head_dim: int, file: Path) -> None:
     above.set_ylabel("rotary pair (0 turns fastest)")
     figure.colorbar(image, ax=above, label="share of key/value heads that keep it")
     numbers = range(len(layers))
-    below.bar(numbers, [layer["kv_lora_rank"] for layer in layers], label="c, latent width")
+    below.bar(numbers, [layer["latent_width"] for layer in layers], label="latents")
     rotated = [layer["qk_rope_head_dim"] * len(layer["rope_pairs"]) for layer in layers]
     below.bar(
         numbers,
         rotated,
-        bottom=[layer["kv_lora_rank"] for layer in layers],
+        bottom=[layer["latent_width"] for layer in layers],
         label="G r, rotated keys",
         color="tab:orange",
     )

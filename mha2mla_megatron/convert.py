@@ -119,6 +119,7 @@ class ConvertSettings:
             for key, value in (
                 ("partial_rope.qk_rope_head_dim", self.partial_rope.qk_rope_head_dim),
                 ("low_rank.kv_lora_rank", self.low_rank.kv_lora_rank),
+                ("low_rank.k_lora_rank", self.low_rank.k_lora_rank),
                 ("low_rank.d_kv", self.low_rank.d_kv),
             ):
                 if value is not None:
@@ -357,6 +358,8 @@ def _convert_layer(
         "layer": layer,
         "qk_rope_head_dim": layout.qk_rope_head_dim,
         "kv_lora_rank": layout.kv_lora_rank,
+        "k_lora_rank": layout.k_lora_rank,
+        "latent_width": layout.kv_down_dim,
         "rope_pairs": result.pairs.tolist(),
         **result.errors,
         "cache_elements_before": 2 * layout.value_dim,

@@ -25,7 +25,11 @@ def make_attention(
         rms_norm_eps=original.rms_norm_eps,
         mha2mla={
             "partial_rope": {"qk_rope_head_dim": layout.qk_rope_head_dim},
-            "low_rank": {"method": layout.method, "kv_lora_rank": layout.kv_lora_rank},
+            "low_rank": {
+                "method": layout.method,
+                "kv_lora_rank": layout.kv_lora_rank,
+                "k_lora_rank": layout.k_lora_rank,
+            },
         },
     )
     config._attn_implementation = "sdpa"

@@ -1,6 +1,7 @@
 """From a cache budget to r and c of every layer: losses of all choices, scaled by what was measured, then allocated.
 
-For one layer the loss of (r, c) is modelled as alpha pair_loss(r) + beta rank_loss(r, c). Both terms are computed from
+For one layer the loss of (r, c) is modelled as alpha pair_loss(r) + beta rank_loss(r, c), of split with the sum of the
+keys' and the values' rank losses, which are in one unit; so their widths are chosen apart. Both terms are computed from
 the statistics; alpha and beta are set by two measurements of each layer, converted alone at a reference point, as the
 Kullback-Leibler divergence of the model's next-token distribution from the original's. So they hold what second-order
 statistics leave out: the softmax's curvature, and what later layers make of the error.
@@ -11,7 +12,7 @@ Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ class AllocationSettings:
     """r is a multiple of this (even)."""
 
     rank_multiple: int = 8
-    """c is a multiple of this (8 or 16 suit kernels and FP8)."""
+    """c, and each of split's two, is a multiple of this (8 or 16 suit kernels and FP8)."""
 
     min_rope: int = 0
     """Smallest r of a layer."""
@@ -76,18 +77,20 @@ class Plan:
 
     qk_rope_head_dim: list[int]
     kv_lora_rank: list[int]
+    k_lora_rank: list[int] | None
+    """Of split."""
     report: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Losses:
-    """A layer's losses before they are scaled."""
+    """A layer's losses, as the statistics have them or scaled to nats."""
 
     pairs: dict[int, float]
     """r -> pair loss."""
 
-    ranks: dict[int, torch.Tensor]
-    """r -> loss of each rank from 0 on, at the knots."""
+    ranks: dict[int, list[torch.Tensor]]
+    """r -> loss of each rank from 0 on, for each latent; before they are scaled at the knots alone."""
 
 
 class Planner:
@@ -157,13 +160,17 @@ class Planner:
     def _spend(
         self, budget: int, reference: tuple[int, int], measured: list[tuple[float, float]], losses: list[_Losses]
     ) -> Plan:
-        choices = [
-            self._choices(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
+        scaled = [
+            self._scale(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
         ]
-        picked = allocate(choices, budget) if self.settings.per_layer else self._alike(choices, budget)
+        if self.settings.per_layer:
+            picked = allocate([self._choices([one], [layer]) for layer, one in enumerate(scaled)], budget)
+        else:
+            picked = self._alike(scaled, budget)
         return Plan(
             [choice.qk_rope_head_dim for choice in picked],
             [choice.kv_lora_rank for choice in picked],
+            [choice.k_lora_rank or 0 for choice in picked] if self._is_split else None,
             {
                 "budget": budget,
                 "cost": sum(choice.cost for choice in picked),
@@ -179,14 +186,21 @@ class Planner:
         """The r that a layer can have: 0 where the original rotates nothing."""
         return [0] if layer in self.original.no_rope_layers else self.rope_dims
 
-    def _layout(self, r: int, c: int | None) -> LatentLayout:
+    @property
+    def _is_split(self) -> bool:
+        return self.converter.mla.low_rank.method == "split"
+
+    def _layout(self, r: int, c: int | None, k: int | None = None) -> LatentLayout:
         """c None: nothing factored."""
-        return LatentLayout(*self.original.heads, r, "none" if c is None else self.converter.mla.low_rank.method, c)
+        return LatentLayout(*self.original.heads, r, "none" if c is None else self.converter.mla.low_rank.method, c, k)
 
     def _ranks(self, r: int) -> list[int]:
-        """Multiples within the bounds that a layer with this r can have."""
+        """Multiples within the bounds that a layer with this r can have, of split for both latents."""
+        return self._multiples(self._layout(r, 1).kv_lora_rank_limit or 0)
+
+    def _multiples(self, limit: int) -> list[int]:
+        """Ranks up to `limit` within the bounds."""
         multiple = self.settings.rank_multiple
-        limit = self._layout(r, 1).kv_lora_rank_limit or 0
         limit = limit if self.settings.max_rank is None else min(limit, self.settings.max_rank)
         first = -(-self.settings.min_rank // multiple) * multiple
         return list(range(first, limit + 1, multiple))
@@ -252,22 +266,56 @@ class Planner:
         progress.close()
         return found
 
-    def _choices(
+    def _scale(
         self, layer: int, reference: tuple[int, int], divergences: tuple[float, float], losses: _Losses
-    ) -> list[Choice]:
-        """Every (r, c) of one layer. divergences: measured at the reference, with pairs alone, and with both."""
+    ) -> _Losses:
+        """One layer's losses. divergences: measured at the reference, with pairs alone, and with both."""
         dims, (pairs, both) = self._dims(layer), divergences
         r0, c0 = min(reference[0], dims[-1]), reference[1]
+        rank_loss = sum(_at(curve, c0) for curve in losses.ranks[r0])
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
         alpha = max(pairs, 0.01 * both, 1e-6) / max(losses.pairs[r0], 1e-30)
-        beta = max(both - pairs, 0.1 * both, 1e-6) / max(losses.ranks[r0][c0].item(), 1e-30)
+        beta = max(both - pairs, 0.1 * both, 1e-6) / max(rank_loss, 1e-30)
+        return _Losses(
+            {r: alpha * losses.pairs[r] for r in dims},
+            {r: [beta * curve for curve in _between(losses.ranks, r)] for r in dims},
+        )
+
+    def _choices(self, scaled: list[_Losses], layers: list[int]) -> list[Choice]:
+        """Every (r, c) that these layers can share, with their summed costs and losses; where a layer rotates nothing
+        its r is 0. Of split, for each cost the best division between keys and values."""
+        dims = [self._dims(layer) for layer in layers]
         choices = []
-        for r in dims:
-            pair_loss, rank_losses = alpha * losses.pairs[r], beta * _between(losses.ranks, r)
-            for c in self._ranks(r):
-                loss = rank_losses[c].item() if c < len(rank_losses) else 0.0
-                choices.append(Choice(r, c, self._layout(r, c).cache_elements, pair_loss + loss))
+        for r in max(dims, key=len):
+            own = [r if r in its else 0 for its in dims]
+            pairs = sum(one.pairs[its] for one, its in zip(scaled, own, strict=True))
+            curves = [
+                _sum(parts) for parts in zip(*(one.ranks[i] for one, i in zip(scaled, own, strict=True)), strict=True)
+            ]
+            for c, k, loss in self._widths(set(own), curves):
+                cost = sum(self._layout(its, c, k).cache_elements for its in own)
+                choices.append(Choice(r, c, k, cost, pairs + loss))
         return choices
+
+    def _widths(self, dims: set[int], curves: list[torch.Tensor]) -> Iterator[tuple[int, int | None, float]]:
+        """(c, k_lora_rank, loss) for layers with these r, of growing cost. curves: of each latent, the keys' first."""
+        layouts = [self._layout(r, 1, 1 if self._is_split else None) for r in dims]
+        ranks = self._multiples(min(layout.kv_lora_rank_limit or 0 for layout in layouts))
+        if not self._is_split:
+            yield from ((c, None, _at(curves[0], c)) for c in ranks)
+            return
+        factored = [layout.k_lora_rank_limit for layout in layouts if layout.factors_key]
+        keys = self._multiples(min(factored)) if factored else [0]
+        # Every curve is convex, so the best division grows by the latent that gains more from its next step.
+        i = j = 0
+        while i < len(keys) and j < len(ranks):
+            k, c = keys[i], ranks[j]
+            yield c, k, _at(curves[0], k) + _at(curves[1], c)
+            gains = [
+                _at(curve, at[n]) - _at(curve, at[n + 1]) if n + 1 < len(at) else -1.0
+                for curve, at, n in ((curves[0], keys, i), (curves[1], ranks, j))
+            ]
+            i, j = (i + 1, j) if gains[0] > gains[1] or j + 1 == len(ranks) else (i, j + 1)
 
     def _knots(self, dims: list[int], reference: int) -> list[int]:
         """The r at which rank losses are computed; they change slowly with r, and between knots linearly."""
@@ -275,28 +323,38 @@ class Planner:
         knots = {r for r in dims if r % step == 0}
         return sorted(knots | {dims[0], dims[-1], reference})
 
-    def _alike(self, layers: list[list[Choice]], budget: int) -> list[Choice]:
+    def _alike(self, scaled: list[_Losses], budget: int) -> list[Choice]:
         """The (r, c) with the smallest summed loss that all layers can share, those that rotate nothing with r = 0."""
-        tables = []
-        for layer, choices in enumerate(layers):
-            own = {choice[:2]: choice for choice in choices}
-            if layer in self.original.no_rope_layers:
-                own = {(r, c): choice for (_, c), choice in own.items() for r in self.rope_dims}
-            tables.append(own)
-        shared = set.intersection(*(set(table) for table in tables))
-        affordable = [key for key in shared if sum(table[key].cost for table in tables) <= budget]
-        best = min(affordable, key=lambda key: (sum(table[key].loss for table in tables), key))
-        return [table[best] for table in tables]
+        choices = self._choices(scaled, list(range(len(scaled))))
+        affordable = [choice for choice in choices if choice.cost <= budget]
+        best = min(affordable, key=lambda choice: (choice.loss, *choice[:2]))
+        r, c, k = best[:3]
+        picked = []
+        for one in scaled:
+            own = r if r in one.pairs else 0
+            widths = (c,) if k is None else (k, c)
+            loss = one.pairs[own] + sum(_at(curve, rank) for curve, rank in zip(one.ranks[own], widths, strict=True))
+            picked.append(Choice(own, c, k, self._layout(own, c, k).cache_elements, loss))
+        return picked
 
 
-def _between(curves: dict[int, torch.Tensor], r: int) -> torch.Tensor:
-    """The rank losses at r, linear between those at the knots on either side."""
+def _at(curve: torch.Tensor, rank: int) -> float:
+    """The loss of a rank: 0 beyond those that there are."""
+    return curve[rank].item() if rank < len(curve) else 0.0
+
+
+def _sum(curves: Sequence[torch.Tensor]) -> torch.Tensor:
+    longest = max(len(curve) for curve in curves)
+    return torch.stack([torch.nn.functional.pad(curve, (0, longest - len(curve))) for curve in curves]).sum(0)
+
+
+def _between(curves: dict[int, list[torch.Tensor]], r: int) -> list[torch.Tensor]:
+    """Each latent's rank losses at r, linear between those at the knots on either side."""
     if r in curves:
         return curves[r]
     low, high = max(k for k in curves if k < r), min(k for k in curves if k > r)
-    length = max(len(curves[low]), len(curves[high]))
-    below, above = (torch.nn.functional.pad(curves[k], (0, length - len(curves[k]))) for k in (low, high))
-    return below + (above - below) * (r - low) / (high - low)
+    part = (r - low) / (high - low)
+    return [_sum([below * (1 - part), above * part]) for below, above in zip(curves[low], curves[high], strict=True)]
 
 
 def with_plan(plan: Plan, mla: MHA2MLAConfig) -> MHA2MLAConfig:
@@ -308,5 +366,9 @@ def with_plan(plan: Plan, mla: MHA2MLAConfig) -> MHA2MLAConfig:
     return dataclasses.replace(
         mla,
         partial_rope=dataclasses.replace(mla.partial_rope, qk_rope_head_dim=short(plan.qk_rope_head_dim)),
-        low_rank=dataclasses.replace(mla.low_rank, kv_lora_rank=short(plan.kv_lora_rank)),
+        low_rank=dataclasses.replace(
+            mla.low_rank,
+            kv_lora_rank=short(plan.kv_lora_rank),
+            k_lora_rank=None if plan.k_lora_rank is None else short(plan.k_lora_rank),
+        ),
     )

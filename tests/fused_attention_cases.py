@@ -42,6 +42,8 @@ class Case:
     head_dim: int
     rope_dim: int
     latent: int
+    key_latent: int
+    """Width of the keys' latent; of split it may be another."""
     hidden: int
     length: int
     batch: int
@@ -57,14 +59,14 @@ class Case:
         d, g, nope = self.head_dim, self.groups, self.shape.nope_dim
         key = self.method in ("joint", "split", "key") and nope > 0
         value = self.method in ("joint", "split", "value")
-        latents = self.latent * (1 if self.method == "joint" else key + value)
+        latents = self.latent if self.method == "joint" else key * self.key_latent + value * self.latent
         sizes = {
             "q": (self.shape.query_heads * d, self.hidden),
             "k_rope": (g * self.rope_dim, self.hidden),
             "k_nope": (0 if key else g * nope, self.hidden),
             "v": (0 if value else g * d, self.hidden),
             "kv_down": (latents, self.hidden),
-            "k_up": (g * nope if key else 0, self.latent),
+            "k_up": (g * nope if key else 0, self.key_latent),
             "v_up": (g * d if value else 0, self.latent),
         }
         shapes: dict[str, tuple[int, ...]] = {}
@@ -78,13 +80,15 @@ class Case:
 
 def random_case(rng: random.Random) -> Case:
     head_dim = rng.choice([4, 10, 16, 64, 80, 128])
+    method, latent = rng.choice(["joint", "split", "key", "value", "none"]), rng.choice([1, 8, 24])
     return Case(
-        method=rng.choice(["joint", "split", "key", "value", "none"]),
+        method=method,
         group_size=rng.choice([1, 1, 2, 3]),
         groups=rng.choice([1, 2, 3, 5]),
         head_dim=head_dim,
         rope_dim=rng.choice([0, 2, head_dim // 4 * 2, head_dim]),
-        latent=rng.choice([1, 8, 24]),
+        latent=latent,
+        key_latent=rng.choice([1, 8, 24]) if method == "split" else latent,
         hidden=rng.choice([16, 40]),
         length=rng.choice([1, 2, 7, 33]),
         batch=rng.choice([1, 2, 3]),
@@ -107,7 +111,7 @@ def expected(
     if "kv_down.weight" in w:
         c_k = c_v = x @ w["kv_down.weight"].t()
         if case.method == "split" and "k_up.weight" in w:
-            c_k, c_v = c_k.chunk(2, dim=-1)
+            c_k, c_v = c_k.split([case.key_latent, case.latent], dim=-1)
     query = heads("q", x, d)
     parts = [heads("k_rope", x, r)] if r else []
     if "k_up.weight" in w:
@@ -163,7 +167,7 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
                 if not hasattr(parameter, "main_grad"):
                     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
                 parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-        plan = QKVPlan(case.shape, tuple(names), case.method == "joint", OneProcess(), False)
+        plan = QKVPlan(case.shape, tuple(names), case.method == "joint", case.key_latent, OneProcess(), False)
         *found, latents = latent_qkv(plan, own_x, angles.to(device), pairs.to(device), parameters)
         if "k_up.weight" in w:
             key = rebuild_key(plan, latents, found[1].detach()[..., : case.rope_dim], parameters)

@@ -28,6 +28,9 @@ SHORT_NAMES = {
 ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 8, 16, 12]
 """r and c of each layer, from nothing rotated to everything; over and over where there are more than 4."""
 
+KEY_WIDTHS = [8, 16, 0, 4]
+"""Of split: the keys' latent in each; none where everything is rotated."""
+
 
 def original_config(**changes: Any) -> dict[str, Any]:
     """The config.json of a Llama."""
@@ -41,7 +44,11 @@ def original_config(**changes: Any) -> dict[str, Any]:
 def converted_config(method: str, **changes: Any) -> dict[str, Any]:
     """The config.json of a converted model whose layers all differ in r and c."""
     times = changes.get("num_hidden_layers", 4) // 4
-    low_rank = LowRankConfig(method=method, kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times)
+    low_rank = LowRankConfig(
+        method=method,
+        kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times,
+        k_lora_rank=KEY_WIDTHS * times if method == "split" else None,
+    )
     mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times), low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy
 import torch
 
@@ -13,11 +15,12 @@ def truncated(weight: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def reference_logits(
-    model: torch.nn.Module, tokens: torch.Tensor, pairs: list[list[list[int]]], method: str, ranks: list[int | None]
+    model: torch.nn.Module, tokens: torch.Tensor, pairs: list[list[list[int]]], method: str, ranks: list[Any]
 ) -> torch.Tensor:
     """Logits of `model` (transformers' Llama) after the conversion, computed from its original weights.
 
-    pairs[layer][kv head] lists the pairs that are rotated; ranks[layer] is c. Returns float64 [b, s, vocabulary].
+    pairs[layer][kv head] lists the pairs that are rotated; ranks[layer] is c, or (the keys', the values') of split.
+    Returns float64 [b, s, vocabulary].
     """
     config, weights = model.config, {name: t.double() for name, t in model.state_dict().items()}
     heads, groups, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -71,16 +74,17 @@ def _rotated(x: torch.Tensor, kept: list[int], frequencies: torch.Tensor) -> tor
 
 
 def _low_rank(
-    w: dict[str, torch.Tensor], pairs: list[list[int]], method: str, rank: int | None, d: int
+    w: dict[str, torch.Tensor], pairs: list[list[int]], method: str, rank: Any, d: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Key and value weights with their factored rows replaced by the dense low-rank approximation."""
     key, value = w["self_attn.k_proj.weight"].clone(), w["self_attn.v_proj.weight"]
+    key_rank, rank = rank if isinstance(rank, tuple) else (rank, rank)
     lost = [g * d + i for g, kept in enumerate(pairs) for i in range(d) if i % (d // 2) not in kept]
     if method == "joint":
         both = truncated(torch.cat((key[lost], value)), rank)
         key[lost], value = both[: len(lost)], both[len(lost) :]
     if method in ("split", "key") and lost:
-        key[lost] = truncated(key[lost], rank)
+        key[lost] = truncated(key[lost], key_rank)
     if method in ("split", "value"):
         value = truncated(value, rank)
     return key, value

@@ -375,7 +375,7 @@ SMOLLM_1B7 = dict(
 KEPT = {"partial_rope": {"qk_rope_head_dim": 16}, "low_rank": {"method": "joint", "kv_lora_rank": 1024}}
 LISTS = {
     "partial_rope": {"qk_rope_head_dim": [0, 64, *[8] * 22]},
-    "low_rank": {"method": "split", "kv_lora_rank": [*range(64, 88)]},
+    "low_rank": {"method": "split", "kv_lora_rank": [*range(64, 88)], "k_lora_rank": [*range(40, 64)]},
 }
 
 

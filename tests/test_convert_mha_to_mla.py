@@ -131,6 +131,18 @@ def test_another_r_and_c_in_every_layer(tmp_path: Path, biased_llama: Path) -> N
     assert report["cache_elements_per_token"]["before"] == L * 2 * G * D
 
 
+def test_keys_and_values_of_other_widths(tmp_path: Path, biased_llama: Path) -> None:
+    """split: where everything rotates there is nothing to factor of the keys, whatever their rank."""
+    words = ["partial_rope.qk_rope_head_dim=[0,16,4]", "low_rank.method=split", "low_rank.kv_lora_rank=[12,17,9]"]
+    pairs, ranks = [[[]] * G, [list(range(8))] * G, [[0, 4]] * G], [(7, 12), (0, 17), (20, 9)]
+    folder = _compare(biased_llama, tmp_path, [*words, "low_rank.k_lora_rank=[7,0,20]"], pairs, "split", ranks)
+    cache = load(folder)(TOKENS, use_cache=True).past_key_values
+    sizes = [(layer.keys.numel() + layer.values.numel()) // TOKENS.numel() for layer in cache.layers]
+    assert sizes == [7 + 12, 16 * G + 17, 4 * G + 20 + 9]
+    report = json.loads((folder / "conversion_report.json").read_text())
+    assert [layer["cache_elements_after"] for layer in report["layers"]] == sizes
+
+
 def test_the_attention_factor_stays_on_all_scores(tmp_path: Path) -> None:
     """transformers puts it on cos and sin, and so on rotated dims alone."""
     source = make_llama(tmp_path / "source", bias=True, rope_parameters=YARN)
@@ -282,6 +294,22 @@ BAD_SETTINGS = {
     "c = 0": (["low_rank.method=joint", "low_rank.kv_lora_rank=0"], ["kv_lora_rank", "0"]),
     "c > rank": (["low_rank.method=joint", "low_rank.kv_lora_rank=61"], ["kv_lora_rank", "61", "60"]),
     "c > rank, split": (["low_rank.method=split", "low_rank.kv_lora_rank=29"], ["kv_lora_rank", "29", "28"]),
+    "keys > rank": (
+        ["low_rank.method=split", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=29"],
+        ["k_lora_rank", "29", "layer 0", "28"],
+    ),
+    "no keys": (
+        ["low_rank.method=split", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=0"],
+        ["k_lora_rank: 0", "28"],
+    ),
+    "keys of joint": (
+        ["low_rank.method=joint", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=8"],
+        ["k_lora_rank", "split", "joint"],
+    ),
+    "keys of two layers": (
+        ["low_rank.method=split", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=[8,8]"],
+        ["k_lora_rank", "list of 2", "3 layers"],
+    ),
     "both": (
         ["low_rank.method=joint", "low_rank.kv_lora_rank=8", "low_rank.d_kv=4"],
         ["kv_lora_rank", "d_kv"],

@@ -420,7 +420,7 @@ def make_choices(generator: numpy.random.Generator, layers: int, unit: int) -> l
     result = []
     for _ in range(layers):
         costs = generator.integers(1, 9, size=generator.integers(1, 6)) * unit
-        result.append([Choice(i, i + 1, int(cost), float(generator.random())) for i, cost in enumerate(costs)])
+        result.append([Choice(i, i + 1, None, int(cost), float(generator.random())) for i, cost in enumerate(costs)])
     return result
 
 
@@ -448,7 +448,7 @@ def test_allocation_leaves_nothing_of_use() -> None:
         for _ in range(5):
             costs = numpy.unique(generator.integers(1, 30, size=8))
             losses = numpy.zeros(len(costs)) if flat else numpy.sort(generator.random(len(costs)))[::-1]
-            layers.append([Choice(0, 1, int(c), float(loss)) for c, loss in zip(costs, losses, strict=True)])
+            layers.append([Choice(0, 1, None, int(c), float(loss)) for c, loss in zip(costs, losses, strict=True)])
         budget = sum(choices[0].cost for choices in layers) + int(generator.integers(0, 60))
         found = allocate(layers, budget)
         left = budget - sum(choice.cost for choice in found)
@@ -459,7 +459,7 @@ def test_allocation_leaves_nothing_of_use() -> None:
 
 
 def test_a_budget_below_the_cheapest() -> None:
-    layers = [[Choice(0, 8, 8, 1.0), Choice(2, 8, 12, 0.5)]] * 3
+    layers = [[Choice(0, 8, None, 8, 1.0), Choice(2, 8, None, 12, 0.5)]] * 3
     assert [choice.cost for choice in allocate(layers, 24)] == [8, 8, 8]
     with pytest.raises(ValueError, match="23"):
         allocate(layers, 23)
@@ -484,7 +484,9 @@ def check_budget(folder: Path, statistics: Path, budget: float) -> list[dict[str
     assert report["allocation"]["cost"] == report["cache_elements_per_token"]["after"] == sum(sizes)
     assert report["allocation"]["budget"] == int(budget + 1e-6)
     config = json.loads((folder / "config.json").read_text())["mha2mla"]
-    for part, name in (("partial_rope", "qk_rope_head_dim"), ("low_rank", "kv_lora_rank")):
+    for part, name in (
+        ("partial_rope", "qk_rope_head_dim"), ("low_rank", "kv_lora_rank"), ("low_rank", "k_lora_rank")
+    ):  # fmt: skip
         listed = config[part][name]
         assert (listed if isinstance(listed, list) else [listed] * L) == [layer[name] for layer in layers]
     assert (folder / "allocation.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
@@ -501,14 +503,48 @@ def test_a_budget(tmp_path: Path, model: Path, statistics: Path, method: str, fr
     folder = convert(model, tmp_path / "mla", *words)
     budget = fraction * BEFORE * L
     layers = check_budget(folder, statistics, budget)
-    # One step: the finest of a rank's multiple of 8 (16 with two latents) and 2 rotary dims of each head.
-    step = 16 if method == "split" else 8
-    assert sum(layer["cache_elements_after"] for layer in layers) > budget - step
+    # One step: the finest of a rank's multiple of 8 and 2 rotary dims of each head.
+    assert sum(layer["cache_elements_after"] for layer in layers) > budget - 8
     used = report_of(folder)["mha2mla"]
     assert used["partial_rope"]["strategy"] == "activation" and used["partial_rope"]["query_map"] is True
     assert used["low_rank"]["method"] == ("joint" if method == "auto" else method)
     assert used["low_rank"]["objective"] == "tempered"
     assert all(layer["qk_rope_head_dim"] % 2 == 0 and layer["kv_lora_rank"] % 8 == 0 for layer in layers)
+
+
+@pytest.mark.parametrize("per_layer", ["true", "false"])
+def test_a_budget_is_divided_between_keys_and_values(
+    tmp_path: Path, model: Path, statistics: Path, per_layer: str
+) -> None:
+    """No other division of the same width loses less: with objective=inputs that is the energy of what is cut off, of
+    the rows whitened by the inputs' second moment."""
+    given = [f"statistics={statistics}", "low_rank.objective=inputs", "low_rank.damping=1e-12"]
+    words = ["cache_budget=0.4", "low_rank.method=split", "allocation.rank_multiple=4"]
+    folder = convert(model, tmp_path / "mla", *given, *words, f"allocation.per_layer={per_layer}")
+    layers = check_budget(folder, statistics, 0.4 * BEFORE * L)
+    rope = [layer["qk_rope_head_dim"] for layer in layers]
+    words = [f"partial_rope.qk_rope_head_dim={rope}", f"statistics={statistics}", "low_rank.method=none"]
+    rows, sums = weights_of(convert(model, tmp_path / "none", *words)), load_file(statistics)
+    losses, found = [], set()
+    for index, layer in enumerate(layers):
+        e, u = torch.linalg.eigh(sums[f"layers.{index}.input_moment"].double())
+        root = u * e.clamp_min(0).sqrt() @ u.T
+        prefix = f"model.layers.{index}.self_attn."
+        tails = []
+        for name in ("k_nope_proj", "v_proj"):
+            energy = torch.linalg.svdvals(rows[f"{prefix}{name}.weight"].double() @ root).square()
+            tails.append([energy[rank:].sum().item() for rank in range(len(energy) + 1)])
+        losses.append(tails)
+        found.add((layer["k_lora_rank"], layer["kv_lora_rank"]))
+    if per_layer == "false":  # one division, by the layers' losses as they were measured
+        assert len(found) == 1 and len(set(rope)) == 1
+        return
+    assert any(k != c for k, c in found)
+    for (keys, values), layer in zip(losses, layers, strict=True):
+        k, c = layer["k_lora_rank"], layer["kv_lora_rank"]
+        others = [(n, k + c - n) for n in range(4, min(len(keys), k + c - 3), 4) if k + c - n < len(values)]
+        best = min(keys[n] + values[m] for n, m in others)
+        assert keys[k] + values[c] <= best * (1 + 1e-6)
 
 
 def test_the_whole_budget_loses_nothing(tmp_path: Path, model: Path, statistics: Path) -> None:

@@ -38,7 +38,7 @@ MODELS = {
 }  # fmt: skip
 """G = 4 groups of 2 heads; all with biases of q, k and v."""
 
-BATCH, LENGTH, LIMIT = 4, 16, 1e-5
+BATCH, LENGTH, LIMIT = 4, 16, 2e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
     1: [
         dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),

@@ -251,10 +251,11 @@ def reference_logits(architecture: Architecture, tensors: dict[str, torch.Tensor
     x = weights["model.embed_tokens.weight"][TOKENS]
     for layer in range(architecture.num_layers):
         p, layout = f"model.layers.{layer}.self_attn.", architecture.layout(layer)
-        r, c = layout.qk_rope_head_dim, layout.kv_lora_rank
+        r = layout.qk_rope_head_dim
         n = norm(x, f"model.layers.{layer}.input_layernorm.weight")
         latent = linear(n, p + "kv_down_proj") if p + "kv_down_proj.weight" in weights else n
-        c_k, c_v = latent[..., :c], latent[..., -c if c else 0 :]
+        c_k = latent[..., : weights[p + "k_up_proj.weight"].shape[1] if layout.factors_key else 0]
+        c_v = latent[..., latent.shape[-1] - weights[p + "v_up_proj.weight"].shape[1] if layout.factors_value else 0 :]
         key_name = "k_up_proj" if layout.factors_key else "k_nope_proj"
         nope = linear(c_k if layout.factors_key else n, p + key_name) if r < d else n[..., :0]
         value = linear(c_v, p + "v_up_proj") if layout.factors_value else linear(n, p + "v_proj")

@@ -16,6 +16,7 @@ from mha2mla_megatron.checkpoint.manifest import MANIFEST, check_manifest
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.checkpoint.megatron import TorchDistReader, check_coverage, locate_checkpoint
 from mha2mla_megatron.checkpoint.rotation import saved_steps
+from mha2mla_megatron.config import describe_conversion
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
@@ -124,20 +125,6 @@ def _step(folder: Path, manifest: dict[str, Any] | None, saved: dict[str, Any]) 
 def _tensor(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     size = torch.Size(shape).numel() * dtype.itemsize
     return {"name": name, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "bytes": size}
-
-
-def describe_conversion(values: dict[str, Any]) -> str:
-    """The settings that decide shapes, of `dataclasses.asdict` of an MHA2MLAConfig."""
-    low_rank, rope = values["low_rank"], values["partial_rope"]
-    return (
-        f"{low_rank['method']}, qk_rope_head_dim {_same(rope['qk_rope_head_dim'])}, "
-        f"kv_lora_rank {_same(low_rank['kv_lora_rank'])}"
-    )
-
-
-def _same(values: Any) -> Any:
-    """One number for layers that all have it."""
-    return values[0] if isinstance(values, list | tuple) and len(set(values)) == 1 else values
 
 
 def _rows(found: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -14,8 +14,8 @@ MLA_KERNELS = ("auto", "torch")
 class MHA2MLALlamaConfig(LlamaConfig):
     """LlamaConfig plus what the conversion decided. Raises ValueError for shapes that no converted model has.
 
-    mha2mla: the resolved conversion settings; read here: `partial_rope.qk_rope_head_dim`, `low_rank.method` and
-        `low_rank.kv_lora_rank` (numbers, or lists with one per layer).
+    mha2mla: the resolved conversion settings; read here: `partial_rope.qk_rope_head_dim`, `low_rank.method`,
+        `low_rank.kv_lora_rank` and, where it is there, `low_rank.k_lora_rank` (numbers, or lists with one per layer).
     attention_bias: biases on the query, key and value projections.
     attention_output_bias: bias on the output projection.
     qk_norm: RMSNorm over each query and key head before rotation. Keys are cached normalised, so never from a latent.
@@ -53,7 +53,8 @@ class MHA2MLALlamaConfig(LlamaConfig):
                 raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(valid)}")
         if self.mha2mla:
             rope, low_rank = _part(self.mha2mla, "partial_rope"), _part(self.mha2mla, "low_rank")
-            per_layer = [v for v in (rope["qk_rope_head_dim"], low_rank["kv_lora_rank"]) if isinstance(v, list | tuple)]
+            given = (rope["qk_rope_head_dim"], low_rank["kv_lora_rank"], low_rank.get("k_lora_rank"))
+            per_layer = [values for values in given if isinstance(values, list | tuple)]
             if any(len(values) != self.num_hidden_layers for values in per_layer):
                 raise ValueError(f"config.mha2mla: a list of another length than the model's {self.num_hidden_layers}")
             for layer in range(self.num_hidden_layers if per_layer else 1):
@@ -80,6 +81,7 @@ class MHA2MLALlamaConfig(LlamaConfig):
             r,
             low_rank["method"],
             layer_value(low_rank["kv_lora_rank"], layer),
+            layer_value(low_rank.get("k_lora_rank"), layer),
         )
 
 

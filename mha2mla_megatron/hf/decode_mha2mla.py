@@ -27,8 +27,7 @@ def absorbed_is_cheaper(layout: LatentLayout, new_tokens: int) -> bool:
     rows of head dim d. Absorbed: nothing is rebuilt, but the H s query rows are as wide as the cache.
     """
     rows = layout.num_attention_heads * new_tokens
-    c = layout.kv_lora_rank or 0
-    rebuild = c * (layout.factors_key * layout.nope_dim + layout.factors_value * layout.value_dim)
+    rebuild = layout.key_rank * layout.nope_dim + layout.value_rank * layout.value_dim
     keys, values = layout.key_columns, layout.value_columns
     absorbed_width = layout.rope_dim + keys.stop - keys.start + values.stop - values.start
     return rows * absorbed_width <= rebuild + rows * 2 * layout.head_dim

@@ -19,8 +19,8 @@ MAX_DIMENSION = 1 << 24
 class LatentLayout:
     """One layer's shapes.
 
-    `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent of width c
-    each), `key` or `value` (only that one), `none` (partial RoPE alone).
+    `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each, the
+    keys' of width k_lora_rank where that is given), `key` or `value` (only that one), `none` (partial RoPE alone).
     """
 
     hidden_size: int
@@ -30,6 +30,7 @@ class LatentLayout:
     qk_rope_head_dim: int
     method: str
     kv_lora_rank: int | None
+    k_lora_rank: int | None = None
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -61,20 +62,35 @@ class LatentLayout:
         return self.method in ("joint", "split", "value")
 
     @property
-    def kv_down_dim(self) -> int:
-        """Width of all latents together: c, or 2c where keys and values have one each."""
-        if self.kv_lora_rank is None:
+    def key_rank(self) -> int:
+        """Width of the latent that keys are made of, 0 where they are not factored."""
+        if not self.factors_key:
             return 0
-        latents = self.factors_key + self.factors_value
-        return self.kv_lora_rank * (1 if self.method == "joint" else latents)
+        return (self.kv_lora_rank if self.k_lora_rank is None else self.k_lora_rank) or 0
+
+    @property
+    def value_rank(self) -> int:
+        """Width of the latent that values are made of, 0 where they are not factored."""
+        return (self.kv_lora_rank or 0) if self.factors_value else 0
+
+    @property
+    def kv_down_dim(self) -> int:
+        """Width of all latents together; the keys' comes first."""
+        return self.value_rank if self.method == "joint" else self.key_rank + self.value_rank
 
     @property
     def kv_lora_rank_limit(self) -> int | None:
-        """The largest useful c: the rank of the smallest matrix that is factored; None where nothing is."""
+        """The largest useful c: the rank of the smallest matrix that has it; None where nothing is factored."""
         if self.method == "joint":
             return min(self.hidden_size, self.nope_dim + self.value_dim)
-        rows = [n for n, used in ((self.nope_dim, self.factors_key), (self.value_dim, self.factors_value)) if used]
+        keys = self.factors_key and self.k_lora_rank is None
+        rows = [n for n, used in ((self.nope_dim, keys), (self.value_dim, self.factors_value)) if used]
         return min(self.hidden_size, *rows) if rows else None
+
+    @property
+    def k_lora_rank_limit(self) -> int:
+        """The largest useful width of the keys' latent of `split`; 0 where there are no keys to factor."""
+        return min(self.hidden_size, self.nope_dim)
 
     @property
     def cache_parts(self) -> tuple[int, int, int]:
@@ -87,17 +103,17 @@ class LatentLayout:
     def key_columns(self) -> slice:
         """Columns of the unrotated part that the absorbed form scores: the keys' latent, or full-rank K_nope."""
         start = 0 if self.factors_key else self.kv_down_dim
-        return slice(start, start + ((self.kv_lora_rank or 0) if self.factors_key else self.nope_dim))
+        return slice(start, start + (self.key_rank if self.factors_key else self.nope_dim))
 
     @property
     def value_columns(self) -> slice:
         """Columns of the unrotated part that the absorbed form averages: the values' latent, or full-rank V."""
         stop = self.kv_down_dim if self.factors_value else sum(self.cache_parts)
-        return slice(stop - ((self.kv_lora_rank or 0) if self.factors_value else self.value_dim), stop)
+        return slice(stop - (self.value_rank if self.factors_value else self.value_dim), stop)
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token: G r + c (joint), G r + 2c (split), 2 G d (none)."""
+        """Cached numbers per token: G r + c (joint), G r and both latents (split), 2 G d (none)."""
         return self.rope_dim + sum(self.cache_parts)
 
     def check(self) -> None:
@@ -118,24 +134,28 @@ class LatentLayout:
             raise ValueError(f"qk_rope_head_dim: {r!r} is not an even number from 0 to head_dim {self.head_dim}")
         if self.method not in LOW_RANK_METHODS:
             raise ValueError(f"low_rank.method: {self.method!r} is not one of {', '.join(LOW_RANK_METHODS)}")
+        k = self.k_lora_rank
+        if k is not None and self.method != "split":
+            raise ValueError(f"k_lora_rank: {k!r}, but low_rank.method is {self.method}, not split")
         if self.method == "none":
             if c is not None:
                 raise ValueError(f"kv_lora_rank: {c!r}, but low_rank.method is none")
             return
+        if k is not None and self.factors_key and not (_is_whole(k) and 1 <= k <= self.k_lora_rank_limit):
+            raise ValueError(f"k_lora_rank: {k!r} is not a number from 1 to the keys' rank {self.k_lora_rank_limit}")
         limit = self.kv_lora_rank_limit
         if not _is_whole(c) or c < 1 or (limit is not None and c > limit):
             raise ValueError(f"kv_lora_rank: {c!r} is not a number from 1 to the rank {limit} of what is factored")
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Name -> weight shape [out, in] of every projection that this layer has, in Hugging Face names."""
-        c = self.kv_lora_rank or 0
         shapes = {
             "q_proj": (self.num_attention_heads * self.head_dim, self.hidden_size),
             "k_rope_proj": (self.rope_dim, self.hidden_size),
             "kv_down_proj": (self.kv_down_dim, self.hidden_size),
-            "k_up_proj": (self.nope_dim, c) if self.factors_key else (0, 0),
+            "k_up_proj": (self.nope_dim, self.key_rank) if self.factors_key else (0, 0),
             "k_nope_proj": (0 if self.factors_key else self.nope_dim, self.hidden_size),
-            "v_up_proj": (self.value_dim, c) if self.factors_value else (0, 0),
+            "v_up_proj": (self.value_dim, self.value_rank) if self.factors_value else (0, 0),
             "v_proj": (0 if self.factors_value else self.value_dim, self.hidden_size),
             "o_proj": (self.hidden_size, self.num_attention_heads * self.head_dim),
         }

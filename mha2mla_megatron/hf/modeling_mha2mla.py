@@ -261,11 +261,10 @@ class MHA2MLAAttention(nn.Module):
         """Keys and values of every head, each [b, G, t, d], from what is cached: [b, t, w] and [b, t, G r]."""
         layout = self.layout
         latents, k_nope, value = unrotated.split(layout.cache_parts, dim=-1)
-        c = layout.kv_lora_rank or 0
         if self.k_up_proj is not None:
-            k_nope = self.k_up_proj(latents[..., :c])
+            k_nope = self.k_up_proj(latents[..., : layout.key_rank])
         if self.v_up_proj is not None:
-            value = self.v_up_proj(latents[..., layout.kv_down_dim - c :])
+            value = self.v_up_proj(latents[..., layout.kv_down_dim - layout.value_rank :])
         key = torch.cat((self._split_heads(k_rope), self._split_heads(k_nope)), dim=-1)
         return key, self._split_heads(value)
 

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from mha2mla_megatron.config import describe_conversion
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
@@ -120,13 +121,7 @@ def format_plan(found: dict[str, Any], settings: PlanSettings) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     mla = model["mla"]
-    conversion = "original"
-    if mla is not None:
-        low_rank, rope = mla["low_rank"], mla["partial_rope"]
-        conversion = (
-            f"converted ({low_rank['method']}, qk_rope_head_dim {rope['qk_rope_head_dim']}, "
-            f"kv_lora_rank {low_rank['kv_lora_rank']})"
-        )
+    conversion = "original" if mla is None else f"converted ({describe_conversion(mla)})"
     experts, feed_forward = model["experts"], f"MLP {model['intermediate_size']}"
     if experts is not None:
         chosen = f"{experts['num_experts_per_tok']} of {experts['num_experts']} experts of"

@@ -171,17 +171,16 @@ class MHA2MLASelfAttention(Attention):
         return _heads(self.linear_q(hidden_states), d), k_rope, k_nope, _heads(value, d)
 
     def _latents(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """All columns [s, B, c or 2c] of the latents of this process's tokens."""
-        own, _ = self.linear_kv_down(hidden_states)  # [S, B, c/tp or 2c/tp]
+        """All columns [s, B, C] of the latents of this process's tokens."""
+        own, _ = self.linear_kv_down(hidden_states)  # [S, B, C/tp]
         if not self.config.sequence_parallel:
             return gather_from_tensor_model_parallel_region(own, self.tp_group)
         return all_to_all_hp2sp(own, self.tp_group).unflatten(0, hidden_states.shape[:2])
 
     def _split_latents(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """c_k and c_v, each [s, B, c]; the same one where there is only one."""
-        if latents.shape[-1] == self.layout.kv_lora_rank:
-            return latents, latents
-        c_k, c_v = latents.chunk(2, dim=-1)
+        """The latents [s, B, C] that keys and that values are made of; the same one where they share it."""
+        layout = self.layout
+        c_k, c_v = latents[..., : layout.key_rank], latents[..., layout.kv_down_dim - layout.value_rank :]
         # Sequence parallelism gathers them with a collective that takes contiguous tensors only.
         return c_k.contiguous(), c_v.contiguous()
 

@@ -117,7 +117,8 @@ class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
         for name, module in self._projections.items():
             names += [f"{name}.weight"] + [f"{name}.bias"] * (getattr(module, "bias", None) is not None)
         joint, sequence_parallel = self.layout.method == "joint", self.config.sequence_parallel
-        self._plan = QKVPlan(self.shape, tuple(names), joint, self.tp_group, sequence_parallel)
+        key_rank = self.layout.key_rank
+        self._plan = QKVPlan(self.shape, tuple(names), joint, key_rank, self.tp_group, sequence_parallel)
 
     def rebuild_keys_and_values(self) -> None:
         """From now on keep neither for the backward pass, but compute them there again from the latents."""

@@ -34,12 +34,14 @@ class QKVPlan:
     """What `latent_qkv` is given besides tensors.
 
     shape: the heads of this process. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
-    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether k_up and v_up read the same latent.
+    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether k_up and v_up read the same latent; key_rank:
+    where they do not, how many columns k_up reads.
     """
 
     shape: HeadShape
     names: tuple[str, ...]
     joint: bool
+    key_rank: int
     tp_group: Any
     sequence_parallel: bool
 
@@ -68,8 +70,7 @@ class QKVPlan:
         """What k_up and what v_up reads, of latents [T, C]."""
         if self.joint or not ("k_up.weight" in self.names and "v_up.weight" in self.names):
             return both, both
-        first, second = both.chunk(2, dim=-1)
-        return first, second
+        return both[:, : self.key_rank], both[:, self.key_rank :]
 
 
 def latent_qkv(

@@ -16,7 +16,7 @@ from pathlib import Path
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
 from mha2mla_megatron.checkpoint.convert_hf_megatron import ToHFSettings, megatron_to_hf
 from mha2mla_megatron.checkpoint.either import MegatronTensors, ModelTensors, model_tensors
-from mha2mla_megatron.checkpoint.inspect import describe_conversion
+from mha2mla_megatron.config import describe_conversion
 from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.agreement import Agreement, agreement
