@@ -94,7 +94,8 @@ def choose_tiles(
         Tiles(block_m, 64, block_c, scores_values, 4 if block_c * block_m <= 128 * 128 else 8, stages, 1)
         for block_m in (64, 32, 16)
         for scores_values, block_c in ((True, widest), (False, min(widest, 256)), (False, 64))
-        for stages in (4, 3, 2)
+        # Of rows that are averaged alone a fourth stage does not pay (H200: 0.83 of a copy's rate, with three 0.86).
+        for stages in ((4, 3, 2) if scores_values else (3, 2))
         if block_m <= rows and block_c * block_m <= 128 * 256 and (shared or not scores_values)
     ]
     cuts.append(Tiles(16, 64, 16, False, 4, 1, 1))
