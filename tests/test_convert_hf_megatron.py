@@ -41,6 +41,7 @@ TOKENS = torch.randint(0, 256, (2, 24), generator=torch.Generator().manual_seed(
 BIASED: dict[str, Any] = {"groups": 4, "tied": False, "bias": True, "mlp_bias": True}
 ROPE_DIMS = "partial_rope.qk_rope_head_dim=[0,16,4]"
 RANKS = "low_rank.kv_lora_rank=[20,18,24]"
+KEY_RANKS = "low_rank.k_lora_rank=[8,0,11]"
 CASES: dict[str, tuple[dict[str, Any], list[str] | None]] = {
     "gqa-tied": ({}, None),
     "mha-untied-biased": (BIASED, None),
@@ -50,7 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str] | None]] = {
     **{
         f"{method}{'-biased' if changes else ''}": (
             changes,
-            [ROPE_DIMS, f"low_rank.method={method}", *([RANKS] if method != "none" else [])],
+            [ROPE_DIMS, f"low_rank.method={method}", *([RANKS] if method != "none" else [])]
+            + [KEY_RANKS] * (method == "split"),
         )
         for method in ("joint", "split", "key", "value", "none")
         for changes in ({}, BIASED)

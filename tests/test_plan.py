@@ -261,8 +261,10 @@ def test_frozen_tensors_have_neither_gradients_nor_moments(empty: Path, tiny_lla
 def test_a_conversion_is_planned_from_the_original_alone(empty: Path, tiny_llama: Path, tmp_path: Path) -> None:
     """As words, as a conversion's YAML file, and as the converted folder itself: one plan."""
     words = ["partial_rope.qk_rope_head_dim=[0,4,8]", "low_rank.method=split", "low_rank.kv_lora_rank=12"]
+    words += ["low_rank.k_lora_rank=[4,8,6]"]
     yaml = tmp_path / "mla.yaml"
-    yaml.write_text("partial_rope: {qk_rope_head_dim: [0, 4, 8]}\nlow_rank: {method: split, kv_lora_rank: 12}\n")
+    low_rank = "{method: split, kv_lora_rank: 12, k_lora_rank: [4, 8, 6]}"
+    yaml.write_text(f"partial_rope: {{qk_rope_head_dim: [0, 4, 8]}}\nlow_rank: {low_rank}\n")
     run_tool("convert_mha_to_mla", tiny_llama, tmp_path / "mla", *words)
     rest = ("gpus=1", "data.sequence_length=64")
     planned = [
