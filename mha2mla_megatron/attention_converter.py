@@ -27,7 +27,7 @@ from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.frequencies import attention_factor
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
-from mha2mla_megatron.low_rank import factorise, truncation_losses
+from mha2mla_megatron.low_rank import factorise, factorise_nested, truncation_losses
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 
 
@@ -236,10 +236,17 @@ class AttentionConverter:
             return {}
         factors, downs = {}, []
         for names, rows, its_metric in _parts(k_nope, v, layout, metric):
-            rank = layout.key_rank if names == ("k_up_proj",) else layout.value_rank
-            up, down = factorise(rows, rank, self.mla.low_rank.singular_values, its_metric)
-            widths = [layout.nope_dim if name == "k_up_proj" else layout.value_dim for name in names]
-            factors.update({f"{name}.weight": part for name, part in zip(names, up.split(widths), strict=True)})
+            singular_values, rank = self.mla.low_rank.singular_values, layout.value_rank
+            if names == ("k_up_proj",):
+                rank = layout.key_rank
+            if len(names) == 2 and layout.key_rank < rank:
+                up, down = factorise_nested(rows, layout.nope_dim, rank, layout.key_rank, singular_values, its_metric)
+            else:
+                up, down = factorise(rows, rank, singular_values, its_metric)
+            parts = up.split([layout.nope_dim if name == "k_up_proj" else layout.value_dim for name in names])
+            factors.update({f"{name}.weight": part for name, part in zip(names, parts, strict=True)})
+            if layout.factors_key:
+                factors["k_up_proj.weight"] = factors["k_up_proj.weight"][:, : layout.key_rank].contiguous()
             downs.append(down)
         return {**factors, "kv_down_proj.weight": torch.cat(downs)} if downs else {}
 

@@ -78,8 +78,8 @@ class LowRankConfig:
     k_lora_rank, for the values alone."""
 
     k_lora_rank: Any = None
-    """Width of the keys' latent of split, which need less than values: one number or a list with one per layer. null:
-    as wide as the values'."""
+    """How many columns keys are made of, which need less than values: of joint the first ones of the latent, of split
+    the width of their own; one number or a list with one per layer. null: as many as values."""
 
     d_kv: Any = None
     """The paper's name for c / G, latent width per kv head; given instead of kv_lora_rank, never with it."""
@@ -118,8 +118,8 @@ class LowRankConfig:
             method = "joint" if given else "none"
         if method == "none" and given:
             raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
-        if self.k_lora_rank is not None and method != "split":
-            raise UserError(f"low_rank.k_lora_rank: of low_rank.method=split alone, which is {method}")
+        if self.k_lora_rank is not None and method not in ("joint", "split"):
+            raise UserError(f"low_rank.k_lora_rank: of low_rank.method joint and split, which is {method}")
         if method != "none" and not given:
             raise UserError(
                 f"low_rank.method={method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv, or a cache_budget"
@@ -235,7 +235,7 @@ def _check_layer(config: MHA2MLAConfig, layout: LatentLayout, layer: int, rotate
         )
     limit, k = layout.k_lora_rank_limit, layout.k_lora_rank
     if k is not None and layout.factors_key and not 1 <= k <= limit:
-        raise UserError(f"low_rank.k_lora_rank: {k} in layer {layer}, whose keys to factor have the rank {limit}")
+        raise UserError(f"low_rank.k_lora_rank: {k} in layer {layer}; valid there: 1 to {limit}")
 
 
 def _numbers(key: str, value: Any, minimum: int, even: bool = False) -> None:

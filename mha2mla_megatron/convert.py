@@ -126,6 +126,11 @@ class ConvertSettings:
                     raise UserError(f"{key}: a cache budget chooses r and c; give one or the other")
             if self.low_rank.method == "none":
                 raise UserError("low_rank.method=none saves no cache, so it cannot meet a cache budget")
+            if self.allocation.key_share < 1 and self.low_rank.method not in ("auto", "joint"):
+                raise UserError(
+                    f"allocation.key_share: of low_rank.method=joint alone, which is {self.low_rank.method}; of split "
+                    "the budget divides the width"
+                )
             if self.partial_rope.strategy == "full":
                 raise UserError("partial_rope.strategy=full keeps every rotation: give low_rank.kv_lora_rank instead")
         elif self.allocation != AllocationSettings():

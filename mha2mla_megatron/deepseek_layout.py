@@ -127,6 +127,9 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
         q_rope = q.new_zeros(len(q), groups, r, q.shape[-1])
         heads = torch.arange(len(q))
         q_rope[heads, heads // per_group] = _interleaved(q[:, :r])
+        # Keys may read the first columns of the latent alone.
+        unread = layout.value_rank - layout.key_rank
+        weights["k_up_proj"] = torch.nn.functional.pad(weights["k_up_proj"], (0, unread))
         ups = [weights[name].unflatten(0, (groups, -1)) for name in ("k_up_proj", "v_up_proj")]
         k_up, v_up = (up.repeat_interleave(per_group, 0) for up in ups)
         k_rope = _interleaved(weights["k_rope_proj"].unflatten(0, (groups, r))).flatten(0, 1)

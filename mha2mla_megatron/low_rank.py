@@ -11,6 +11,9 @@ import torch
 
 from mha2mla_megatron.calibration.metric import IDENTITY, Metric
 
+SMALL_GAIN = 1e-3
+"""Part of the loss that a turn of `factorise_nested` must gain for another one."""
+
 
 def factorise(
     weight: torch.Tensor, rank: int, singular_values: str, metric: Metric = IDENTITY
@@ -42,6 +45,48 @@ def factorise(
     return metric.undo_rows(up), metric.undo_columns(down)
 
 
+def factorise_nested(
+    weight: torch.Tensor, keys: int, rank: int, key_rank: int, singular_values: str, metric: Metric = IDENTITY
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`factorise`, but for the first `keys` rows only the first `key_rank` columns of the latent may be used.
+
+    With the other rows first, R^T W L = [w_2; w_1], where w_1 has but keys in it: whatever else an error of the keys
+    costs, the values' own can make up for it. Of an orthonormal basis [A | B] of the latent, A of key_rank vectors,
+    the objective is minimised by the largest |w A|^2 + |w_2 B|^2. The best A within a given space of [A | B], A for a
+    given B and B for a given A are eigenvectors each; the first starts from the best space of all, the others follow in
+    turn until they gain next to nothing, which is soon. It is a local optimum.
+
+    weight: [n, h], any float dtype; 1 <= key_rank <= rank <= min(n, h), key_rank <= keys < n.
+
+    Returns (up [n, c], whose upper right block is zero, down [c, h]), float64.
+    """
+    n = len(weight)
+    metric = metric.rolled(keys)
+    w = metric.whiten(weight.to(torch.float64).roll(-keys, 0))
+    values = w[: n - keys]
+    all_rows, without_keys = w.T @ w, values.T @ values
+    space = _top_eigenvectors(all_rows, rank)
+    turn = _top_eigenvectors(space.T @ (all_rows - without_keys) @ space, rank)
+    a, b = space @ turn[:, :key_rank], space @ turn[:, key_rank:]
+    total = all_rows.trace()
+
+    def loss() -> torch.Tensor:
+        return total - (w @ a).square().sum() - (values @ b).square().sum()
+
+    before, after = None, loss()
+    while key_rank < rank and (before is None or after < (1 - SMALL_GAIN) * before):
+        b = _top_eigenvectors(_without(without_keys, a), rank - key_rank)
+        a = _top_eigenvectors(_without(all_rows, b), key_rank)
+        before, after = after, loss()
+    down = torch.cat((a, b), 1).T
+    up = w @ down.T
+    up[n - keys :, key_rank:] = 0
+    if singular_values == "sqrt":
+        root = up.norm(dim=0).sqrt()
+        up, down = up / _nonzero(root), down * root[:, None]
+    return metric.undo_rows(up).roll(keys, 0), metric.undo_columns(down)
+
+
 def truncation_losses(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
     """The smallest value of the objective at each rank from 0 to min(n, h): float64 [min(n, h) + 1], not increasing."""
     w = metric.whiten(weight.to(torch.float64))
@@ -59,6 +104,14 @@ def _top_eigenvectors(gram: torch.Tensor, count: int) -> torch.Tensor:
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * torch.where(largest < 0, -1.0, 1.0)
+
+
+def _without(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of what is orthogonal to the basis, (I - Q Q^T) G (I - Q Q^T), with the basis itself below all:
+    else it would be among the eigenvectors where few eigenvalues are left."""
+    below = torch.where(gram.trace() > 0, gram.trace(), 1.0)
+    gram = gram - basis @ (basis.T @ gram)
+    return gram - (gram @ basis + below * basis) @ basis.T
 
 
 def _nonzero(s: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,10 @@ class AllocationSettings:
     max_rank: int | None = None
     """Largest c of a layer. None: the rank of what is factored."""
 
+    key_share: float = 1.0
+    """Of joint: keys are made of this part of each latent's columns, rounded up to a multiple. Less is faster to decode
+    from; the choice of r and c does not see what it costs."""
+
     tokens: int = 1024
     """Tokens of the measurements, taken from the statistics file; at least one of its sequences."""
 
@@ -67,6 +72,8 @@ class AllocationSettings:
             ("tokens", self.tokens, 1),
         ):
             require_at_least(f"allocation.{key}", value, minimum)
+        if not 0 < self.key_share <= 1:
+            raise UserError(f"allocation.key_share: {self.key_share} is not above 0 and at most 1")
         if self.rope_multiple % 2:
             raise UserError(f"allocation.rope_multiple: {self.rope_multiple} is odd; rotary dims come in pairs")
 
@@ -78,7 +85,7 @@ class Plan:
     qk_rope_head_dim: list[int]
     kv_lora_rank: list[int]
     k_lora_rank: list[int] | None
-    """Of split."""
+    """Of split, and of joint whose keys are made of a part of the latent."""
     report: dict[str, Any]
 
 
@@ -170,7 +177,7 @@ class Planner:
         return Plan(
             [choice.qk_rope_head_dim for choice in picked],
             [choice.kv_lora_rank for choice in picked],
-            [choice.k_lora_rank or 0 for choice in picked] if self._is_split else None,
+            [self._key_rank(choice) for choice in picked] if self._is_split or self.settings.key_share < 1 else None,
             {
                 "budget": budget,
                 "cost": sum(choice.cost for choice in picked),
@@ -189,6 +196,13 @@ class Planner:
     @property
     def _is_split(self) -> bool:
         return self.converter.mla.low_rank.method == "split"
+
+    def _key_rank(self, choice: Choice) -> int:
+        if self._is_split:
+            return choice.k_lora_rank or 0
+        multiple = self.settings.rank_multiple
+        wanted = math.ceil(self.settings.key_share * choice.kv_lora_rank / multiple) * multiple
+        return min(wanted, self._layout(*choice[:2]).k_lora_rank_limit)
 
     def _layout(self, r: int, c: int | None, k: int | None = None) -> LatentLayout:
         """c None: nothing factored."""

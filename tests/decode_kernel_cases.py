@@ -45,7 +45,7 @@ def random_case(rng: random.Random, largest: int, dtypes: list[torch.dtype]) -> 
     widths = (16, 24, 64, 96, 100, 256, 512, 768, 1000, 1024, 1536, 2048, 2050, 3000, 4096)
     k, v = (rng.choice(widths) % largest or 17 for _ in range(2))
     joint, split, no_keys = ((0, v), (0, v)), ((0, k), (k, k + v)), ((0, 0), (0, v))
-    keys, values = rng.choice((joint, joint, split, split, no_keys))
+    keys, values = rng.choice((joint, joint, split, split, ((0, min(k, v)), (0, v)), no_keys))
     return Case(
         batch=rng.choice((1, 2, 5)),
         heads=groups * rng.choice((1, 1, 3, 4)),
@@ -105,6 +105,7 @@ EDGES = [
     Case(2, 4, 1, 40, 1040, (0, 24), (0, 24), torch.float16, "static", 0),  # many rotated columns
     Case(1, 2, 3, 40, 8, (0, 1100), (0, 1100), torch.float32, "random", 3),  # several tiles of values, scored before
     Case(2, 3, 1, 50, 6, (0, 33), (33, 63), torch.float32, "static", 3),  # split: odd columns
+    Case(1, 3, 1, 50, 6, (0, 20), (0, 43), torch.float16, "static", 3),  # keys of a part of a joint latent
     Case(1, 2, 2, 20, 24, (0, 0), (0, 40), torch.float16, "random", 0),  # every dim rotated: no other key columns
     Case(1, 2, 1, 20, 0, (0, 0), (0, 16), torch.float32, "none", 0),  # no keys at all: plain means
 ]

@@ -43,7 +43,7 @@ class Case:
     rope_dim: int
     latent: int
     key_latent: int
-    """Width of the keys' latent; of split it may be another."""
+    """Columns that keys read; of split and joint they may be others."""
     hidden: int
     length: int
     batch: int
@@ -88,7 +88,9 @@ def random_case(rng: random.Random) -> Case:
         head_dim=head_dim,
         rope_dim=rng.choice([0, 2, head_dim // 4 * 2, head_dim]),
         latent=latent,
-        key_latent=rng.choice([1, 8, 24]) if method == "split" else latent,
+        key_latent={"split": rng.choice([1, 8, 24]), "joint": rng.choice([latent, (latent + 1) // 2])}.get(
+            method, latent
+        ),
         hidden=rng.choice([16, 40]),
         length=rng.choice([1, 2, 7, 33]),
         batch=rng.choice([1, 2, 3]),
@@ -110,6 +112,8 @@ def expected(
     c_k = c_v = None
     if "kv_down.weight" in w:
         c_k = c_v = x @ w["kv_down.weight"].t()
+        if case.method == "joint":
+            c_k = c_k[..., : case.key_latent]
         if case.method == "split" and "k_up.weight" in w:
             c_k, c_v = c_k.split([case.key_latent, case.latent], dim=-1)
     query = heads("q", x, d)

@@ -28,8 +28,8 @@ SHORT_NAMES = {
 ROPE_DIMS, LATENT_WIDTHS = [0, 4, 16, 10], [12, 8, 16, 12]
 """r and c of each layer, from nothing rotated to everything; over and over where there are more than 4."""
 
-KEY_WIDTHS = [8, 16, 0, 4]
-"""Of split: the keys' latent in each; none where everything is rotated."""
+KEY_WIDTHS = {"split": [8, 16, 0, 4], "joint": [6, 8, 0, 12]}
+"""Of what keys are made in each: a latent of their own, a part of it or all; nothing where everything is rotated."""
 
 
 def original_config(**changes: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def converted_config(method: str, **changes: Any) -> dict[str, Any]:
     low_rank = LowRankConfig(
         method=method,
         kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times,
-        k_lora_rank=KEY_WIDTHS * times if method == "split" else None,
+        k_lora_rank=KEY_WIDTHS[method] * times if method in KEY_WIDTHS else None,
     )
     mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times), low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}

@@ -302,9 +302,13 @@ BAD_SETTINGS = {
         ["low_rank.method=split", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=0"],
         ["k_lora_rank: 0", "28"],
     ),
-    "keys of joint": (
-        ["low_rank.method=joint", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=8"],
-        ["k_lora_rank", "split", "joint"],
+    "keys > latent": (
+        ["low_rank.method=joint", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=9"],
+        ["k_lora_rank: 9", "layer 0", "1 to 8"],
+    ),
+    "keys alone": (
+        ["low_rank.method=key", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=8"],
+        ["k_lora_rank", "joint and split", "key"],
     ),
     "keys of two layers": (
         ["low_rank.method=split", "low_rank.kv_lora_rank=8", "low_rank.k_lora_rank=[8,8]"],

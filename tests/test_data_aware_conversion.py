@@ -19,7 +19,7 @@ from mha2mla_megatron.allocation import Choice, allocate
 from mha2mla_megatron.calibration.metric import Metric, make_columns, make_rows
 from mha2mla_megatron.calibration.pairs import apply_query_map, fit_query_map, identity_map, pair_losses
 from mha2mla_megatron.calibration.statistics import LayerStatistics
-from mha2mla_megatron.low_rank import factorise, truncation_losses
+from mha2mla_megatron.low_rank import factorise, factorise_nested, truncation_losses
 from mha2mla_megatron.partial_rope import head_row_order
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 
@@ -239,6 +239,53 @@ def test_no_other_factors_are_better(h: int) -> None:
                         assert value(w - other_up @ other_down, y_rows, c) > best + 1e-11 * size, (seed, objective)
                 full = factorise(w, min(w.shape), "up", metric)
                 assert torch.allclose(full[0] @ full[1], w, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("h", [40, 12], ids=["more inputs than rows", "fewer"])
+def test_nested_factors(h: int) -> None:
+    """Keys read the first columns of a joint latent alone. The loss is below that of separate latents of the same
+    width, which are such factors too, and above that of the best joint ones; for the latent that was found, no other
+    up-projection loses less."""
+    for seed in range(12):
+        samples = Samples(seed, h)
+        w, nope, generator = samples.weight, samples.nope, random(seed)
+        for objective in OBJECTIVES:
+            (y, c), metric = samples.moments(objective), samples.metric(objective)
+            size = value(w, y, c)
+            key_metric, value_metric = (metric.select(part) for part in (slice(0, nope), slice(nope, len(w))))
+            for rank, key_rank in ((2, 1), (9, 3), (min(w.shape), 2), (min(w.shape), 11)):
+                up, down = factorise_nested(w, nope, rank, key_rank, "up", metric)
+                assert up.shape == (len(w), rank) and down.shape == (rank, h)
+                assert (up[:nope, key_rank:] == 0).all()
+                found = value(w - up @ down, y, c)
+                joint = factorise(w, rank, "up", metric)
+                assert found > value(w - joint[0] @ joint[1], y, c) - 1e-9 * size
+                if rank - key_rank <= min(len(w) - nope, h):
+                    k, v = (
+                        factorise(w[:nope], key_rank, "up", key_metric),
+                        factorise(w[nope:], rank - key_rank, "up", value_metric),
+                    )
+                    apart = value(w - torch.cat((k[0] @ k[1], v[0] @ v[1])), y, c)
+                    assert found < apart + 1e-9 * size, (seed, objective, rank, key_rank)
+                other_up, other_down = factorise_nested(w, nope, rank, key_rank, "sqrt", metric)
+                assert torch.allclose(other_up @ other_down, up @ down, rtol=0, atol=1e-8)
+                noise = [torch.randn(t.shape, generator=generator, dtype=torch.float64) for t in (up, down)]
+                noise[0][:nope, key_rank:] = 0
+                for step in (1e-1, 1e-2):
+                    moved = up + step * noise[0] * up.norm() / noise[0].norm()
+                    assert value(w - moved @ down, y, c) > found
+                # The least squares fit of both parts, by the normal equations of the columns that each may use.
+                gram = down @ c @ down.T
+                keys_read = torch.zeros_like(up, dtype=torch.bool)
+                keys_read[:, :key_rank], keys_read[nope:] = True, True
+                system = torch.kron(y, gram)[keys_read.flatten()][:, keys_read.flatten()]
+                right = (y @ w @ c @ down.T)[keys_read]
+                best = torch.zeros_like(up)
+                best[keys_read] = torch.linalg.lstsq(system, right).solution
+                assert value(w - best @ down, y, c) > found - 1e-7 * size, (seed, objective, rank, key_rank)
+        exact = factorise_nested(w, nope, min(w.shape), min(nope, *w.shape), "up", metric)
+        if h > len(w):
+            assert torch.allclose(exact[0] @ exact[1], w, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -510,6 +557,27 @@ def test_a_budget(tmp_path: Path, model: Path, statistics: Path, method: str, fr
     assert used["low_rank"]["method"] == ("joint" if method == "auto" else method)
     assert used["low_rank"]["objective"] == "tempered"
     assert all(layer["qk_rope_head_dim"] % 2 == 0 and layer["kv_lora_rank"] % 8 == 0 for layer in layers)
+
+
+def test_keys_of_a_share_of_the_latent(tmp_path: Path, model: Path, statistics: Path) -> None:
+    """The same r and c as without; keys have the first half of each latent, and cost nothing of their own."""
+    words = [f"statistics={statistics}", "cache_budget=0.5", "allocation.rank_multiple=4"]
+    whole = check_budget(convert(model, tmp_path / "whole", *words), statistics, 0.5 * BEFORE * L)
+    folder = convert(model, tmp_path / "half", *words, "allocation.key_share=0.5")
+    half = check_budget(folder, statistics, 0.5 * BEFORE * L)
+    for a, b in zip(whole, half, strict=True):
+        assert [a[key] for key in ("qk_rope_head_dim", "kv_lora_rank", "cache_elements_after")] == [
+            b[key] for key in ("qk_rope_head_dim", "kv_lora_rank", "cache_elements_after")
+        ]
+        c, nope = b["kv_lora_rank"], G * (D - b["qk_rope_head_dim"])
+        assert b["k_lora_rank"] == min(-(-c // 8) * 4, nope) < c
+        prefix = f"model.layers.{b['layer']}.self_attn."
+        assert weights_of(folder)[f"{prefix}k_up_proj.weight"].shape == (nope, b["k_lora_rank"])
+    assert "key_share" in refused("convert_mha_to_mla", model, tmp_path / "x", *words, "allocation.key_share=0")
+    line = refused(
+        "convert_mha_to_mla", model, tmp_path / "x", *words, "allocation.key_share=0.5", "low_rank.method=split"
+    )
+    assert "key_share" in line and "split" in line
 
 
 @pytest.mark.parametrize("per_layer", ["true", "false"])

@@ -18,7 +18,7 @@ from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
 
 TOKENS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
 RANKS: dict[str, Any] = {"joint": [15, 14, 9], "split": 9, "key": 7, "value": 11, "none": None}
-KEY_RANK = 6
+KEY_RANK = 7
 """Width of the keys' latent of split."""
 GREEDY: dict[str, Any] = dict(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=None)
 
@@ -29,6 +29,8 @@ def make_config(
     low_rank = {"method": method, "kv_lora_rank": RANKS[method] if c is None else c}
     if method == "split":
         low_rank["k_lora_rank"] = KEY_RANK
+    if method == "joint" and c is None:
+        low_rank["k_lora_rank"] = [7, 10, 9]
     settings = dict(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=groups, head_dim=16, max_position_embeddings=64, initializer_range=0.2,
@@ -172,7 +174,7 @@ def test_bytes_are_the_formula(method: str) -> None:
     model = make_model(method, r, c)
     elements = {
         "joint": [9, 2 * 16 + 9, 2 * 4 + 9],
-        "split": [6 + 9, 2 * 16 + 9, 2 * 4 + 6 + 9],  # a layer that rotates every dim has no key latent
+        "split": [7 + 9, 2 * 16 + 9, 2 * 4 + 7 + 9],  # a layer that rotates every dim has no key latent
         "key": [9 + 32, 32 + 32, 8 + 9 + 32],
         "value": [32 + 9, 32 + 9, 32 + 9],
         "none": [64, 64, 64],
@@ -263,7 +265,9 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "rank of keys": ({"mha2mla": {"partial_rope": {"qk_rope_head_dim": 4}, "low_rank": {"method": "split",
                      "kv_lora_rank": 9, "k_lora_rank": 25}}}, "k_lora_rank: 25 is not a number from 1 to the keys'"),
     "rank of keys, joint": ({"mha2mla": {"partial_rope": {"qk_rope_head_dim": 4}, "low_rank": {"method": "joint",
-                            "kv_lora_rank": 9, "k_lora_rank": 4}}}, "k_lora_rank: 4, but low_rank.method is joint"),
+                            "kv_lora_rank": 9, "k_lora_rank": 10}}}, "k_lora_rank: 10 is not a number from 1 to"),
+    "rank of keys, value": ({"mha2mla": {"partial_rope": {"qk_rope_head_dim": 4}, "low_rank": {"method": "value",
+                            "kv_lora_rank": 9, "k_lora_rank": 4}}}, "k_lora_rank: 4, but low_rank.method is value"),
     "ranks of keys of another length": ({"mha2mla": {"partial_rope": {"qk_rope_head_dim": 4}, "low_rank": {"method":
                                         "split", "kv_lora_rank": 9, "k_lora_rank": [4, 4]}}}, "length"),
     "no settings": ({"mha2mla": {"partial_rope": 3}}, "partial_rope"),

@@ -65,6 +65,13 @@ class Metric:
         part = self.rows[rows]
         return Metric(torch.linalg.cholesky(part @ part.T), self.columns)
 
+    def rolled(self, count: int) -> Metric:
+        """The metric of the rows with the first `count` moved behind the others."""
+        if self.rows is None:
+            return self
+        rows = self.rows.roll(-count, 0)
+        return Metric(torch.linalg.cholesky(rows @ rows.T), self.columns)
+
 
 IDENTITY = Metric(None, None)
 

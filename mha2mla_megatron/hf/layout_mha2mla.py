@@ -19,8 +19,9 @@ MAX_DIMENSION = 1 << 24
 class LatentLayout:
     """One layer's shapes.
 
-    `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each, the
-    keys' of width k_lora_rank where that is given), `key` or `value` (only that one), `none` (partial RoPE alone).
+    `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each),
+    `key` or `value` (only that one), `none` (partial RoPE alone). k_lora_rank: how many columns keys are made of, of
+    joint the first ones of the latent, of split the width of their own; None: c.
     """
 
     hidden_size: int
@@ -63,14 +64,14 @@ class LatentLayout:
 
     @property
     def key_rank(self) -> int:
-        """Width of the latent that keys are made of, 0 where they are not factored."""
+        """Columns of the latents that keys are made of, the first ones; 0 where they are not factored."""
         if not self.factors_key:
             return 0
         return (self.kv_lora_rank if self.k_lora_rank is None else self.k_lora_rank) or 0
 
     @property
     def value_rank(self) -> int:
-        """Width of the latent that values are made of, 0 where they are not factored."""
+        """Columns of the latents that values are made of, the last ones; 0 where they are not factored."""
         return (self.kv_lora_rank or 0) if self.factors_value else 0
 
     @property
@@ -89,8 +90,9 @@ class LatentLayout:
 
     @property
     def k_lora_rank_limit(self) -> int:
-        """The largest useful width of the keys' latent of `split`; 0 where there are no keys to factor."""
-        return min(self.hidden_size, self.nope_dim)
+        """The largest k_lora_rank; 0 where there are no keys to factor."""
+        limit = min(self.hidden_size, self.nope_dim)
+        return min(limit, self.value_rank) if self.method == "joint" else limit
 
     @property
     def cache_parts(self) -> tuple[int, int, int]:
@@ -135,17 +137,17 @@ class LatentLayout:
         if self.method not in LOW_RANK_METHODS:
             raise ValueError(f"low_rank.method: {self.method!r} is not one of {', '.join(LOW_RANK_METHODS)}")
         k = self.k_lora_rank
-        if k is not None and self.method != "split":
-            raise ValueError(f"k_lora_rank: {k!r}, but low_rank.method is {self.method}, not split")
+        if k is not None and self.method not in ("joint", "split"):
+            raise ValueError(f"k_lora_rank: {k!r}, but low_rank.method is {self.method}, not joint or split")
         if self.method == "none":
             if c is not None:
                 raise ValueError(f"kv_lora_rank: {c!r}, but low_rank.method is none")
             return
-        if k is not None and self.factors_key and not (_is_whole(k) and 1 <= k <= self.k_lora_rank_limit):
-            raise ValueError(f"k_lora_rank: {k!r} is not a number from 1 to the keys' rank {self.k_lora_rank_limit}")
         limit = self.kv_lora_rank_limit
         if not _is_whole(c) or c < 1 or (limit is not None and c > limit):
             raise ValueError(f"kv_lora_rank: {c!r} is not a number from 1 to the rank {limit} of what is factored")
+        if k is not None and self.factors_key and not (_is_whole(k) and 1 <= k <= self.k_lora_rank_limit):
+            raise ValueError(f"k_lora_rank: {k!r} is not a number from 1 to the keys' rank {self.k_lora_rank_limit}")
 
     def projections(self) -> dict[str, tuple[int, int]]:
         """Name -> weight shape [out, in] of every projection that this layer has, in Hugging Face names."""

@@ -34,8 +34,8 @@ class QKVPlan:
     """What `latent_qkv` is given besides tensors.
 
     shape: the heads of this process. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
-    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether k_up and v_up read the same latent; key_rank:
-    where they do not, how many columns k_up reads.
+    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too. key_rank: how
+    many columns k_up reads.
     """
 
     shape: HeadShape
@@ -68,9 +68,9 @@ class QKVPlan:
 
     def latents(self, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What k_up and what v_up reads, of latents [T, C]."""
-        if self.joint or not ("k_up.weight" in self.names and "v_up.weight" in self.names):
+        if not ("k_up.weight" in self.names and "v_up.weight" in self.names):
             return both, both
-        return both[:, : self.key_rank], both[:, self.key_rank :]
+        return both[:, : self.key_rank], both if self.joint else both[:, self.key_rank :]
 
 
 def latent_qkv(
@@ -312,9 +312,10 @@ def _accumulate(total: torch.Tensor, d_output: torch.Tensor, x: torch.Tensor) ->
 def _latent_gradient(
     plan: QKVPlan, w: dict[str, torch.Tensor], sources: dict[str, torch.Tensor | None], d_latents: torch.Tensor
 ) -> torch.Tensor:
-    """Fill d_latents [T, C]: from keys and from values, summed where both read the same latent."""
+    """Fill d_latents [T, C]: from keys and from values, summed where both read the same columns."""
     filled = False
-    for (name, source), place in zip(sources.items(), plan.latents(d_latents), strict=True):
+    # Values first: where keys read some of the same columns, values read all.
+    for (name, source), place in reversed(list(zip(sources.items(), plan.latents(d_latents), strict=True))):
         if name not in w or source is None:
             continue
         if filled and plan.joint:
