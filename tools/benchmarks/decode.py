@@ -57,9 +57,13 @@ class Shape(ModelShape):
         return self.groups * self.head_dim // 8
 
 
+METHODS = ("joint", "half", "split")
+"""Keys and values of one latent; keys of the first half of it; a latent each."""
+
+
 @dataclass(frozen=True)
 class Conversion:
-    """Of a model whose heads rotate r = d/8 dims: percentage of the cache that is saved, and low_rank.method."""
+    """Of a model whose heads rotate r = d/8 dims: percentage of the cache that is saved, and one of METHODS."""
 
     saving: float
     method: str
@@ -74,10 +78,18 @@ class Conversion:
     def rank(self, shape: Shape) -> int:
         return self.width(shape) // (2 if self.method == "split" else 1)
 
+    def key_rank(self, shape: Shape) -> int:
+        return self.rank(shape) // (2 if self.method == "half" else 1)
+
     def columns(self, shape: Shape) -> tuple[slice, slice]:
         """Of keys and values, in the unrotated part."""
         rank = self.rank(shape)
-        return slice(0, rank), slice(rank, 2 * rank) if self.method == "split" else slice(0, rank)
+        return slice(0, self.key_rank(shape)), slice(rank, 2 * rank) if self.method == "split" else slice(0, rank)
+
+    def low_rank(self, shape: Shape) -> dict[str, Any]:
+        """The settings of that name."""
+        method = "joint" if self.method == "half" else self.method
+        return {"method": method, "kv_lora_rank": self.rank(shape), "k_lora_rank": self.key_rank(shape)}
 
 
 SHAPES = {
@@ -121,7 +133,7 @@ class DecodeSettings:
     """Percentages of the cache that the converted models save."""
 
     methods: list[str] = field(default_factory=lambda: ["joint"])
-    """joint, split: how keys and values are factored, with caches of the same size."""
+    """joint, half (keys of half of a joint latent), split: how keys and values are factored, with caches of one size."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static,
@@ -170,7 +182,7 @@ class DecodeSettings:
         for name in self.variants:
             require_one_of("variants", name, tuple(VARIANTS))
         for method in self.methods:
-            require_one_of("methods", method, ("joint", "split"))
+            require_one_of("methods", method, METHODS)
         for bits in self.kernel_bits:
             require_one_of("kernel_bits", bits, (16, 8, 4, 2))
         require_one_of("capture", self.capture, ("compile", "graph", "eager"))
@@ -274,7 +286,7 @@ def row_kernel(batch: int, context: int, shape: Shape, conversion: Conversion, d
     """The kernel over 16-bit rows."""
     columns, heads, width, rank = shape.rope_columns(), shape.heads, conversion.width(shape), conversion.rank(shape)
     keys, values = conversion.columns(shape)
-    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, rank))
+    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, conversion.key_rank(shape)))
     k_rope, unrotated = (normal(batch, context, n, device=device) for n in (columns, width))
     inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
 
@@ -293,7 +305,7 @@ def packed_kernel(
 ) -> Kernel:
     """The kernel over packed latents, full of random codes."""
     columns, heads, width, rank = shape.rope_columns(), shape.heads, conversion.width(shape), conversion.rank(shape)
-    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, rank))
+    q_rope, q_key = (normal(batch, heads, 1, n, device=device) for n in (columns, conversion.key_rank(shape)))
     like = normal(batch, 0, 1, device=device)
     rope, unrotated = parts = [
         PackedTokens(like.new_empty(batch, 0, n), context, bits, GROUP, RESIDUAL)
@@ -447,7 +459,7 @@ def make_model(shape: Shape, conversion: Conversion | None, device: torch.device
             return LlamaForCausalLM._from_config(LlamaConfig(**settings), dtype=torch.bfloat16).eval()
         settings["mha2mla"] = {
             "partial_rope": {"qk_rope_head_dim": shape.head_dim // 8},
-            "low_rank": {"method": conversion.method, "kv_lora_rank": conversion.rank(shape)},
+            "low_rank": conversion.low_rank(shape),
         }
         return MHA2MLALlamaForCausalLM._from_config(MHA2MLALlamaConfig(**settings), dtype=torch.bfloat16).eval()
 
