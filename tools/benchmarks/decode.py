@@ -133,7 +133,7 @@ class DecodeSettings:
     """Percentages of the cache that the converted models save."""
 
     methods: list[str] = field(default_factory=lambda: ["joint"])
-    """joint, half (keys of half of a joint latent), split: how keys and values are factored, with caches of one size."""
+    """joint, half (keys of half of a joint latent), split: how keys and values are factored, in caches of one size."""
 
     variants: list[str] = field(default_factory=lambda: list(VARIANTS))
     """original-dynamic, original-static, expanded-dynamic, absorbed-dynamic, absorbed-static, triton-static,
