@@ -196,7 +196,9 @@ class ForwardPass:
             return self._read(self.split_tokens * h)
         layout = self.architecture.layout(layer)
         if not self.fp8:
-            latents = self.split_tokens * layout.kv_down_dim
+            # Keys of a part of a joint latent read a copy of it.
+            shared = layout.key_rank in (0, layout.kv_down_dim)
+            latents = self.split_tokens * (layout.kv_down_dim if shared else layout.key_rank + layout.value_rank)
             if self.fused_projections:  # of all tokens the columns that this process computes
                 latents = self.tokens * layout.kv_down_dim // self.parallel.tensor_model_parallel_size
             return (self.split_tokens * h + latents) * self.element_size
