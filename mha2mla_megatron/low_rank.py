@@ -61,8 +61,9 @@ def factorise_nested(
     Returns (up [n, c], whose upper right block is zero, down [c, h]), float64.
     """
     n = len(weight)
-    metric = metric.rolled(keys)
-    w = metric.whiten(weight.to(torch.float64).roll(-keys, 0))
+    values_first = torch.arange(n, device=weight.device).roll(-keys)
+    metric = metric.select(values_first)
+    w = metric.whiten(weight.to(torch.float64)[values_first])
     values = w[: n - keys]
     all_rows, without_keys = w.T @ w, values.T @ values
     space = _top_eigenvectors(all_rows, rank)

@@ -58,19 +58,13 @@ class Metric:
             return down
         return torch.linalg.solve_triangular(self.columns, down, upper=False, left=False)
 
-    def select(self, rows: slice) -> Metric:
-        """The metric of some rows alone. A part of R is no triangular factor of that part of Y: it is factored anew."""
+    def select(self, rows: slice | torch.Tensor) -> Metric:
+        """The metric of these rows alone, in this order. Those of R are no triangular factor of their part of Y: it is
+        factored anew."""
         if self.rows is None:
             return self
         part = self.rows[rows]
         return Metric(torch.linalg.cholesky(part @ part.T), self.columns)
-
-    def rolled(self, count: int) -> Metric:
-        """The metric of the rows with the first `count` moved behind the others."""
-        if self.rows is None:
-            return self
-        rows = self.rows.roll(-count, 0)
-        return Metric(torch.linalg.cholesky(rows @ rows.T), self.columns)
 
 
 IDENTITY = Metric(None, None)

@@ -120,13 +120,10 @@ class Quality:
         root = self.work.checkpoints(entry)
         if (root / "settings.yaml").exists() and read_latest(root) == training.steps:
             return root
-        start = self.work.original
+        folder, start = self._converted(entry), self.work.original
         if entry.conversion is not None:
-            folder = self._converted(entry)
             start = folder.with_name(f"{folder.name}_megatron")
-            _to_megatron(folder, start)
-        else:
-            _to_megatron(self.model, start)
+        _to_megatron(folder, start)
         if entry.teacher is not None and entry.teacher.training is not None:
             self._trained(entry.teacher, entry.teacher.training)
         elif training.distillation.teacher is not None:
