@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,16 @@ def make_llama(
 def interruptible() -> None:
     """Listen to SIGINT as on a terminal: a shell that starts the tests in the background turns it off for them."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_world_left() -> Iterator[None]:
+    """Give a world back that tests joined: gloo's threads may abort a process that ends before them."""
+    yield
+    if torch.distributed.is_initialized():
+        from mha2mla_megatron.model.parallel import shut_down_parallel
+
+        shut_down_parallel()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from mha2mla_megatron.data.dataset import build_dataset
+from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel, shut_down_parallel
 from mha2mla_megatron.training import loop
 from mha2mla_megatron.training import step as step_module
 from tests.conftest import ROOT, refused, run_tool
@@ -102,6 +103,19 @@ def check_steps(
 
 def load(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("save, code", [("run", 0), ("a file/run", 2)])
+def test_gives_back_the_world_that_it_joined(tmp_path: Path, workspace: Path, save: str, code: int) -> None:
+    """Threads that outlive Python abort the process now and then; a world that was there before is another's."""
+    shut_down_parallel()
+    (tmp_path / "a file").touch()
+    words = run_words(workspace, "original", tmp_path / save, *SCHEDULE)
+    assert run_tool("finetune", *words, check=False).returncode == code
+    assert not torch.distributed.is_initialized()
+    initialize_parallel(ParallelConfig())
+    assert run_tool("finetune", *words, check=False).returncode == code
+    assert torch.distributed.is_initialized()
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
@@ -271,6 +273,25 @@ def shut_down_parallel() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def own_world() -> Iterator[None]:
+    """Give a world that is joined within the block back at its end, where the process may be about to end.
+
+    A thread of gloo's that is still at work when Python ends aborts the process (torch 2.11: exit code -6). Where all
+    processes raise the same UserError the world is given back too; after any other error one may wait for ever.
+    """
+    joined_before = torch.distributed.is_initialized()
+    failure = None
+    try:
+        yield
+    except UserError as error:
+        failure = error
+    if not joined_before:
+        shut_down_parallel()
+    if failure is not None:
+        raise failure
 
 
 def _has_groups(parallel: ParallelConfig) -> bool:

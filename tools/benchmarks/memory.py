@@ -24,7 +24,7 @@ from mha2mla_megatron.errors import UserError, require_one_of, run_tool
 from mha2mla_megatron.layout_plan.settings import GIB, PlanSettings
 from mha2mla_megatron.layout_plan.stages import StagePlan, plan_stages
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS
-from mha2mla_megatron.model.parallel import initialize_parallel
+from mha2mla_megatron.model.parallel import initialize_parallel, own_world
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.config import DataSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -96,6 +96,7 @@ def measured(
     return found
 
 
+@own_world()
 def main(argv: list[str]) -> None:
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=MemorySettings)
     settings = load_settings(MemorySettings, overrides, file)

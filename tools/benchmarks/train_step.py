@@ -36,7 +36,7 @@ from mha2mla_megatron.convert import ConvertSettings, convert_model
 from mha2mla_megatron.errors import UserError, require_one_of, run_tool
 from mha2mla_megatron.model.cpu_mode import has_transformer_engine
 from mha2mla_megatron.model.implementation import IMPLEMENTATIONS, choose_implementation
-from mha2mla_megatron.model.parallel import initialize_parallel
+from mha2mla_megatron.model.parallel import initialize_parallel, own_world
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.checkpoint import load_weights
@@ -321,6 +321,7 @@ def matrix_product_ceiling(device: torch.device) -> float:
     return 2 * size**3 / min(medians)
 
 
+@own_world()
 def main(argv: list[str]) -> None:
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=BenchmarkSettings)
     settings = load_settings(BenchmarkSettings, overrides, file)
