@@ -18,6 +18,16 @@ from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, LatentLayout, bias
 MAX_LAYERS = 1 << 14
 """Far more than any model has, and few enough to list their tensors."""
 
+READERS_OF_OTHERS = {
+    "model_config.json": "tools/import_mha2mla.py reads nanotron's",
+    "latest_checkpointed_iteration.txt": "tools/convert_megatron_to_hf.py reads Megatron's",
+    "metadata.json": "tools/convert_megatron_to_hf.py reads Megatron's",
+}
+"""By a file of theirs, what reads folders of other formats."""
+
+OLD_QUANTISATION_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""What stood in a file of its own before config.json had a `quantization_config`."""
+
 __all__ = [
     "Architecture",
     "parse_architecture",
@@ -153,7 +163,10 @@ class Architecture:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json as a dict."""
-    hint = "; tools/import_mha2mla.py reads nanotron's" if (folder / "model_config.json").is_file() else ""
+    hint = ""
+    for name, tool in READERS_OF_OTHERS.items():
+        if (folder / name).is_file():
+            hint = f"; {tool}"
     return read_json_object(folder / "config.json", f"{folder}: not a Hugging Face model folder (no config.json){hint}")
 
 
@@ -164,8 +177,11 @@ def refuse_special_weights(folder: Path) -> None:
         merge = "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
         raise UserError(
             f"{adapter}: a PEFT (LoRA) adapter, not a model; merge it into its base model and give the result: "
-            f"python -c \"{merge.format(folder)}.save_pretrained('MERGED')\""
+            f"python -c \"{merge.format(folder)}.save_pretrained('MERGED')\"; copy the tokenizer there too"
         )
+    for name, method in OLD_QUANTISATION_CONFIGS.items():
+        if (folder / name).is_file():
+            raise UserError(_quantised(str(folder / name), method))
     if (folder / "config.json").is_file():
         _refuse_quantised(read_config(folder), str(folder / "config.json"))
 
@@ -175,10 +191,11 @@ def _refuse_quantised(config: dict[str, Any], source: str) -> None:
     found = config.get("quantization_config")
     if found:
         method = found.get("quant_method", "an unnamed method") if isinstance(found, dict) else found
-        raise UserError(
-            f"{source}: quantization_config: the weights are quantised ({method}); give the unquantised model, or one "
-            "that was de-quantised"
-        )
+        raise UserError(_quantised(f"{source}: quantization_config", method))
+
+
+def _quantised(where: str, method: str) -> str:
+    return f"{where}: the weights are quantised ({method}); give the unquantised model, or one that was de-quantised"
 
 
 def read_architecture(folder: Path) -> Architecture:

@@ -175,6 +175,9 @@ class AttentionConverter:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope
         names = self.original.attention_shapes(layer)
         weights = {name: self.reader[prefix + name].to(self.device) for name in names}
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                raise UserError(f"{self.reader.folder}: {prefix}{name} has values that are not finite")
         scores = None if self.scores is None else self.scores[layer]
         scale = self._unrotated_scale(layer)
         unfitted = scaling_map(scale, self.original.num_attention_heads, self.original.head_dim // 2)
@@ -274,9 +277,15 @@ def _relative_errors(
     errors = {"key_error": 0.0, "value_error": 0.0}
     if layout.factors_key:
         product = factors["k_up_proj.weight"] @ factors["kv_down_proj.weight"][: layout.key_rank]
-        errors["key_error"] = ((k_nope - product).norm() / k.to(torch.float64).norm()).item()
+        errors["key_error"] = _relative(k_nope - product, k)
     if layout.factors_value:
         down = factors["kv_down_proj.weight"][layout.kv_down_dim - layout.value_rank :]
         product = factors["v_up_proj.weight"] @ down
-        errors["value_error"] = ((v - product).norm() / v.to(torch.float64).norm()).item()
+        errors["value_error"] = _relative(v - product, v)
     return errors
+
+
+def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
+    """||difference|| / ||whole||; 0 of nothing, as of a layer that was pruned away."""
+    norm = whole.to(torch.float64).norm().item()
+    return difference.norm().item() / norm if norm else 0.0

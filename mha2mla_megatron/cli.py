@@ -29,8 +29,8 @@ def split_words(
     that a misspelt key reaches `load_settings` and is refused there. usage: one line, "tool.py WORDS [key=value ...]".
     minimum, maximum: how many positional words there may be. schema: the settings to describe under the usage.
 
-    -h or --help prints the usage and exits with 0. Raises UserError for another count, after printing the usage, and
-    for anything that starts with a dash.
+    -h or --help prints the usage and exits with 0. Raises UserError for another count, after printing the usage, for an
+    empty word, and for anything that starts with a dash.
     """
     if "-h" in argv or "--help" in argv:
         print(_help(usage, schema))
@@ -40,6 +40,8 @@ def split_words(
     file: Path | None = None
     for word in argv:
         key, equals, value = word.partition("=")
+        if not word:  # such as of a shell's variable that is not set; as a folder it would be the current one
+            raise UserError(f"an empty word among the arguments; usage: {usage}")
         if word.startswith("-"):
             raise UserError(f"'{word}': there are no dashed options but --help; settings are given as key=value")
         if not equals or not _KEY.fullmatch(key):

@@ -267,6 +267,7 @@ def converted_config(config: dict[str, Any], converted: Architecture, dtype: str
         },
         num_key_value_heads=converted.num_key_value_heads,
         head_dim=converted.head_dim,
+        max_position_embeddings=converted.max_position_embeddings,
         rms_norm_eps=converted.rms_norm_eps,
         rope_parameters=converted.rope_parameters,
         attention_bias=converted.qkv_bias,
@@ -344,8 +345,16 @@ def _write_tensors(
             tensors, result = _convert_layer(converter, converted, healer, layer)
         assert tensors.keys() == set(names), f"converted, but not planned or the reverse: {tensors.keys() ^ names}"
         for name in names:
-            writer.add(name, tensors[name].cpu().to(planned[name].dtype))
+            writer.add(name, _cast(name, tensors[name].cpu(), planned[name].dtype))
         partial.finish(part, result)
+
+
+def _cast(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The tensor in the type that is written. Raises UserError for what float16 has no room for."""
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and not cast.isfinite().all():
+        raise UserError(f"{name}: has values beyond float16's largest, {torch.finfo(dtype).max:g}; give another dtype")
+    return cast
 
 
 def _attention(layer: int) -> str:

@@ -82,26 +82,32 @@ FAMILIES = {
     "llama": Family(),
     "qwen2": Family(
         qkv_bias=True, output_bias=False, mlp_bias=False, windows="use_sliding_window",
-        windowed_layers="max_window_layers", defaults={"max_window_layers": 28, "sliding_window": 4096},
+        windowed_layers="max_window_layers",
+        defaults={"max_window_layers": 28, "sliding_window": 4096, "max_position_embeddings": 32768},
     ),
     "qwen3": Family(
         mlp_bias=False, qk_norm=True, windows="use_sliding_window", windowed_layers="max_window_layers",
-        defaults={"max_window_layers": 28, "sliding_window": 4096, "head_dim": 128},
+        defaults={
+            "max_window_layers": 28, "sliding_window": 4096, "head_dim": 128, "max_position_embeddings": 32768,
+        },
     ),
     "mistral": Family(
         qkv_bias=False, output_bias=False, mlp_bias=False, windows=True, windowed_layers="all",
-        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
     ),
     "smollm3": Family(
         windows="use_sliding_window", windowed_layers="no_rope_layers", no_rope_layers=True,
-        defaults={"no_rope_layer_interval": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+        defaults={
+            "no_rope_layer_interval": 4, "rope_theta": 2e6, "tie_word_embeddings": True, "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+        },
     ),
     "mixtral": Family(
         qkv_bias=False, output_bias=False, mlp_bias=False, windows=True, windowed_layers="all",
         experts=MIXTRAL_EXPERTS, converted="mha2mla_mixtral",
         defaults={
             "num_key_value_heads": 8, "rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_local_experts": 8,
-            "num_experts_per_tok": 2,
+            "num_experts_per_tok": 2, "max_position_embeddings": 131072,
         },
     ),
     "qwen3_moe": Family(
@@ -109,7 +115,7 @@ FAMILIES = {
         experts=QWEN3_EXPERTS, converted="mha2mla_qwen3_moe",
         defaults={
             "num_key_value_heads": 4, "sliding_window": 4096, "moe_intermediate_size": 768, "num_local_experts": 128,
-            "num_experts_per_tok": 8,
+            "num_experts_per_tok": 8, "max_position_embeddings": 32768,
         },
     ),
     MLA_MODEL_TYPE: CONVERTED,

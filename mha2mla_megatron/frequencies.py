@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Those whose frequencies do not depend on the sequence's length."""
-FACTOR_TYPES = ("yarn", "longrope")
-"""Those that scale cos and sin as well."""
 
 
 def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
@@ -39,9 +37,9 @@ def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
 def attention_factor(architecture: Architecture) -> float:
     """What transformers multiplies cos and sin by, and so the scores of rotated dims twice; 1 for most models.
 
-    Raises UserError where the config's rotary parameters give none.
+    Raises UserError where the config's rotary parameters give none, or are not those of a kind that transformers knows.
     """
-    if architecture.rope_parameters["rope_type"] not in FACTOR_TYPES:
+    if architecture.rope_parameters["rope_type"] == "default":
         return 1.0
     factor = _rotary_embedding(architecture).attention_scaling
     if not isinstance(factor, int | float) or not 0 < factor < float("inf"):

@@ -172,4 +172,7 @@ def _uniform(values: _Values, step: int, head_dim: int) -> PartialRopeConfig:
 
 
 def _low_rank(values: _Values, method: str, groups: int) -> LowRankConfig:
-    return LowRankConfig(method=method, kv_lora_rank=values.number("low_rank") * groups)
+    rank = values.number("low_rank")
+    if rank == 0:
+        raise UserError(f"{values.source}.low_rank: {values.values.get('low_rank')!r}; latents have a rank from 1 on")
+    return LowRankConfig(method=method, kv_lora_rank=rank * groups)

@@ -92,4 +92,19 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         known = ", ".join(str(k) for k in parent) if OmegaConf.is_dict(parent) else ""
         if known and "not in" in str(error):
             raise UserError(f"{source}: unknown key '{key}'; known here: {known}") from None
+        group = _group_as_value(base, update)
+        if group is not None:
+            raise UserError(f"{source}: {group} is a group of settings, given as {group}.KEY=VALUE") from None
         raise UserError(f"{source}: {key}: {first_line(error)}") from None
+
+
+def _group_as_value(base: Any, update: Any, prefix: str = "") -> str | None:
+    """The first dotted key to which `update` gives a value, but which in `base` is a group of settings."""
+    for key in update if OmegaConf.is_dict(update) else ():
+        if not OmegaConf.is_dict(base.get(key)):
+            continue
+        if not OmegaConf.is_dict(update[key]):
+            return f"{prefix}{key}"
+        if (found := _group_as_value(base[key], update[key], f"{prefix}{key}.")) is not None:
+            return found
+    return None

@@ -55,6 +55,7 @@ def test_words_are_told_apart() -> None:
         (["a"], "2 positional word(s) needed, 1 given; usage: tool.py IN OUT"),
         (["a", "b", "c"], "2 positional word(s) needed, 3 given"),
         (["a", "b", "--window=3"], "'--window=3': there are no dashed options"),
+        (["a", ""], "an empty word among the arguments; usage: tool.py IN OUT"),
         (["a", "b", "config="], "config=FILE.yaml"),
         (["a", "b", "config=1.yaml", "config=2.yaml"], "once"),
     ],

@@ -342,7 +342,10 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, folders: dict[str, Pat
     assert "max_shard_size" in refused(
         "convert_megatron_to_hf", folders["original-megatron"], back, "max_shard_size=big"
     )
-    assert "config.json" in refused("convert_hf_to_megatron", folders["original-megatron"], back)
+    assert "tools/convert_megatron_to_hf.py" in refused("convert_hf_to_megatron", folders["original-megatron"], back)
+    step = iteration_folder(folders["original-megatron"], 0)
+    assert "a file, not a Megatron" in refused("convert_megatron_to_hf", step / "metadata.json", back)
+    assert "iteration=3" in refused("convert_megatron_to_hf", step, back, "iteration=3")
     assert list(tmp_path.iterdir()) == []
 
 

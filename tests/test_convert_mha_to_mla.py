@@ -58,13 +58,27 @@ EXACT = [
 
 
 @pytest.mark.parametrize("words", EXACT, ids=["none", "joint", "split", "value"])
-@pytest.mark.parametrize("variant", ["gqa-tied", "mha-untied-biased", "sharded", "llama3-rope", "yarn"])
+@pytest.mark.parametrize(
+    "variant", ["gqa-tied", "mha-untied-biased", "sharded", "llama3-rope", "yarn", "linear", "dynamic", "longrope"]
+)
 def test_full_rope_and_full_rank_equal_the_original(tmp_path: Path, words: list[str], variant: str) -> None:
     changes: dict = {
         "gqa-tied": {},
         "mha-untied-biased": {"groups": 4, "tied": False, "bias": True, "mlp_bias": True},
         "sharded": {"max_shard_size": "60KB"},
         "yarn": {"rope_parameters": YARN},
+        "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}},
+        # Of more tokens than the model is made for, on which the frequencies depend.
+        "dynamic": {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0},
+            "max_position_embeddings": 8,
+        },
+        "longrope": {
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0, "short_factor": [1.0] * 8,
+                "long_factor": [3.0] * 8, "original_max_position_embeddings": 8,
+            }
+        },
         "llama3-rope": {
             "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -274,6 +288,28 @@ def test_dtype_and_shards(tmp_path: Path, tiny_llama: Path) -> None:
     assert AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype == torch.bfloat16
 
 
+def test_what_float16_cannot_hold_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    _rewrite_tensors(source, lambda t: t["model.layers.2.mlp.up_proj.weight"][0, 0].fill_(65520.0))
+    words = ["partial_rope.strategy=full", "dtype=float16"]
+    line = refused("convert_mha_to_mla", source, tmp_path / "mla", *words)
+    assert "model.layers.2.mlp.up_proj.weight" in line and "65504" in line
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+
+
+def test_keys_and_values_of_zero_lose_nothing(tmp_path: Path, tiny_llama: Path) -> None:
+    """As of a layer that was pruned away; a relative error of 0 / 0 would be no JSON."""
+    source = shutil.copytree(tiny_llama, tmp_path / "source")
+    _rewrite_tensors(source, lambda t: [t[f"model.layers.1.self_attn.{k}_proj.weight"].zero_() for k in "kv"])
+    words = ["partial_rope.qk_rope_head_dim=8", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
+    convert(source, tmp_path / "mla", *words)
+    report = json.loads((tmp_path / "mla" / "conversion_report.json").read_text())
+    assert [(layer["key_error"] > 0, layer["value_error"] > 0) for layer in report["layers"]] == [
+        (True, True), (False, False), (True, True)
+    ]  # fmt: skip
+    assert report["layers"][1]["key_error"] == report["layers"][1]["value_error"] == 0
+
+
 def test_hub_id_from_the_offline_cache(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "hub" / "models--someone--tiny"
     (cache / "refs").mkdir(parents=True)
@@ -339,6 +375,9 @@ BAD_SETTINGS = {
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
     "ckpt_format": (["ckpt_format=megatron"], ["ckpt_format", "megatron", "hf, torch_dist"]),
     "shard size": (["max_shard_size=big"], ["max_shard_size", "big"]),
+    "device": (["device=meta"], ["device", "meta", "cpu, cuda"]),
+    "group as value": (["low_rank=joint"], ["low_rank is a group", "low_rank.KEY=VALUE"]),
+    "folder for statistics": (["statistics=/"], ["/: a folder, not a file"]),
 }
 
 
@@ -379,8 +418,22 @@ BAD_MODELS = {
         lambda f: _rewrite_config(f, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}),
         ["rope_parameters", "yarn", "factor"],
     ),
+    "unknown scaling": (
+        lambda f: _rewrite_config(f, rope_parameters={"rope_type": "spiral", "rope_theta": 1e4}),
+        ["rope_parameters", "spiral"],
+    ),
+    "linear scaling without a factor": (
+        lambda f: _rewrite_config(f, rope_parameters={"rope_type": "linear", "rope_theta": 1e4}),
+        ["rope_parameters", "linear", "factor"],
+    ),
     "other activation": (lambda f: _rewrite_config(f, hidden_act="gelu"), ["hidden_act", "gelu", "silu"]),
     "quantised": (lambda f: _rewrite_config(f, quantization_config={"bits": 4}), ["quantization_config"]),
+    "GPTQ of old": (lambda f: (f / "quantize_config.json").write_text("{}"), ["quantize_config.json", "gptq"]),
+    "AWQ of old": (lambda f: (f / "quant_config.json").write_text("{}"), ["quant_config.json", "awq"]),
+    "Megatron checkpoint": (
+        lambda f: (f / "config.json").rename(f / "latest_checkpointed_iteration.txt"),
+        ["no config.json", "tools/convert_megatron_to_hf.py"],
+    ),
     "huge": (lambda f: _rewrite_config(f, hidden_size=10**12), ["hidden_size"]),
     "negative": (lambda f: _rewrite_config(f, num_hidden_layers=-1), ["num_hidden_layers", "-1"]),
     "truncated": (_truncate, ["model.safetensors", "truncated"]),
@@ -396,6 +449,10 @@ BAD_MODELS = {
     "mis-shaped tensor": (
         lambda f: _rewrite_tensors(f, lambda t: t.update({"model.norm.weight": torch.zeros(7)})),
         ["model.norm.weight", "(7,)", "(64,)"],
+    ),
+    "NaN": (
+        lambda f: _rewrite_tensors(f, lambda t: t["model.layers.1.self_attn.k_proj.weight"][1, 2].fill_(torch.nan)),
+        ["model.layers.1.self_attn.k_proj.weight", "not finite"],
     ),
 }
 

@@ -21,6 +21,8 @@ from mha2mla_megatron.checkpoint.megatron import iteration_folder
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.families import FAMILIES as TABLE
+from mha2mla_megatron.families import is_converted
 from mha2mla_megatron.hf.experts_mha2mla import MHA2MLAMixtralForCausalLM, MHA2MLAQwen3MoeForCausalLM
 from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
 from mha2mla_megatron.model.parallel import ParallelConfig, check_layout, initialize_parallel
@@ -379,6 +381,15 @@ def test_calibration_is_autograd_on_the_whole_model(
 
 
 REAL = {
+    "llama-3.1-8b": dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False,
+    ),
+    "qwen2.5-7b": dict(
+        model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+        num_attention_heads=28, num_key_value_heads=4, use_sliding_window=False, sliding_window=131072,
+        tie_word_embeddings=False,
+    ),
     "qwen3-0.6b": dict(
         model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
         num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
@@ -486,6 +497,18 @@ def test_bad_configs_are_refused(case: str) -> None:
     name, changes, named = BAD_CONFIGS[case]
     with pytest.raises(UserError, match=named):
         parse_architecture({**config_of(name), **changes}, "test")
+
+
+@pytest.mark.parametrize("model_type", [name for name in TABLE if not is_converted(name)])
+def test_what_config_json_leaves_out_is_what_transformers_takes(model_type: str) -> None:
+    """Of the keys that transformers has a default for, but for sizes that no model leaves out."""
+    sizes = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "model_type"}
+    config = dict(hidden_size=128, intermediate_size=96, num_hidden_layers=8, num_attention_heads=32, vocab_size=256)
+    values = AutoConfig.for_model(model_type, **config, num_key_value_heads=16, max_position_embeddings=77).to_dict()
+    for key in values.keys() - sizes:
+        rest = {name: value for name, value in values.items() if name != key}
+        expected = AutoConfig.for_model(model_type, **{k: v for k, v in rest.items() if k != "model_type"}).to_dict()
+        assert parse_architecture(rest, key) == parse_architecture(expected, key), key
 
 
 def test_context_parallel_windows_are_refused() -> None:

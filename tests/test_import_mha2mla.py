@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str], list[str]]] = {
     "too many pairs": ("high", _change("RoPE", top_k_rope_dim=9), [], ["18 rotated dims of 16"]),
     "no number": ("high", _change("RoPE", top_k_rope_dim="3"), [], ["top_k_rope_dim", "'3'"]),
     "method 9": ("high", _change("SVD", method=9), [], ["SVD.method: 9"]),
-    "no rank": ("high", _change("SVD", low_rank=0), [], ["kv_lora_rank: 0"]),
+    "no rank": ("high", _change("SVD", low_rank=0), [], ["config.json: SVD.low_rank: 0"]),
     "other rank": ("high", _change("SVD", low_rank=6), [], ["W_up_k.weight has shape (20, 14)", "(20, 12)"]),
     "auto-encoder": ("high", _change(None, AE={"version": 2}), [], ["AE is set"]),
     "latent bias": ("high", _change(None, attention_bias=True), [], ["attention_bias=true"]),

@@ -232,6 +232,34 @@ def test_an_old_target_stays_until_the_new_one_is_complete(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("route", ALIKE)
+def test_a_target_that_holds_the_source_is_refused(inputs: Inputs, tmp_path: Path, route: str) -> None:
+    """What replaces it would delete the source, also where it has another name through a link."""
+    tool, source, _, *words = inputs.command(route, tmp_path / "out")
+    copy = shutil.copytree(source, tmp_path / "models" / "source")
+    (tmp_path / "link").symlink_to(tmp_path / "models")
+    before = contents(tmp_path / "models")
+    for target in (copy, copy.parent, tmp_path / "link"):
+        assert "which is read" in refused(tool, copy, target, *words, "overwrite=true")
+        assert "which is read" in refused(tool, tmp_path / "link" / "source", target, *words, "overwrite=true")
+    assert contents(tmp_path / "models") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"models", "link"}
+    run_tool(tool, copy, copy / "out", *words)  # the other way round nothing is lost
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_linked_target_is_what_it_points_to(inputs: Inputs, unbroken: Files, tmp_path: Path, exists: bool) -> None:
+    """And stays a link: it is how a large folder is had on another disk."""
+    (tmp_path / "disk").mkdir()
+    if exists:
+        (tmp_path / "disk" / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "out")
+    run_tool(*inputs.command("hf_to_megatron", tmp_path / "link"))
+    assert (tmp_path / "link").is_symlink()
+    assert contents(tmp_path / "disk" / "out") == unbroken("hf_to_megatron")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+
+
 def test_an_interrupt_comes_too_late_once_the_name_is_given(
     inputs: Inputs, unbroken: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -156,7 +156,7 @@ def test_damage_in_a_checkpoint_is_found(models: Path, tmp_path: Path) -> None:
     content = bytearray(data.read_bytes())
     content[info.offset + info.length // 2] ^= 4
     data.write_bytes(content)
-    code, out, report = verify(models / "mla", copy, tmp_path, f"text={models / 'text.txt'}")
+    code, out, report = verify(models / "mla", copy, tmp_path, f"text={models / 'text.txt'}", f"window={WINDOW}")
     assert code == 1 and failed(report) == ["readable"] and "checksum" in out, out
     assert not report["checks"][-1]["done"]
 
@@ -209,6 +209,20 @@ def test_bad_input_is_refused(models: Path, case: str) -> None:
     assert named in refused("verify_conversion", models / "original", *(word.format(models=models) for word in words))
 
 
+def test_a_text_that_does_not_fit_is_refused_before_the_weights_are_read(models: Path, tmp_path: Path) -> None:
+    """Of a large model they take minutes."""
+    words = [models / "original", models / "mla", f"text={models / 'text.txt'}", f"output={tmp_path / 'r.json'}"]
+    done = run_tool("verify_conversion", *words, "window=100", "max_windows=1000", check=False)
+    assert done.returncode == 0 and "verifying" in done.stderr
+    done = run_tool("verify_conversion", *words, "window=100000", check=False)
+    assert done.returncode == 2 and "window" in done.stderr and "verifying" not in done.stderr
+
+
+def test_nothing_compared_is_not_called_equal(models: Path, tmp_path: Path) -> None:
+    code, out, _ = verify(models / "original", models / "original-megatron" / "hf", tmp_path)
+    assert code == 1 and "readable    FAILED" in out and "equal       -" in out
+
+
 TOOLS = {
     "convert_mha_to_mla": ["{model}", "out"],
     "convert_hf_to_megatron": ["{model}", "out"],
@@ -227,7 +241,9 @@ def test_adapters_and_quantised_weights_are_refused_by_name(models: Path, tmp_pa
     (adapter := tmp_path / "model").mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "x"}))
     line = refused(tool, *words)
-    assert "adapter_config.json" in line and "merge_and_unload()" in line and str(adapter) in line
+    assert (
+        "adapter_config.json" in line and "merge_and_unload()" in line and str(adapter) in line and "tokenizer" in line
+    )
     shutil.rmtree(adapter)
     shutil.copytree(models / "original", adapter)
     for method in ("gptq", "awq", "bitsandbytes", "fp8"):

@@ -219,7 +219,7 @@ def model_fingerprint(reader: HFReader, architecture: Architecture) -> str:
 
 def _open(file: Path) -> Any:
     if not file.is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

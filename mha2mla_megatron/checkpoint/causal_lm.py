@@ -21,7 +21,9 @@ def pick_device(device: str) -> torch.device:
     try:
         picked = torch.device(device)
     except RuntimeError:
-        raise UserError(f"device: unknown value '{device}'; valid: auto, cpu, cuda, cuda:N") from None
+        picked = None
+    if picked is None or picked.type not in ("cpu", "cuda"):
+        raise UserError(f"device: unknown value '{device}'; valid: auto, cpu, cuda, cuda:N")
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device={device}: there are {torch.cuda.device_count()} GPUs here")
     return picked

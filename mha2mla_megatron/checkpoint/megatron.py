@@ -104,7 +104,11 @@ def locate_checkpoint(path: Path, iteration: int | str | None = None) -> tuple[P
     Raises UserError naming what is missing.
     """
     if (path / "metadata.json").exists():
+        if iteration is not None:
+            raise UserError(f"iteration={iteration}: {path} is one step; give its root to choose one")
         root, step = path.resolve().parent, path
+    elif path.is_file():
+        raise UserError(f"{path}: a file, not a Megatron checkpoint")
     else:
         root = path
         number = read_latest(root) if iteration is None else _step_number(root, iteration)

@@ -301,10 +301,10 @@ def resumable_folder(
     what: the conversion's `identity`. ranks: those that work into it, each in a block of its own. Only a UserError that
     would come again removes the folder.
 
-    Raises UserError if `target` exists, is not empty and `overwrite` is false, or cannot be written, or the disk fills
-    up, and for ranks on several machines.
+    Raises UserError if `target` exists, is not empty and `overwrite` is false, or holds an input, or cannot be written,
+    or the disk fills up, and for ranks on several machines.
     """
-    target = Path(os.path.abspath(target))
+    target = Path(os.path.realpath(target))  # of a link, what it points to, and so on the disk that is meant
     here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if here != ranks.world:  # several machines need not see one file alike while all of them write it
         raise UserError(f"{ranks.world} processes, {here} of them on this machine: a conversion runs on one")
@@ -318,6 +318,7 @@ def resumable_folder(
 
     def open_first() -> None:
         _check_target(target, overwrite)
+        _check_inputs(target, what["inputs"])
         open_folder()
 
     try:
@@ -352,6 +353,13 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UserError(f"{target}: exists and is not a folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target}: exists and is not empty; give overwrite=true to replace it")
+
+
+def _check_inputs(target: Path, inputs: Iterable[str]) -> None:
+    """Raise UserError where replacing the target would delete what is read."""
+    for name in inputs:
+        if Path(os.path.realpath(os.path.dirname(name))).is_relative_to(target):
+            raise UserError(f"{target}: holds {name}, which is read; give a DST that holds none of the inputs")
 
 
 @contextmanager

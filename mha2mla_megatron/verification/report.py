@@ -13,6 +13,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
 from mha2mla_megatron.checkpoint.convert_hf_megatron import ToHFSettings, megatron_to_hf
 from mha2mla_megatron.checkpoint.either import MegatronTensors, ModelTensors, model_tensors
@@ -91,15 +93,16 @@ def verify_conversion(a: str, b: str, settings: VerifySettings) -> Report:
     with new_files(outputs, overwrite=True) as scratch:
         content = None if settings.text is None else read_text(Path(settings.text))
         sides = {"A": model_tensors(a), "B": model_tensors(b)}
+        windows = None if content is None else _windows(sides, content, settings)
         weights = WeightChecks(*sides.values())
         weights.run()
         output, found = Check("output", done=False), None
-        if content is None:
+        if windows is None:
             output.detail = "give text=FILE to run both models"
         elif not weights.runnable:
             output.detail = "a model cannot be run"
         else:
-            found = _run_both(sides, content, settings)
+            found = _run_both(sides, windows, settings)
             _judge(output, found, settings, SAME_KL if weights.same_form and _one_type(weights) else math.inf)
         report = Report(_describe(a, sides["A"]), _describe(b, sides["B"]), _relation(sides), weights.checks, found)
         report.checks.append(output)
@@ -146,10 +149,9 @@ def _one_type(weights: WeightChecks) -> bool:
     return len(weights.types["A"] | weights.types["B"]) == 1
 
 
-def _run_both(sides: dict[str, ModelTensors], content: str, settings: VerifySettings) -> Agreement:
-    """Both models on the same windows of the text."""
+def _windows(sides: dict[str, ModelTensors], content: str, settings: VerifySettings) -> torch.Tensor:
+    """The text in the tokens of both models, int64 [w, t]. Raises UserError where one of them cannot take it."""
     assert settings.text is not None
-    device = pick_device(settings.device)
     run = PerplexitySettings(
         window=settings.window, max_windows=settings.max_windows, dtype=settings.dtype, device=settings.device
     )
@@ -157,6 +159,12 @@ def _run_both(sides: dict[str, ModelTensors], content: str, settings: VerifySett
     windows = cut_windows(content, folders, Path(settings.text), run)
     for label, folder in folders.items():
         check_config(label, folder, windows, run)
+    return windows
+
+
+def _run_both(sides: dict[str, ModelTensors], windows: torch.Tensor, settings: VerifySettings) -> Agreement:
+    """Both models on the same windows, int64 [w, t]."""
+    device, folders = pick_device(settings.device), {label: side.hf for label, side in sides.items()}
     with tempfile.TemporaryDirectory() as scratch:
         for label, side in sides.items():
             if isinstance(side, MegatronTensors):

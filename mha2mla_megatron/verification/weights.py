@@ -79,6 +79,7 @@ class WeightChecks:
             self._pairs(label)
         self.readable.detail = ", ".join(f"{label} {len(names)} tensors" for label, names in self.usable.items())
         self.dtypes.detail = "; ".join(f"{label} {_list(types)}" for label, types in self.types.items())
+        self.equal.done = self.compared > 0
         self.equal.detail = f"{self.compared} tensors, bit by bit{note}"
         self.conversion.done = bool(converted)
         self.conversion.detail = (

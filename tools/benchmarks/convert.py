@@ -31,7 +31,7 @@ import torch
 
 from mha2mla_megatron.architecture import parse_architecture
 from mha2mla_megatron.checkpoint.hf import HFWriter, write_config
-from mha2mla_megatron.checkpoint.resume import resumable_folder
+from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.convert import CKPT_FORMATS, converted_config
@@ -176,7 +176,7 @@ def make_model(settings: ConvertBenchmarkSettings, target: Path, converted: bool
         name: torch.empty(shape, dtype=torch.int64 if name.endswith("rope_pairs") else pool.dtype, device="meta")
         for name, shape in shapes.items()
     }
-    with resumable_folder(target, False, {"settings": dataclasses.asdict(settings), "converted": converted}) as partial:
+    with resumable_folder(target, False, identity(f"random, converted={converted}", settings, [])) as partial:
         writer = HFWriter(partial, planned, 5 * 10**9)
         for i, (name, tensor) in enumerate(planned.items()):
             if name.endswith("rope_pairs"):
