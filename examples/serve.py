@@ -162,9 +162,16 @@ def make_engine(model: str, settings: Settings) -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(
             model, trust_remote_code=True, dtype=settings.dtype, attn_implementation="sdpa"
         )
+    except Exception as error:  # a damaged file raises whatever its reader happens to do with it
+        raise UserError(f"{model}: cannot be loaded ({first_line(error)})") from None
+    try:
         return Engine(loaded.to(device).eval(), tokenizer, settings.slots, settings.max_length, settings.queue)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{model}: {next(iter(str(error).strip().splitlines()), type(error).__name__)}") from None
+    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise UserError(f"{model}: {first_line(error)}") from None
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 if __name__ == "__main__":

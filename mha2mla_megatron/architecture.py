@@ -13,10 +13,7 @@ from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.experts import Experts, read_experts
 from mha2mla_megatron.families import FAMILIES, flag, is_converted, layers_with_window, layers_without_rope
 from mha2mla_megatron.files import read_json_object
-from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, LatentLayout, biased_projections
-
-MAX_LAYERS = 1 << 14
-"""Far more than any model has, and few enough to list their tensors."""
+from mha2mla_megatron.hf.layout_mha2mla import MAX_DIMENSION, MAX_LAYERS, LatentLayout, biased_projections
 
 READERS_OF_OTHERS = {
     "model_config.json": "tools/import_mha2mla.py reads nanotron's",

@@ -89,6 +89,22 @@ def local(folder: Path, rows: list[dict[str, Any]], task: str = "piqa_cf") -> Pa
     return folder
 
 
+OTHER_ROWS: list[tuple[str, dict[str, Any], str]] = [
+    ("piqa_cf", {"goal": "a", "sol1": "b", "sol2": "c", "label": 2}, "'label' is 2, not the number of a choice, 0"),
+    ("piqa_cf", {"goal": 7, "sol1": "b", "sol2": "c", "label": 1}, "'goal' is a int, not a string"),
+    (
+        "winogrande_cf",
+        {"sentence": "a _ b", "option1": "c", "option2": "d", "answer": "0"},
+        "'answer' is '0', not the number of a choice, 1 to 2",
+    ),
+    ("arc_challenge_cf", {"question": "a", "choices": [1, 2], "gold": 1}, "'choices' is not a list of one string"),
+    ("arc_easy_cf", {"question": "a", "choices": NESTED, "answerKey": 2}, "'answerKey' is a int, not a string"),
+    ("arc_easy_cf", {"question": "a", "choices": {**NESTED, "text": ["b"]}, "answerKey": "B"}, "'answerKey' is 'B'"),
+    ("triviaqa_em", {"question": "a", "answer": {"aliases": []}}, "answer: 'aliases' is not a list"),
+]
+"""A task, a row of another form after a good one, and what is said of it."""
+
+
 def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, out = make_llama(tmp_path / "model"), tmp_path / "out"
     data = local(tmp_path / "data", [{"goal": "a", "sol1": "b", "label": 0}])
@@ -105,6 +121,16 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "evaluate_lighteval", model, out, "tasks=[piqa_cf]",
         f"data={local(tmp_path / 'more', [{'goal': 'a', 'sol1': 'b', 'sol2': 'c', 'label': ''}])}",
     )  # fmt: skip
+    row: dict[str, Any]
+    for number, (task, row, message) in enumerate(OTHER_ROWS):
+        good = next(good for name, good, _ in BY_HAND if name == task)
+        folder = local(tmp_path / f"other{number}", [good, row], task)
+        found = refused("evaluate_lighteval", model, out, f"tasks=[{task}]", f"data={folder}")
+        assert f".jsonl, line 2: {message}" in found, found
+    assert "validation.jsonl: holds no rows" in refused(
+        "evaluate_lighteval", model, out, "tasks=[piqa_cf]", f"data={local(tmp_path / 'empty', [])}"
+    )
+    assert "tasks: an empty list" in refused("evaluate_lighteval", model, out, "tasks=[]")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     assert "lighteval is not installed: pip install" in refused("evaluate_lighteval", model, out, "tasks=[piqa_cf]")
     assert not out.exists()

@@ -303,6 +303,9 @@ def test_refusals(tmp_path: Path, model: Path, data: Path) -> None:
     assert "chat=true, but its tokenizer has no chat template" in line("chat=true", folder=bare)
     assert "max_tokens: 1 is too small" in line("max_tokens=1")
     assert "cache: unknown value 'int3'" in line("cache=int3")
+    assert "tasks: an empty list" in line("tasks=[]")
+    assert "'group_size' is given, but no quantised cache is asked for" in line("cache_options.group_size=4")
+    assert "nbits is a part of the cache's name" in line("cache=int4", "cache_options.nbits=8")
     assert not (tmp_path / "out").exists()
 
     run_tool("evaluate_longbench", model, data, tmp_path / "out", "max_tokens=60", "tasks=[trec]")

@@ -143,7 +143,7 @@ def test_choices_leave_no_trace(models: tuple[Path, Path], filler: Path, kind: s
     maker, _ = make_maker(models[0], filler)
     question = maker.make(300, 0.5, 0)
     model = AutoModelForCausalLM.from_pretrained(models[1], trust_remote_code=True)
-    settings = NeedleSettings(cache_options={} if kind == "full" else {"residual_length": 2})
+    settings = NeedleSettings(caches=[kind], cache_options={} if kind == "full" else {"residual_length": 2})
 
     def score(choices: list[list[int]]) -> list[float]:
         return answer("m", model, kind, question._replace(choices=choices), settings)[0]

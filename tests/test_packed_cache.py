@@ -149,13 +149,32 @@ def test_bytes_are_the_formula(method: str, bits: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"max_cache_len": 0}, "max_cache_len: 0"), ({"nbits": 3}, "nbits: 3"), ({"backend": "quanto"}, "static, but")],
-    ids=["length", "nbits", "backend"],
+    [
+        ({"max_cache_len": 0}, "max_cache_len: 0"),
+        ({"max_cache_len": 19}, "max_cache_len: 19 tokens fit, but prompt and answer may take 20"),
+        ({"nbits": 3}, "nbits: 3"),
+        ({"backend": "quanto"}, "static, but"),
+    ],
+    ids=["length", "room", "nbits", "backend"],
 )
 def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         make_model().generate(TOKENS, cache_implementation="quantized", cache_config={**STATIC, **settings}, **GREEDY)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_does_not_fit_is_refused_before_it_is_written() -> None:
+    """A cache made by hand, full to the last token, and one token more; rolling back."""
+    model = make_model()
+    tokens = 12 + GREEDY["max_new_tokens"] - 1
+    model.generate(TOKENS, past_key_values=model.static_latent_cache(tokens), **GREEDY)
+    small = model.static_latent_cache(tokens - 1)
+    with pytest.raises(ValueError, match="max_cache_len: 19 tokens fit"):
+        model.generate(TOKENS, past_key_values=small, **GREEDY)
+    assert small.nbytes == 0
+    options: dict[str, Any] = dict(cache_implementation="quantized", cache_config=dict(STATIC), **GREEDY)
+    with pytest.raises(ValueError, match="crop: a latent cache of fixed size cannot remove tokens"):
+        model.generate(TOKENS[:1], prompt_lookup_num_tokens=3, **options)
 
 
 @pytest.mark.parametrize("element_size", [2, 4])

@@ -184,6 +184,19 @@ def test_generate_in_8_bits_equals_full_precision(method: str, mode: str) -> Non
     assert config == {"backend": "latent", **settings}
 
 
+def test_assistant_with_a_cache_of_its_own() -> None:
+    """Another model's guesses are mostly wrong; both models' caches are made by generate and cropped after each."""
+    model, assistant = make_model(r=PER_LAYER), make_model("split", 0)
+    config = {"backend": "latent", "nbits": 8, "rope_nbits": 16, **SMALL}
+    options = {**GREEDY, "max_new_tokens": 20}
+    tokens = model.generate(
+        TOKENS[:1], assistant_model=assistant, cache_implementation="quantized", cache_config=config, **options
+    )
+    assert tokens.tolist() == model.generate(TOKENS[:1], **options).tolist()
+    with pytest.raises(ValueError, match="Passing both"):
+        model.generate(TOKENS, cache_implementation="quantized", past_key_values=model.latent_cache(), **options)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_models(dtype: torch.dtype) -> None:
     """Values come back in the model's type, and in 8 bits as near as its own rounding."""
@@ -365,3 +378,5 @@ def test_evaluation_refuses(converted: Path) -> None:
     assert "not that of a model converted" in refused("evaluate_perplexity", converted / "original", text, *words)
     assert "group_size: 6" in refused("evaluate_perplexity", mla, text, *words, "cache_options.group_size=6")
     assert "'bits'" in refused("evaluate_perplexity", mla, text, *words, "cache_options.bits=6")
+    assert "nbits is a part" in refused("evaluate_perplexity", mla, text, *words, "cache_options.nbits=8")
+    assert "no quantised cache" in refused("evaluate_perplexity", mla, text, "cache_options.group_size=8")

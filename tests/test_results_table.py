@@ -22,6 +22,21 @@ def longbench(folder: Path, model: str, scores: dict[str, list[float]], data: st
     return folder
 
 
+def details(folder: Path, time: str, task: str, values: list[dict[str, Any]]) -> Path:
+    """Details as lighteval 0.13 writes them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows: list[dict[str, Any]] = [
+        {"doc": {"id": str(row), "query": f"q{row}", "choices": ["x"]}, "metric": value, "model_response": {"text": []}}
+        for row, value in enumerate(values)
+    ]
+    file = folder / "details" / "some" / "model" / time / f"details_{task}|0_{time}.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    return folder
+
+
 def cells(table: str) -> dict[str, list[str]]:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return {row[0]: row[1:] for row in rows}
@@ -71,24 +86,7 @@ def test_choices_runs(tmp_path: Path) -> None:
 
 
 def test_lighteval_runs(tmp_path: Path) -> None:
-    """Details as lighteval 0.13 writes them: the newest of a task, rows told apart by number and query."""
-    import pyarrow
-    import pyarrow.parquet
-
-    def details(folder: Path, time: str, task: str, values: list[dict[str, int]]) -> Path:
-        rows: list[dict[str, Any]] = [
-            {
-                "doc": {"id": str(row), "query": f"q{row}", "choices": ["x"]},
-                "metric": value,
-                "model_response": {"text": []},
-            }
-            for row, value in enumerate(values)
-        ]
-        file = folder / "details" / "some" / "model" / time / f"details_{task}|0_{time}.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
-        return folder
-
+    """The newest details of a task, rows told apart by number and query."""
     a, b = tmp_path / "a", tmp_path / "b"
     details(a, "2026-01-01T00-00-00.0", "piqa_cf", [{"acc": 0, "acc_norm": 0}] * 3)
     details(a, "2026-01-02T00-00-00.0", "piqa_cf", [{"acc": 1, "acc_norm": 0}, {"acc": 0, "acc_norm": 1}] * 2)
@@ -104,6 +102,17 @@ def test_lighteval_runs(tmp_path: Path) -> None:
     assert found["Average of 2"][0].startswith("50.00 ± ") and found["Average of 1"][1].startswith("100.00")
 
 
+def test_names_in_latex(tmp_path: Path) -> None:
+    run_tool("results_table", longbench(tmp_path / "a", "m", {"lcc": [1.0]}), r"names=['~a^b\c']",
+             f"latex={tmp_path / 't.tex'}")  # fmt: skip
+    assert r" & \textasciitilde{}a\textasciicircum{}b\textbackslash{}c \\" in (tmp_path / "t.tex").read_text()
+
+
+def test_no_average_of_acc_alone(tmp_path: Path) -> None:
+    found = cells(run_tool("results_table", details(tmp_path, "2026", "piqa_cf", [{"acc": 1}])).stdout)
+    assert list(found) == ["", "---", "piqa_cf acc"]
+
+
 def test_refusals(tmp_path: Path) -> None:
     a = longbench(tmp_path / "a", "orig", {"lcc": [1.0, 2.0]})
     b = longbench(tmp_path / "b", "mla", {"lcc": [1.0, 2.0, 3.0]})
@@ -116,6 +125,16 @@ def test_refusals(tmp_path: Path) -> None:
     assert "no results here" in refused("results_table", tmp_path / "none")
     (tmp_path / "x.json").write_text('{"results": [{"perplexity": 3}]}')
     assert "x.json: not results of evaluate_choices.py" in refused("results_table", tmp_path / "x.json")
+    (tmp_path / "x.json").write_text('{"results": []}')
+    for empty in (tmp_path / "x.json", longbench(tmp_path / "e", "m", {}), longbench(tmp_path / "f", "m", {"lcc": []})):
+        assert f"{empty}: holds no scores" in refused("results_table", empty)
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    assert "x.json: not results of" in refused("results_table", tmp_path / "x.json")
+    for number, rows in enumerate(([{"acc": None}], [{"acc": "x"}])):
+        wrong = details(tmp_path / f"wrong{number}", "2026", "piqa_cf", rows)
+        assert "details_piqa_cf|0_2026.parquet: not details of lighteval" in refused("results_table", wrong)
+    next(wrong.glob("**/*.parquet")).write_bytes(b"cut short")
+    assert "details_piqa_cf|0_2026.parquet: not details of lighteval" in refused("results_table", wrong)
     (tmp_path / "d" / "details").mkdir(parents=True)
     assert "holds no details of rows; lighteval writes them with --save-details" in refused(
         "results_table", tmp_path / "d"

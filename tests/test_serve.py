@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -347,7 +348,9 @@ BAD: dict[str, tuple[str, Any, int, str]] = {
     "not JSON": (COMPLETIONS, b'{"prompt": ', 400, "not JSON"),
     "not UTF-8": (COMPLETIONS, b'{"prompt": "\xff"}', 400, "error parsing the body"),
     "deep": (COMPLETIONS, b"[" * 100_000, 400, ""),
-    "a list": (COMPLETIONS, [], 400, "dictionary"),
+    "a list": (COMPLETIONS, [], 400, "the body: Input should be a valid dictionary"),
+    "prompt of no kind": (COMPLETIONS, {"prompt": None}, 400,
+                          "prompt: Input should be a valid string; prompt: Input should be a valid list"),
     "no prompt": (COMPLETIONS, {}, 400, "prompt: Field required"),
     "empty prompt": (COMPLETIONS, {"prompt": ""}, 400, "no tokens"),
     "two prompts": (COMPLETIONS, {"prompt": ["a", "b"]}, 400, "2 prompts; one a request"),
@@ -501,6 +504,27 @@ def test_benchmark(server: Server) -> None:
     assert re.fullmatch(r"1 at a time: [\d.]+ tokens/s\n3 at a time: [\d.]+ tokens/s\nratio: [\d.]+\n", done.stdout)
     assert "the server answers 400" in refused("benchmarks/serve", server.client.base_url, "max_tokens=999")
     assert "Connection refused" in refused("benchmarks/serve", "http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_damaged_folder_is_one_line(folder: Path, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import serve  # type: ignore[import-not-found]
+
+    damaged = shutil.copytree(folder / "mla", tmp_path / "mla")
+    content = (damaged / file).read_bytes()
+    (damaged / file).write_bytes(b"[]" if file == "tokenizer.json" else content[: len(content) // 2])
+    with pytest.raises(serve.UserError, match=r"mla: cannot be loaded \(.*\)$"):
+        serve.make_engine(str(damaged), serve.Settings(device="cpu"))
+
+
+def test_slots_that_no_memory_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import serve  # type: ignore[import-not-found]
+
+    for slots in (1 << 40, 1 << 70):
+        with pytest.raises(serve.UserError, match="mla: "):
+            serve.make_engine(str(folder / "mla"), serve.Settings(device="cpu", slots=slots))
 
 
 def environment(tmp_path: Path) -> dict[str, str]:

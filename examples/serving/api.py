@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request
@@ -157,7 +157,7 @@ def make_app(engine: Engine, name: str) -> FastAPI:
             return Refused(400, f"the body is not JSON: {problems[0]['ctx']['error']}").response()
         if len(problems[0]["loc"]) > 1:
             key = str(problems[0]["loc"][1])
-        lines = [".".join(map(str, problem["loc"][1:])) + ": " + problem["msg"] for problem in problems[:4]]
+        lines = [f"{place(problem['loc'][1:])}: {problem['msg']}" for problem in problems[:4]]
         return Refused(400, "; ".join(lines), key).response()
 
     @app.exception_handler(HTTPException)
@@ -165,6 +165,12 @@ def make_app(engine: Engine, name: str) -> FastAPI:
         return Refused(error.status_code, str(error.detail)).response()
 
     return app
+
+
+def place(path: Sequence[str | int]) -> str:
+    """Where in a body pydantic found something, without its names for the types of a union that it tried."""
+    parts = [str(part) for part in path if not str(part).startswith(("function-after[", "list["))]
+    return ".".join(parts) or "the body"
 
 
 def completion_tokens(engine: Engine, prompt: str | list[int] | list[str]) -> list[int]:

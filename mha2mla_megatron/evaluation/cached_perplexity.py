@@ -10,7 +10,7 @@ Shape letters: b windows in a batch, t tokens in a window.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,14 @@ from mha2mla_megatron.hf.backend_cache_mha2mla import quantized_cache
 BACKENDS = {"int": "latent", "hqq": "hqq", "quanto": "quanto"}
 KINDS = ("full", "int8", "int4", "int2", "hqq8", "hqq4", "hqq2", "quanto4", "quanto2")
 """Words of the setting `cache`. full: transformers' DynamicCache; int: `LatentQuantizedCache`."""
+
+
+def check_options(kinds: Sequence[str | None], options: Mapping[str, int]) -> None:
+    """Raise UserError for `cache_options` that no cache of these kinds would take."""
+    if "nbits" in options:
+        raise UserError("cache_options: nbits is a part of the cache's name, such as int4 and hqq2")
+    if options and all(kind in (None, "full") for kind in kinds):
+        raise UserError(f"cache_options: '{next(iter(options))}' is given, but no quantised cache is asked for")
 
 
 def make_cache(model: str, config: Any, kind: str, options: Mapping[str, int]) -> Any:

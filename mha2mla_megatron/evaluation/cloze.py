@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.evaluation.rows import require_field
+from mha2mla_megatron.evaluation.rows import require_field, require_text, require_texts
 
 Fields = dict[str, Any]
 
@@ -48,72 +48,80 @@ class ClozeTask(NamedTuple):
 
 
 def _hellaswag(row: Fields, where: str) -> Cloze:
-    label, a, b = (require_field(row, field, where) for field in ("activity_label", "ctx_a", "ctx_b"))
+    label, a, b = (require_text(row, field, where) for field in ("activity_label", "ctx_a", "ctx_b"))
     # The query ends with a space and the endings begin with one: so it was for SmolLM.
     query = _without_brackets(f"{label}: {a} {b.capitalize()} ")
-    endings = [f" {_without_brackets(ending)}" for ending in require_field(row, "endings", where)]
-    return Cloze(query, endings, _number(row, "label", where))
+    endings = [f" {_without_brackets(ending)}" for ending in require_texts(row, "endings", where)]
+    return Cloze(query, endings, _gold(row, "label", len(endings), where))
 
 
 def _piqa(row: Fields, where: str) -> Cloze:
-    goal, first, second = (require_field(row, field, where) for field in ("goal", "sol1", "sol2"))
-    return Cloze(f"Question: {goal}\nAnswer:", [f" {first}", f" {second}"], _number(row, "label", where))
+    goal, first, second = (require_text(row, field, where) for field in ("goal", "sol1", "sol2"))
+    return Cloze(f"Question: {goal}\nAnswer:", [f" {first}", f" {second}"], _gold(row, "label", 2, where))
 
 
 def _arc(row: Fields, where: str) -> Cloze:
-    return Cloze(f"Question: {require_field(row, 'question', where)}\nAnswer:", *_choices(row, where))
+    return Cloze(f"Question: {require_text(row, 'question', where)}\nAnswer:", *_choices(row, where))
 
 
 def _openbookqa(row: Fields, where: str) -> Cloze:
-    question = require_field(row, "question_stem" if "question_stem" in row else "question", where)
+    question = require_text(row, "question_stem" if "question_stem" in row else "question", where)
     return Cloze(question, *_choices(row, where))
 
 
 def _commonsense_qa(row: Fields, where: str) -> Cloze:
-    return Cloze(require_field(row, "question", where), *_choices(row, where))
+    return Cloze(require_text(row, "question", where), *_choices(row, where))
 
 
 def _winogrande(row: Fields, where: str) -> Cloze:
-    before, gap, after = require_field(row, "sentence", where).partition("_")
+    before, gap, after = require_text(row, "sentence", where).partition("_")
     if not gap:
         raise UserError(f"{where}: 'sentence' has no gap (_)")
-    options = (require_field(row, field, where) for field in ("option1", "option2"))
-    return Cloze(before, [f"{option} {after.strip()}" for option in options], _number(row, "answer", where) - 1)
+    options = (require_text(row, field, where) for field in ("option1", "option2"))
+    choices = [f"{option} {after.strip()}" for option in options]
+    return Cloze(before, choices, _gold(row, "answer", len(choices), where, first=1))
 
 
 def _mmlu(row: Fields, where: str) -> Cloze:
-    subject = require_field(row, "subject", where).replace("_", " ")
-    query = f"The following are questions about {subject}.\nQuestion: {require_field(row, 'question', where)}\nAnswer:"
-    return Cloze(query, [f" {text}" for text in require_field(row, "choices", where)], _number(row, "answer", where))
+    subject = require_text(row, "subject", where).replace("_", " ")
+    query = f"The following are questions about {subject}.\nQuestion: {require_text(row, 'question', where)}\nAnswer:"
+    choices = [f" {text}" for text in require_texts(row, "choices", where)]
+    return Cloze(query, choices, _gold(row, "answer", len(choices), where))
 
 
 def _triviaqa(row: Fields, where: str) -> Cloze:
-    answers = row["answer"]["aliases"] if isinstance(row.get("answer"), dict) else require_field(row, "answers", where)
+    nested = row.get("answer")
+    if isinstance(nested, dict):
+        answers = require_texts(nested, "aliases", f"{where}: answer")
+    else:
+        answers = require_texts(row, "answers", where)
     kept: list[str] = []
     for answer in sorted(answers):  # as there: an alias that begins with another one does not count
         if not kept or not answer.startswith(kept[-1]):
             kept.append(answer)
-    return Cloze(f"Question: {require_field(row, 'question', where)}\nAnswer:", kept, 0)
+    return Cloze(f"Question: {require_text(row, 'question', where)}\nAnswer:", kept, 0)
 
 
 def _choices(row: Fields, where: str) -> tuple[list[str], int]:
     choices = require_field(row, "choices", where)
     if isinstance(choices, dict):
-        texts, labels = (require_field(choices, field, f"{where}: choices") for field in ("text", "label"))
-        key = require_field(row, "answerKey", where).strip()
-        if key not in labels:
-            raise UserError(f"{where}: 'answerKey' is {key!r}, not one of {', '.join(labels)}")
+        texts, labels = (require_texts(choices, field, f"{where}: choices") for field in ("text", "label"))
+        key = require_text(row, "answerKey", where).strip()
+        if key not in labels[: len(texts)]:
+            raise UserError(f"{where}: 'answerKey' is {key!r}, not one of {', '.join(labels[: len(texts)])}")
         gold = labels.index(key)
     else:
-        texts, gold = choices, _number(row, "gold", where)
+        texts = require_texts(row, "choices", where)
+        gold = _gold(row, "gold", len(texts), where)
     return [f" {text}" for text in texts], gold
 
 
-def _number(row: Fields, field: str, where: str) -> int:
-    value = require_field(row, field, where)
-    if not str(value).isdecimal():
-        raise UserError(f"{where}: '{field}' is {value!r}, not the number of a choice")
-    return int(value)
+def _gold(row: Fields, field: str, choices: int, where: str, first: int = 0) -> int:
+    """The right choice, from 0, of so many; the field counts from `first`."""
+    value, last = require_field(row, field, where), first + choices - 1
+    if not str(value).isdecimal() or not first <= int(value) <= last:
+        raise UserError(f"{where}: '{field}' is {value!r}, not the number of a choice, {first} to {last}")
+    return int(value) - first
 
 
 def _without_brackets(text: str) -> str:

@@ -49,18 +49,22 @@ def read_runs(source: Path) -> list[Run]:
 
     Raises UserError for anything else, and for lighteval without details of the rows.
     """
-    if (source / "details").is_dir():
-        return [_lighteval(source)]
     file = source / "results.json" if source.is_dir() else source
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        return [_longbench(found)] if "averages" in found else [_choices(found, one) for one in found["results"]]
+        if (source / "details").is_dir():
+            runs = [_lighteval(source)]
+        else:
+            found = json.loads(file.read_text(encoding="utf-8"))
+            runs = [_longbench(found)] if "averages" in found else [_choices(found, one) for one in found["results"]]
     except OSError as error:
         raise UserError(f"{source}: no results here ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(
             f"{file}: not results of evaluate_choices.py, evaluate_longbench.py or lighteval (with --save-details)"
         ) from None
+    if not runs or not all(rows for run in runs for rows in (run.scores, *run.scores.values())):
+        raise UserError(f"{source}: holds no scores")
+    return runs
 
 
 def compare(runs: Sequence[Run]) -> dict[str, list[Cell | None]]:
@@ -96,8 +100,10 @@ def markdown(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]]) ->
 def latex(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]]) -> str:
     """The table as a LaTeX tabular."""
 
+    words = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
     def escape(text: str) -> str:
-        return "".join(f"\\{letter}" if letter in "#$%&_{}" else letter for letter in text)
+        return "".join(f"\\{letter}" if letter in "#$%&_{}" else words.get(letter, letter) for letter in text)
 
     lines = [
         f"\\begin{{tabular}}{{l{'r' * len(runs)}}}",
@@ -185,13 +191,13 @@ def _lighteval(folder: Path) -> Run:
         raise UserError(f"{folder}: holds no details of rows; lighteval writes them with --save-details")
     scores: dict[str, Scores] = {}
     for task, file in sorted(newest.items()):
-        for row in pyarrow.parquet.read_table(file, columns=["doc", "metric"]).to_pylist():
-            for metric, value in row["metric"].items():
-                scores.setdefault(f"{task} {metric}", {})[row["doc"]["id"], row["doc"]["query"]] = 100.0 * value
+        try:
+            for row in pyarrow.parquet.read_table(file, columns=["doc", "metric"]).to_pylist():
+                for metric, value in row["metric"].items():
+                    scores.setdefault(f"{task} {metric}", {})[row["doc"]["id"], row["doc"]["query"]] = 100.0 * value
+        except (ValueError, KeyError, TypeError, AttributeError):  # pyarrow's errors are ValueErrors
+            raise UserError(f"{file}: not details of lighteval 0.13") from None
     headline = [name for name in scores if not name.endswith(" acc")]
     model = next(iter(newest.values())).parent.parent.relative_to(folder / "details")
-    return Run(
-        str(model).removeprefix("models/"),
-        scores,
-        {f"Average of {len(headline)}": {name: 1 / len(headline) for name in headline}},
-    )
+    averages = {f"Average of {len(headline)}": {name: 1 / len(headline) for name in headline}} if headline else {}
+    return Run(str(model).removeprefix("models/"), scores, averages)

@@ -39,6 +39,8 @@ class LightevalSettings:
     """Type of the weights: auto (as they are stored), float32 or bfloat16."""
 
     def __post_init__(self) -> None:
+        if self.tasks is not None and not self.tasks:
+            raise UserError("tasks: an empty list; give one task or more, or leave it out")
         for name in self.tasks or ():
             require_one_of("tasks", name, tuple(TASKS))
         if self.max_samples is not None:
@@ -93,11 +95,16 @@ def evaluate_lighteval(model: str, target: Path, settings: LightevalSettings) ->
 
 
 def _check_rows(data: Path, name: str) -> None:
-    """Raise UserError if a task's local file is missing or its first row is not one of the task."""
+    """Raise UserError if a task's local file is missing or a row in it is not one of the task."""
     task = TASKS[name]
     folder = data / task.folder
     files = sorted(file for file in folder.glob(f"{task.split}*.jsonl*") if file.is_file())
     if not files:
         raise UserError(f"{folder}: holds no {task.split}.jsonl[.gz], which {name} needs")
-    for where, row in read_rows(files[0], 1):
-        task.ask(row, where)
+    for file in files:
+        empty = True
+        for where, row in read_rows(file):
+            task.ask(row, where)
+            empty = False
+        if empty:
+            raise UserError(f"{file}: holds no rows")

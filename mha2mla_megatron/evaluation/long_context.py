@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
-from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
 from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.files import new_files, write_json
 
@@ -62,6 +62,7 @@ class LongContextSettings:
             raise UserError(f"caches: an empty list; valid: {', '.join(KINDS)}")
         for kind in self.caches:
             require_one_of("caches", kind, KINDS)
+        check_options(self.caches, self.cache_options)
         require_at_least("cache_chunk", self.cache_chunk, 1)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         pick_device(self.device)

@@ -31,7 +31,7 @@ from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes, cache_bytes_per_token
-from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache, window_nll_through
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache, window_nll_through
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import new_files, write_json
 from mha2mla_megatron.progress import Progress
@@ -91,6 +91,7 @@ class PerplexitySettings:
         require_at_least("cache_chunk", self.cache_chunk, 1)
         if self.cache is not None:
             require_one_of("cache", self.cache, KINDS)
+        check_options([self.cache], self.cache_options)
 
 
 @dataclass(frozen=True)

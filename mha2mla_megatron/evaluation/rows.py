@@ -50,6 +50,14 @@ def require_text(row: dict[str, Any], field: str, where: str) -> str:
     return value
 
 
+def require_texts(row: dict[str, Any], field: str, where: str) -> list[str]:
+    """The strings in a field. Raises UserError for anything but a list of one or more."""
+    value = require_field(row, field, where)
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
+        raise UserError(f"{where}: '{field}' is not a list of one string or more")
+    return value
+
+
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))

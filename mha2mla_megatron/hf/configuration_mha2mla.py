@@ -5,10 +5,12 @@ from typing import Any
 
 from transformers.models.llama.configuration_llama import LlamaConfig
 
-from .layout_mha2mla import MAX_DIMENSION, LatentLayout, layer_value
+from .layout_mha2mla import MAX_DIMENSION, MAX_LAYERS, LatentLayout, is_whole, layer_value
 
 MLA_DECODES = ("auto", "expanded", "absorbed")
 MLA_KERNELS = ("auto", "torch")
+LAYER_TYPES = ("full_attention", "sliding_attention")
+SIZES = ("hidden_size", "num_attention_heads", "vocab_size", "intermediate_size", "max_position_embeddings")
 
 
 class MHA2MLALlamaConfig(LlamaConfig):
@@ -40,13 +42,14 @@ class MHA2MLALlamaConfig(LlamaConfig):
     mla_kernel: str = "auto"
 
     def __post_init__(self, **kwargs):
-        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            if not 0 < getattr(self, name) <= MAX_DIMENSION:
-                raise ValueError(f"{name}: {getattr(self, name)} is not a number from 1 to {MAX_DIMENSION}")
+        for name, limit in (*((name, MAX_DIMENSION) for name in SIZES), ("num_hidden_layers", MAX_LAYERS)):
+            if not 0 < getattr(self, name) <= limit:
+                raise ValueError(f"{name}: {getattr(self, name)} is not a number from 1 to {limit}")
         if self.layer_types is None:
             self.layer_types = ["full_attention"] * self.num_hidden_layers
         if self.no_rope_layers is None:
             self.no_rope_layers = [1] * self.num_hidden_layers
+        self._check_layers()
         super().__post_init__(**kwargs)
         for name, valid in (("mla_decode", MLA_DECODES), ("mla_kernel", MLA_KERNELS)):
             if getattr(self, name) not in valid:
@@ -63,6 +66,19 @@ class MHA2MLALlamaConfig(LlamaConfig):
                     raise ValueError(
                         f"low_rank.method: {low_rank['method']}, but qk_norm: normalised keys have no latent"
                     )
+
+    def _check_layers(self) -> None:
+        """Raises ValueError for lists that are not one entry for each layer, unknown types, a window without length."""
+        for name in ("layer_types", "no_rope_layers"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or len(values) != self.num_hidden_layers:
+                raise ValueError(f"{name}: not a list with an entry for each of {self.num_hidden_layers} layers")
+        for value in self.layer_types or ():
+            if value not in LAYER_TYPES:
+                raise ValueError(f"layer_types: {value!r} is not one of {', '.join(LAYER_TYPES)}")
+        window: Any = self.sliding_window
+        if "sliding_attention" in (self.layer_types or ()) and not (is_whole(window) and window > 0):
+            raise ValueError(f"sliding_window: {window!r} is not a number from 1 on, and layer_types has such layers")
 
     def layout(self, layer: int) -> LatentLayout:
         """The shapes of one layer's attention. Raises ValueError for a config without its conversion settings."""
@@ -124,7 +140,7 @@ class MHA2MLAQwen3MoeConfig(MHA2MLALlamaConfig):
 def _part(mha2mla: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """mha2mla.<name>, which has to hold what is read here."""
     keys = {"partial_rope": ("qk_rope_head_dim",), "low_rank": ("method", "kv_lora_rank")}[name]
-    part = mha2mla.get(name)
+    part = mha2mla.get(name) if isinstance(mha2mla, Mapping) else None
     if not isinstance(part, Mapping) or any(key not in part for key in keys):
         raise ValueError(f"config.mha2mla.{name}: {', '.join(keys)} are missing: not a converted model's config")
     return part

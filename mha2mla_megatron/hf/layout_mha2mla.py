@@ -14,6 +14,9 @@ LOW_RANK_METHODS = ("joint", "split", "key", "value", "none")
 MAX_DIMENSION = 1 << 24
 """No real model has a dimension near this; a config that says so is damaged."""
 
+MAX_LAYERS = 1 << 14
+"""Far more than any model has, and few enough to list their tensors."""
+
 
 @dataclass(frozen=True)
 class LatentLayout:
@@ -124,7 +127,7 @@ class LatentLayout:
         sizes = {"hidden_size": self.hidden_size, "num_attention_heads": self.num_attention_heads,
                  "num_key_value_heads": self.num_key_value_heads, "head_dim": self.head_dim}  # fmt: skip
         for name, size in sizes.items():
-            if not _is_whole(size) or not 0 < size <= MAX_DIMENSION:
+            if not is_whole(size) or not 0 < size <= MAX_DIMENSION:
                 raise ValueError(f"{name}: {size!r} is not a number from 1 to {MAX_DIMENSION}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -132,7 +135,7 @@ class LatentLayout:
                 f"{self.num_key_value_heads}"
             )
         r, c = self.qk_rope_head_dim, self.kv_lora_rank
-        if not _is_whole(r) or r % 2 or not 0 <= r <= self.head_dim:
+        if not is_whole(r) or r % 2 or not 0 <= r <= self.head_dim:
             raise ValueError(f"qk_rope_head_dim: {r!r} is not an even number from 0 to head_dim {self.head_dim}")
         if self.method not in LOW_RANK_METHODS:
             raise ValueError(f"low_rank.method: {self.method!r} is not one of {', '.join(LOW_RANK_METHODS)}")
@@ -144,9 +147,9 @@ class LatentLayout:
                 raise ValueError(f"kv_lora_rank: {c!r}, but low_rank.method is none")
             return
         limit = self.kv_lora_rank_limit
-        if not _is_whole(c) or c < 1 or (limit is not None and c > limit):
+        if not is_whole(c) or c < 1 or (limit is not None and c > limit):
             raise ValueError(f"kv_lora_rank: {c!r} is not a number from 1 to the rank {limit} of what is factored")
-        if k is not None and self.factors_key and not (_is_whole(k) and 1 <= k <= self.k_lora_rank_limit):
+        if k is not None and self.factors_key and not (is_whole(k) and 1 <= k <= self.k_lora_rank_limit):
             raise ValueError(f"k_lora_rank: {k!r} is not a number from 1 to the keys' rank {self.k_lora_rank_limit}")
 
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -178,5 +181,5 @@ def layer_value(value: int | list[int] | tuple[int, ...] | None, layer: int) -> 
     return value[layer] if isinstance(value, list | tuple) else value
 
 
-def _is_whole(value: Any) -> TypeGuard[int]:
+def is_whole(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

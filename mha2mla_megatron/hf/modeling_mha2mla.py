@@ -322,7 +322,12 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
         """Builds the quantised caches of `generate` itself: transformers' layers fail on many shapes, and know no
         latents."""
         quantized = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
-        if not quantized or model_kwargs.get("past_key_values") is not None:
+        held = model_kwargs.get("past_key_values")
+        if isinstance(held, StaticLatentCache):
+            held.require_room(max_cache_length)
+        if quantized and held is not None and generation_config.is_assistant:
+            return  # an assistant's own, of its guesses before; for another caller a cache beside the words is an error
+        if not quantized or held is not None:
             prepare: Callable = super()._prepare_cache_for_generation  # type: ignore[misc]
             prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
@@ -333,6 +338,8 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
             settings.setdefault("max_cache_len", max(lengths))
             self._packed_length = settings["max_cache_len"]
         cache = quantized_cache(self.config, **settings)
+        if isinstance(cache, StaticLatentCache):
+            cache.require_room(max_cache_length)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache

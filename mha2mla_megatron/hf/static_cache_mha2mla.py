@@ -92,6 +92,10 @@ class StaticLatentLayer(CacheLayerMixin):
         self.cumulative_length.zero_()
         self.empty = True
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Assisted decoding calls it after each guess. Raises ValueError."""
+        raise ValueError("crop: a latent cache of fixed size cannot remove tokens; leave out static")
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         for tensor in self.tensors:  # in place: graphs know the addresses
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -117,6 +121,12 @@ class StaticLatentCache(Cache):
         if not isinstance(max_cache_len, int) or max_cache_len < 1:
             raise ValueError(f"max_cache_len: {max_cache_len!r} is not a positive number")
         super().__init__(layers=[StaticLatentLayer(max_cache_len, *settings) for _ in range(config.num_hidden_layers)])
+
+    def require_room(self, tokens: int) -> None:
+        """Raise ValueError where so many tokens in all do not fit: a GPU would only say so after the damage."""
+        room = self.layers[0].max_cache_len  # type: ignore[attr-defined]
+        if tokens > room:
+            raise ValueError(f"max_cache_len: {room} tokens fit, but prompt and answer may take {tokens}")
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, r
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
-from mha2mla_megatron.evaluation.cached_perplexity import KINDS, make_cache
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
 from mha2mla_megatron.evaluation.journal import claim, cut_torn_line
 from mha2mla_megatron.evaluation.longbench.generate import Generator
 from mha2mla_megatron.evaluation.longbench.journal import Prediction, append, read_journals
@@ -67,6 +67,8 @@ class LongBenchSettings:
     """auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
+        if self.tasks is not None and not self.tasks:
+            raise UserError("tasks: an empty list; give one task or more, or leave it out")
         if self.max_samples is not None:
             require_at_least("max_samples", self.max_samples, 1)
         require_at_least("max_tokens", self.max_tokens, 2)
@@ -74,6 +76,7 @@ class LongBenchSettings:
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         if self.cache is not None:
             require_one_of("cache", self.cache, KINDS)
+        check_options([self.cache], self.cache_options)
         pick_device(self.device)
 
 

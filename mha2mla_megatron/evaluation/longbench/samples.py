@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.evaluation.longbench.scores import score
 from mha2mla_megatron.evaluation.longbench.tasks import TASKS, LongBenchTask
-from mha2mla_megatron.evaluation.rows import Row, parse_rows, read_rows, require_field, require_text
+from mha2mla_megatron.evaluation.rows import Row, parse_rows, read_rows, require_text, require_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -139,21 +139,14 @@ def _sample(task: LongBenchTask, found: Row) -> Sample:
     where, row = found
     classes: Any = []
     if task.metric == "classification":
-        classes = _strings(row, "all_classes", where)
+        classes = require_texts(row, "all_classes", where)
     sample = Sample(
         require_text(row, "context", where),
         require_text(row, "input", where),
-        _strings(row, "answers", where),
+        require_texts(row, "answers", where),
         classes,
         {field: row[field] for field in ("length", "_id") if field in row},
         where,
     )
     score(task, "", sample.answers, sample.classes, where)  # what cannot be scored is found before the model runs
     return sample
-
-
-def _strings(row: dict[str, Any], field: str, where: str) -> list[str]:
-    value = require_field(row, field, where)
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-        raise UserError(f"{where}: '{field}' is not a list of one string or more")
-    return value
