@@ -38,6 +38,12 @@ def require_at_least(key: str, value: int, minimum: int) -> None:
         raise UserError(f"{key}: {value} is too small; at least {minimum}")
 
 
+def require_entries(key: str, values: Sequence[object] | None, entry: str) -> None:
+    """Raise UserError for a list of no entries; None, the default, stands for all that there are."""
+    if values is not None and not values:
+        raise UserError(f"{key}: an empty list; give one {entry} or more, or leave it out")
+
+
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command: a `UserError` becomes one line on stderr and exit code 2, anything else keeps its traceback.
 

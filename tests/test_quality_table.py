@@ -78,6 +78,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def finished(workspace: Path) -> Path:
     run_tool("quality_table", workspace / "table.yaml", f"out={workspace / 'out'}", "keep_models=true")
+    assert not torch.distributed.is_initialized(), "threads that outlive Python may abort the process"
     return workspace / "out"
 
 

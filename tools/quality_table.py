@@ -10,6 +10,7 @@ from pathlib import Path
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.errors import run_tool
 from mha2mla_megatron.files import new_files
+from mha2mla_megatron.model.parallel import own_world
 from mha2mla_megatron.quality.settings import QualitySettings
 from mha2mla_megatron.settings import load_settings
 
@@ -25,7 +26,8 @@ def main(argv: list[str]) -> None:
     quality = Quality(settings)
     out = Path(str(settings.out))
     try:
-        left = quality.run()
+        with own_world():
+            left = quality.run()
     finally:
         results = [quality.results[entry.name] for entry in quality.entries]
         table = markdown(results)

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
-from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.errors import UserError, require_at_least, require_entries, require_one_of
 from mha2mla_megatron.evaluation.cloze import TASKS
 from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.evaluation.rows import read_rows
@@ -39,8 +39,7 @@ class LightevalSettings:
     """Type of the weights: auto (as they are stored), float32 or bfloat16."""
 
     def __post_init__(self) -> None:
-        if self.tasks is not None and not self.tasks:
-            raise UserError("tasks: an empty list; give one task or more, or leave it out")
+        require_entries("tasks", self.tasks, "task")
         for name in self.tasks or ():
             require_one_of("tasks", name, tuple(TASKS))
         if self.max_samples is not None:

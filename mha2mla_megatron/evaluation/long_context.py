@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
-from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.errors import UserError, require_at_least, require_entries, require_one_of
 from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
 from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
 from mha2mla_megatron.files import new_files, write_json
@@ -54,8 +54,7 @@ class LongContextSettings:
     """true: put the tokenizer's BOS token first. It counts as one of the tokens of context."""
 
     def __post_init__(self) -> None:
-        if self.lengths is not None and not self.lengths:
-            raise UserError("lengths: an empty list; give one length or more, or leave it out")
+        require_entries("lengths", self.lengths, "length")
         for length in self.lengths or ():
             require_at_least("lengths", length, 2)
         if not self.caches:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -280,18 +281,23 @@ def own_world() -> Iterator[None]:
     """Give a world that is joined within the block back at its end, where the process may be about to end.
 
     A thread of gloo's that is still at work when Python ends aborts the process (torch 2.11: exit code -6). Where all
-    processes raise the same UserError the world is given back too; after any other error one may wait for ever.
+    processes raise the same UserError gloo's world is given back too; NCCL cannot close while the error's frames hold a
+    CUDA graph, and after any other error one process may wait for ever.
     """
     joined_before = torch.distributed.is_initialized()
-    failure = None
+
+    def joined_here() -> bool:
+        return torch.distributed.is_initialized() and not joined_before
+
     try:
         yield
-    except UserError as error:
-        failure = error
-    if not joined_before:
+    except UserError:
+        if joined_here() and torch.distributed.get_backend() == "gloo":
+            shut_down_parallel()
+        raise
+    if joined_here():
+        gc.collect()  # a CUDA graph that waits for it keeps NCCL from closing
         shut_down_parallel()
-    if failure is not None:
-        raise failure
 
 
 def _has_groups(parallel: ParallelConfig) -> bool:

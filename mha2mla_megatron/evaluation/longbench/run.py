@@ -15,7 +15,7 @@ from typing import Any
 from mha2mla_megatron.checkpoint.causal_lm import load_causal_lm, pick_device, rank_device
 from mha2mla_megatron.checkpoint.folders import model_sha256, resolve_model
 from mha2mla_megatron.data.tokenizer import load_tokenizer
-from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
+from mha2mla_megatron.errors import UserError, require_at_least, require_entries, require_one_of
 from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
 from mha2mla_megatron.evaluation.journal import claim, cut_torn_line
 from mha2mla_megatron.evaluation.longbench.generate import Generator
@@ -67,8 +67,7 @@ class LongBenchSettings:
     """auto (the GPU if there is one, under torchrun the rank's), cpu, cuda, cuda:1, ..."""
 
     def __post_init__(self) -> None:
-        if self.tasks is not None and not self.tasks:
-            raise UserError("tasks: an empty list; give one task or more, or leave it out")
+        require_entries("tasks", self.tasks, "task")
         if self.max_samples is not None:
             require_at_least("max_samples", self.max_samples, 1)
         require_at_least("max_tokens", self.max_tokens, 2)
