@@ -10,6 +10,7 @@ which direction it goes; what the conversion can do with more is in docs/convers
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -67,7 +68,7 @@ class Stages:
 
     def run(self, stage: str, *words: Any) -> None:
         command = [sys.executable, str(ROOT / str(words[0])), *(str(word) for word in words[1:])]
-        print(f"\n== {stage}\n$ python {' '.join(str(word) for word in words)}", flush=True)
+        print(f"\n== {stage}\n$ python {shlex.join(str(word) for word in words)}", flush=True)
         start = time.monotonic()
         if subprocess.run(command, check=False).returncode != 0:
             sys.exit(f"{stage} failed: see above")

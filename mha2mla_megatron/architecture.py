@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ __all__ = [
     "read_architecture",
     "read_config",
     "refuse_special_weights",
+    "rope_key",
 ]
 
 
@@ -171,10 +173,13 @@ def refuse_special_weights(folder: Path) -> None:
     """Raise UserError for a folder that holds an adapter, or quantised weights, and not those of a whole model."""
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        merge = "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{}').merge_and_unload()"
+        merge = (
+            "from peft import AutoPeftModelForCausalLM as M; "
+            f'M.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained("MERGED")'
+        )
         raise UserError(
             f"{adapter}: a PEFT (LoRA) adapter, not a model; merge it into its base model and give the result: "
-            f"python -c \"{merge.format(folder)}.save_pretrained('MERGED')\"; copy the tokenizer there too"
+            f"{shlex.join(('python', '-c', merge))}; copy the tokenizer there too"
         )
     for name, method in OLD_QUANTISATION_CONFIGS.items():
         if (folder / name).is_file():
@@ -197,7 +202,15 @@ def _quantised(where: str, method: str) -> str:
 
 def read_architecture(folder: Path) -> Architecture:
     """Read and check `folder`/config.json. Raises UserError naming the key for anything that we cannot do exactly."""
-    return parse_architecture(read_config(folder), str(folder / "config.json"))
+    config = read_config(folder)
+    project = config.get("mha2mla") or config.get("RoPE")
+    if not is_converted(config.get("model_type")) and isinstance(project, dict) and not project.get("is_baseline"):
+        command = f"python tools/import_mha2mla.py {shlex.quote(str(folder))} IMPORTED"
+        raise UserError(
+            f"{folder / 'config.json'}: a model of the MHA2MLA authors' code; import it first and give the result: "
+            f"{command}"
+        )
+    return parse_architecture(config, str(folder / "config.json"))
 
 
 def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
@@ -209,9 +222,6 @@ def parse_architecture(config: dict[str, Any], source: str) -> Architecture:
         if config.get(key):
             raise UserError(f"{source}: {key}=true: interleaved rotary embeddings are not supported, only half-split")
     _refuse_quantised(config, source)
-    project = config.get("mha2mla") or config.get("RoPE")
-    if not is_converted(model_type) and isinstance(project, dict) and not project.get("is_baseline"):
-        raise UserError(f"{source}: a model of the MHA2MLA authors' code; tools/import_mha2mla.py makes it one of ours")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"{source}: hidden_act={config['hidden_act']!r} is not supported; valid: 'silu'")
     family = FAMILIES[model_type]
@@ -272,9 +282,14 @@ class _Numbers:
         return value
 
 
+def rope_key(config: dict[str, Any]) -> str:
+    """The key of a config.json that has its rotary scaling: transformers 5's, or the older one."""
+    return "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+
+
 def _rope_parameters(config: dict[str, Any], source: str) -> dict[str, Any]:
     """transformers 5's `rope_parameters`, also from the older `rope_theta` and `rope_scaling`."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    key = rope_key(config)
     found = config.get(key) or {}
     if not isinstance(found, dict):
         raise UserError(f"{source}: {key}={found!r}; a mapping is needed")

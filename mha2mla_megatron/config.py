@@ -50,11 +50,15 @@ class PartialRopeConfig:
         if self.ends_high_pairs is not None and self.ends_high_pairs < 0:
             raise UserError(f"partial_rope.ends_high_pairs: {self.ends_high_pairs} is negative")
 
+    @property
+    def chosen_strategy(self) -> str:
+        """`strategy`, but what auto stands for."""
+        best = "uniform" if self.scores is None else "activation"
+        return best if self.strategy == "auto" else self.strategy
+
     def resolve(self, head_dim: int) -> PartialRopeConfig:
         """The same with nothing left open for heads of this size."""
-        strategy, r = self.strategy, self.qk_rope_head_dim
-        if strategy == "auto":
-            strategy = "uniform" if self.scores is None else "activation"
+        strategy, r = self.chosen_strategy, self.qk_rope_head_dim
         if strategy in SCORED_STRATEGIES and self.scores is None:
             raise UserError(f"partial_rope.strategy={strategy} needs partial_rope.scores=FILE")
         if r is None:
@@ -110,23 +114,33 @@ class LowRankConfig:
         if self.kv_lora_rank is not None and self.d_kv is not None:
             raise UserError("low_rank.kv_lora_rank and low_rank.d_kv are both set; give one (kv_lora_rank = d_kv * G)")
 
+    @property
+    def has_rank(self) -> bool:
+        return self.kv_lora_rank is not None or self.d_kv is not None
+
+    @property
+    def chosen_method(self) -> str:
+        """`method`, but what auto stands for."""
+        best = "joint" if self.has_rank else "none"
+        return best if self.method == "auto" else self.method
+
+    @property
+    def chosen_objective(self) -> str:
+        """`objective`, but what auto stands for."""
+        best = "weights" if self.statistics is None else BEST_OBJECTIVE
+        return best if self.objective == "auto" else self.objective
+
     def resolve(self, num_key_value_heads: int) -> LowRankConfig:
         """The same with nothing left open: the rank as `kv_lora_rank`, no `auto`."""
-        method, c = self.method, self.kv_lora_rank
-        given = c is not None or self.d_kv is not None
-        if method == "auto":
-            method = "joint" if given else "none"
-        if method == "none" and given:
+        method, c, objective = self.chosen_method, self.kv_lora_rank, self.chosen_objective
+        if method == "none" and self.has_rank:
             raise UserError("low_rank.method=none factors nothing: leave low_rank.kv_lora_rank and low_rank.d_kv unset")
         if self.k_lora_rank is not None and method not in ("joint", "split"):
             raise UserError(f"low_rank.k_lora_rank: of low_rank.method joint and split, which is {method}")
-        if method != "none" and not given:
+        if method != "none" and not self.has_rank:
             raise UserError(
                 f"low_rank.method={method} needs low_rank.kv_lora_rank (total) or low_rank.d_kv, or a cache_budget"
             )
-        objective = self.objective
-        if objective == "auto":
-            objective = "weights" if self.statistics is None else BEST_OBJECTIVE
         if objective != "weights" and self.statistics is None:
             raise UserError(f"low_rank.objective={objective} needs low_rank.statistics=FILE (of tools/calibrate.py)")
         if self.d_kv is not None:

@@ -25,7 +25,9 @@ from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeCon
 from mha2mla_megatron.conversion_picture import draw_allocation
 from mha2mla_megatron.errors import UserError, require_one_of
 from mha2mla_megatron.families import LAYER_TYPES
+from mha2mla_megatron.frequencies import warn_of_untrainable_scaling
 from mha2mla_megatron.healing import Healer, HealSettings
+from mha2mla_megatron.ignored_settings import refuse_ignored_low_rank, refuse_ignored_rope
 from mha2mla_megatron.planning import AllocationSettings, Plan, Planner, with_plan
 from mha2mla_megatron.ranks import launched_ranks, process_group
 
@@ -135,9 +137,12 @@ class ConvertSettings:
                 raise UserError("partial_rope.strategy=full keeps every rotation: give low_rank.kv_lora_rank instead")
         elif self.allocation != AllocationSettings():
             raise UserError("allocation: these settings spend a cache budget; give cache_budget or cache_elements too")
-        for key, used in (("a cache budget", self.budgeted), ("heal.steps", self.heal.steps > 0)):
+        healed = self.heal.steps > 0
+        for key, used in (("a cache budget", self.budgeted), ("heal.steps", healed)):
             if used and self.low_rank.statistics is None:
                 raise UserError(f"{key} needs statistics=FILE (of tools/calibrate.py)")
+        refuse_ignored_rope(self.partial_rope, self.statistics)
+        refuse_ignored_low_rank(self.low_rank, self.statistics, self.budgeted, healed)
 
     @property
     def budgeted(self) -> bool:
@@ -164,9 +169,11 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     Raises UserError before anything is written for a model or settings that cannot be converted.
     """
     original = read_architecture(source)
+    rope = settings.partial_rope
     if original.mla is not None:
-        settings = _second_stage(source, original.mla, settings)
-    mla = MHA2MLAConfig(settings.partial_rope, settings.low_rank)
+        _check_second_stage(source, original.mla, settings)
+        rope = original.mla.partial_rope
+    mla = MHA2MLAConfig(rope, settings.low_rank)
     if settings.budgeted:
         mla = _open_ranks(mla)
     mla = original.resolve(mla)
@@ -202,6 +209,8 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
         if settings.ckpt_format == "hf":
             writer = HFWriter(partial, tensors, parse_size(settings.max_shard_size, "max_shard_size"))
         else:
+            if ranks.rank == 0:
+                warn_of_untrainable_scaling(converted, source)
             writer = MegatronWriter(partial, tensors, converted)
         partial.together(lambda: _write_tensors(writer, converter, converted, healer))
 
@@ -219,8 +228,8 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
     return report if ranks.rank == 0 else None
 
 
-def _second_stage(source: Path, first: MHA2MLAConfig, settings: ConvertSettings) -> ConvertSettings:
-    """The settings that factor a model with partial RoPE alone, whose rotation is as it is."""
+def _check_second_stage(source: Path, first: MHA2MLAConfig, settings: ConvertSettings) -> None:
+    """Refuse settings that cannot factor a model with partial RoPE alone, whose rotation is as it is."""
     if first.low_rank.method != "none":
         raise UserError(
             f"{source}: is converted already (low_rank.method={first.low_rank.method}); valid: an original, or a model "
@@ -239,7 +248,6 @@ def _second_stage(source: Path, first: MHA2MLAConfig, settings: ConvertSettings)
         )
     if settings.low_rank.resolve(1).method == "none":
         raise UserError(f"{source}: has partial RoPE already; give low_rank.kv_lora_rank or low_rank.d_kv to factor it")
-    return dataclasses.replace(settings, partial_rope=first.partial_rope)
 
 
 def _open_ranks(mla: MHA2MLAConfig) -> MHA2MLAConfig:

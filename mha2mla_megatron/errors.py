@@ -17,6 +17,10 @@ class UserError(Exception):
     """Bad input: the message names the file, key or tensor, what was found and what would be valid."""
 
 
+class UnusableModel(UserError):
+    """A folder that is a model by its config.json, but that transformers cannot load."""
+
+
 class LostProcess(UserError):
     """Another process of the run has died or hangs: each of the others says so, for none can tell for all."""
 

@@ -52,6 +52,18 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
             file.unlink(missing_ok=True)
 
 
+def require_file(file: Path, key: str = "", hint: str = "") -> None:
+    """Raise UserError for an input that is a folder, or that is not there.
+
+    key: the setting that names the file. hint: what a user can do where there is none.
+    """
+    where = f"{key}: {file}" if key else str(file)
+    if file.is_dir():
+        raise UserError(f"{where}: a folder, not a file")
+    if not file.exists():  # a pipe is there, though no regular file
+        raise UserError(f"{where}: no such file" + (f"; {hint}" if hint else ""))
+
+
 def replace_text(file: Path, text: str) -> None:
     """Write a small file that changes all at once, also where the machine stops in between."""
     scratch = scratch_of(file)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.architecture import Architecture, read_config, rope_key
 from mha2mla_megatron.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -32,6 +34,21 @@ def inverse_frequencies(architecture: Architecture) -> torch.Tensor:
         )
     # A plain tensor, not a module's buffer: as in Megatron, casting the model to bf16 must leave it alone.
     return rotary.inv_freq.clone()
+
+
+def warn_of_untrainable_scaling(architecture: Architecture, source: Path) -> None:
+    """Say, of a model that becomes a Megatron checkpoint, that its rotary scaling cannot be trained there.
+
+    source: the folder whose config.json has it.
+    """
+    if architecture.rope_parameters["rope_type"] == "default":
+        return  # what follows asks transformers, which takes seconds to import
+    try:
+        inverse_frequencies(architecture)
+    except UserError as error:
+        where = f"{source / 'config.json'}: {rope_key(read_config(source))}"
+        line = f"{where}: {error}; the checkpoint can be converted back, but tools/finetune.py will refuse it"
+        print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def attention_factor(architecture: Architecture) -> float:

@@ -30,6 +30,7 @@ from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.convert import converted_config
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.families import is_converted
+from mha2mla_megatron.files import require_file
 from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_scores, ordered_heads
 from mha2mla_megatron.project_config import ProjectConfig, ProjectNames, parse_project_config
 from mha2mla_megatron.ranks import require_one_process
@@ -184,6 +185,7 @@ def _with_rope_config(config: dict[str, Any], where: Path, rope_config: str | No
         return config
     if any(config.get(key) for key in PROJECT_KEYS):
         raise UserError(f"rope_config: {where} has settings of its own; leave it out")
+    require_file(Path(rope_config), "rope_config")
     try:
         values = yaml.safe_load(Path(rope_config).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

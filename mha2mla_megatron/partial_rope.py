@@ -12,6 +12,7 @@ import torch
 
 from mha2mla_megatron.config import SCORED_STRATEGIES, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import require_file
 
 
 def kept_pairs(
@@ -76,8 +77,7 @@ def load_scores(
 
     Raises UserError for a missing or damaged file, another shape, or numbers that are not finite.
     """
-    if not file.is_file():
-        raise UserError(f"{key}: {file}: no such file")
+    require_file(file, key)
     scores = _load_pth(file, key) if file.suffix in (".pth", ".pt") else _load_safetensors(file, key)
     ranks = (num_layers, num_key_value_heads, head_dim)
     expected = (num_layers, num_key_value_heads, head_dim // 2)
@@ -115,5 +115,5 @@ def _load_safetensors(file: Path, key: str) -> torch.Tensor:
             if "scores" not in names and len(names) != 1:
                 raise UserError(f"{key}: {file}: no tensor named 'scores'")
             return tensors.get_tensor("scores" if "scores" in names else names[0])
-    except SafetensorError as error:
-        raise UserError(f"{key}: {file}: not a safetensors file ({error})") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{key}: {file}: not a safetensors file ({first_line(error)})") from None

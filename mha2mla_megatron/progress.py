@@ -23,6 +23,8 @@ class Progress:
         self.terminal = sys.stderr.isatty()
         self.interval = 0.2 if self.terminal else 5.0
         self.shown = self.started
+        self.width = 0
+        """Columns of a terminal that the line before took, and that this one has to cover."""
 
     def advance(self, amount: float = 1.0) -> None:
         self.done += amount
@@ -48,12 +50,9 @@ class Progress:
         left = (self.total - self.done) / rate if rate > 0 else float("inf")
         of = "" if math.isinf(self.total) else f"/{self.total / self.scale:.4g}"
         eta = f" in {format_seconds(seconds)}" if over else f", {format_seconds(left)} left" if of else ""
-        print(
-            f"{self.what}: {self.done / self.scale:.4g}{of} {self.unit}, {rate / self.scale:.3g} {self.unit}/s{eta}   ",
-            end=end,
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"{self.what}: {self.done / self.scale:.4g}{of} {self.unit}, {rate / self.scale:.3g} {self.unit}/s{eta}"
+        print(f"{line:<{self.width}}", end=end, file=sys.stderr, flush=True)
+        self.width = len(line) if self.terminal else 0
 
 
 def format_seconds(seconds: float) -> str:

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import require_file
 
 
 def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
@@ -73,10 +74,9 @@ def _to_object(merged: Any) -> Any:
 
 
 def _read_yaml(file: Path) -> Any:
+    require_file(file)
     try:
         return OmegaConf.load(file)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such settings file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file}: cannot be read as YAML ({first_line(error)})") from None
 

@@ -357,6 +357,7 @@ BAD_FILES = {
     "truncated": (_truncated, ["truncated"]),
     "no statistics": (_no_statistics, ["not a statistics file"]),
     "missing": (lambda statistics, target: target, ["no such file"]),
+    "folder": (lambda statistics, target: target.mkdir() or target, ["a folder, not a file"]),
 }
 
 

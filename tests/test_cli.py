@@ -109,4 +109,5 @@ def test_wrong_words_show_the_usage(tool: str) -> None:
     assert done.returncode == 2 and f"usage: {tool}.py" in done.stderr
     assert "at least 2 positional word(s) needed, 1 given" in refused(tool, "only_one")
     assert "unknown key 'wnidow'" in refused(tool, "a", "b", "wnidow=3")
-    assert "no such settings file" in refused(tool, "a", "b", f"config={ROOT}/missing.yaml")
+    assert "missing.yaml: no such file" in refused(tool, "a", "b", f"config={ROOT}/missing.yaml")
+    assert f"{ROOT}: a folder, not a file" in refused(tool, "a", "b", f"config={ROOT}")

@@ -33,7 +33,7 @@ from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.training.checkpoint import load_weights
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
-from tests.finetune_cases import Trap
+from tests.finetune_cases import Trap, write_tokens
 from tests.kill_conversion import contents
 from tests.megatron_cases import save_global_tensors
 
@@ -138,6 +138,50 @@ def test_shards_are_laid_out_as_the_library_would(tmp_path: Path, case: str) -> 
     for file in files:
         save_file(load_file(file), tmp_path / "again", metadata={"format": "pt"})
         assert file.read_bytes() == (tmp_path / "again").read_bytes()
+
+
+UNTRAINABLE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "yarn": (
+        "rope_parameters",
+        {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32},
+        "rope_type 'yarn' with an attention factor of 1.13863 is not supported; valid: attention_factor 1",
+    ),
+    "dynamic": ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "rope_type 'dynamic' is not supported; valid: de"),
+    "longrope": (
+        "rope_scaling",
+        {"type": "longrope", "factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+        "rope_type 'longrope' is not supported; valid: default, linear, llama3, yarn",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINABLE)
+def test_scalings_that_megatron_cannot_train_are_copied_with_a_warning(tmp_path: Path, case: str) -> None:
+    key, scaling, reason = UNTRAINABLE[case]
+    source = make_llama(tmp_path / "llama")
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_parameters"]
+    (source / "config.json").write_text(json.dumps({**config, key: scaling}))
+    words = ["partial_rope.qk_rope_head_dim=8", "low_rank.kv_lora_rank=8", "ckpt_format=torch_dist"]
+    for done in (
+        run_tool("convert_hf_to_megatron", source, tmp_path / "megatron"),
+        run_tool("convert_mha_to_mla", source, tmp_path / "straight", *words),
+    ):
+        (warning,) = (line for line in done.stderr.splitlines() if line.startswith("warning: "))
+        assert f"{source / 'config.json'}: {key}: {reason}" in warning
+        assert "can be converted back" in warning and "tools/finetune.py will refuse it" in warning
+    run_tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text())[key] == scaling
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    (tmp_path / "run.yaml").write_text(f"data: {{train: {write_tokens(tmp_path / 'text')}, sequence_length: 32}}")
+    words = [tmp_path / "run.yaml", f"load={tmp_path / 'megatron'}", f"save={tmp_path / 'run'}"]
+    assert reason in refused("finetune", *words)
+
+
+def test_a_scaling_that_megatron_trains_gives_no_warning(tmp_path: Path) -> None:
+    yarn = {**UNTRAINABLE["yarn"][1], "attention_factor": 1.0}
+    source = make_llama(tmp_path / "llama", rope_parameters=yarn)
+    assert "warning" not in run_tool("convert_hf_to_megatron", source, tmp_path / "megatron").stderr
 
 
 def test_what_no_model_needs_is_left_out(tmp_path: Path) -> None:

@@ -378,6 +378,42 @@ BAD_SETTINGS = {
     "device": (["device=meta"], ["device", "meta", "cpu, cuda"]),
     "group as value": (["low_rank=joint"], ["low_rank is a group", "low_rank.KEY=VALUE"]),
     "folder for statistics": (["statistics=/"], ["/: a folder, not a file"]),
+    "folder for scores": (
+        ["partial_rope.strategy=2-norm", "partial_rope.scores=/"],
+        ["partial_rope.scores: /: a folder, not a file"],
+    ),
+    # What another setting leaves without effect.
+    "start of high": (
+        ["partial_rope.strategy=high", "partial_rope.uniform_start=1"],
+        ["uniform_start: of strategy uniform", "strategy is high", "unset"],
+    ),
+    "start with scores": (
+        ["statistics=s.safetensors", "partial_rope.uniform_start=1"],
+        ["uniform_start", "strategy is activation"],
+    ),
+    "high pairs of uniform": (["partial_rope.ends_high_pairs=1"], ["ends_high_pairs: of strategy ends", "uniform"]),
+    "map of full": (
+        ["statistics=s.safetensors", "partial_rope.strategy=full", "partial_rope.query_map=true"],
+        ["query_map", "strategy is full"],
+    ),
+    "scores of low": (
+        ["partial_rope.strategy=low", "partial_rope.scores=s.safetensors"],
+        ["partial_rope.scores: of strategies 2-norm and activation", "query_map=true", "strategy is low"],
+    ),
+    "singular values of none": (["low_rank.singular_values=sqrt"], ["singular_values", "low_rank.method is none"]),
+    "objective of none": (
+        ["statistics=s.safetensors", "low_rank.objective=inputs"],
+        ["low_rank.objective", "low_rank.method is none"],
+    ),
+    "statistics of none": (["low_rank.statistics=s.safetensors"], ["low_rank.statistics", "low_rank.method is none"]),
+    "statistics of weights": (
+        ["low_rank.kv_lora_rank=8", "low_rank.statistics=s.safetensors", "low_rank.objective=weights"],
+        ["low_rank.statistics: of factors made with statistics, a cache budget and healing", "objective is weights"],
+    ),
+    "damping of weights": (
+        ["low_rank.kv_lora_rank=8", "low_rank.damping=1e-3"],
+        ["low_rank.damping", "low_rank.objective is weights"],
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,17 @@ def test_quickstart_on_a_tiny_model(tmp_path: Path) -> None:
     assert f"{4 * 2 * 384:,}" in report and f"{4 * 2 * 120:,}" in report and f"{4 * 2 * 48:,}" in report
     assert all(name in report for name in ("original", "converted -68.75 %", "fine-tuned -87.5 %", "evaluate"))
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+
+
+def test_the_commands_that_quickstart_shows_can_be_pasted(tmp_path: Path) -> None:
+    """Whatever stands in the folder's name."""
+    words = ["tools/plot_run.py", str(tmp_path / "it's $mine"), "--help"]
+    code = f"import quickstart; quickstart.Stages().run('help', *{words!r})"
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    (shown,) = (line for line in done.stdout.splitlines() if line.startswith("$ "))
+    assert shlex.split(shown) == ["$", "python", *words]
 
 
 def get_debian_text(out: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:

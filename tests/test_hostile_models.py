@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import pickle
 import random
 import resource
 import shutil
 import struct
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.checkpoint.convert_hf_megatron import ToMegatronSettings, hf_to_megatron
 from mha2mla_megatron.convert import ConvertSettings, convert_model
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.settings import load_settings
-from tests.conftest import make_llama, refused
+from tests.conftest import make_llama, make_pair, make_tokenizer, refused, run_tool
+from tests.finetune_cases import Trap
 
 SEEDS = 300
 NUMBERS = (-1, 0, 1, 2, 7, 1 << 24, 1 << 31, 1 << 40, (1 << 63) - 1, 1 << 64, 1e300, 0.5)
@@ -157,3 +163,68 @@ def test_a_config_of_millions_of_layers_is_refused(model: Path, tmp_path: Path) 
     (source / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1 << 24}))
     with little_memory(1 << 26):
         assert "num_hidden_layers=16777216" in refused("convert_hf_to_megatron", source, tmp_path / "out")
+
+
+PICKLES = (
+    "pytorch_model.bin", "consolidated.00.pth", "model.pt", "optimizer.pt", "rng_state.pth", "training_args.bin",
+    "scheduler.pt", "tokenizer.pkl", "adapter_model.bin",
+)  # fmt: skip
+"""Under which names folders hold pickles."""
+READERS = {
+    "convert_mha_to_mla": ["{model}", "{out}", "low_rank.kv_lora_rank=8"],
+    "convert_hf_to_megatron": ["{model}", "{out}"],
+    "calibrate": ["{model}", "{text}", "{out}", "samples=2", "stored_samples=2", "sequence_length=16"],
+    "evaluate_perplexity": ["{model}", "{text}", "window=16"],
+    "verify_conversion": ["{model}", "{model}", "text={text}", "window=16"],
+    "sweep": ["{model}", "{text}", "{out}", "base.low_rank.kv_lora_rank=8", "perplexity.window=16"],
+}
+"""Tools that take an original's folder, and their words."""
+
+
+def set_traps(folder: Path, sprung: Path) -> None:
+    """Put pickles into the folder that make the file `sprung` when they are loaded."""
+    for number, name in enumerate(PICKLES):
+        torch.save(Trap(sprung), folder / name, _use_new_zipfile_serialization=number % 2 == 0)
+    for name in PICKLES[:2]:
+        torch.load(folder / name, weights_only=False)
+        sprung.unlink()  # it was there: otherwise the tests below prove nothing
+
+
+@pytest.mark.parametrize("tool", READERS)
+def test_no_tool_loads_a_pickle(tmp_path: Path, text: Path, tool: str) -> None:
+    """Beside the weights it is not looked at; in their place it is refused."""
+    source, sprung = make_tokenizer(make_llama(tmp_path / "model", num_hidden_layers=2)), tmp_path / "sprung"
+    set_traps(source, sprung)
+
+    def run(out: str) -> subprocess.CompletedProcess[str]:
+        words = [word.format(model=source, text=text, out=tmp_path / out) for word in READERS[tool]]
+        return run_tool(tool, *words, check=False)
+
+    done = run("beside")
+    assert done.returncode == 0 and not sprung.exists(), done.stderr
+    (source / "model.safetensors").unlink()
+    done = run("in place")
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr and not sprung.exists(), done.stderr
+    assert not (tmp_path / "in place").exists()
+
+
+def test_an_exported_model_loads_no_pickle(tmp_path: Path) -> None:
+    """transformers itself, with the code in the folder, and that code as it is written."""
+    make_pair(tmp_path)
+    set_traps(tmp_path / "mla", tmp_path / "sprung")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mla", trust_remote_code=True)
+    model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, do_sample=False)
+    (tmp_path / "mla" / "model.safetensors").unlink()
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "mla", trust_remote_code=True)
+    assert not (tmp_path / "sprung").exists()
+    files = sorted((tmp_path / "mla").glob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            words = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            words += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            words += [ast.unparse(node)] if isinstance(node, ast.Attribute | ast.Name) else []
+            for word in words:
+                assert not {"pickle", "marshal", "shelve", "eval", "exec", "open"} & set(word.split(".")), (file, word)
+                assert word != "torch.load", file

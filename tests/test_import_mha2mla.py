@@ -116,6 +116,9 @@ def test_ranks_beside_the_config_and_settings_in_a_file(original: dict[bool, Pat
     (tmp_path / "rope.yaml").write_text(json.dumps({"RoPE": config.pop("RoPE")}))
     (theirs / "config.json").write_text(json.dumps(config))
     assert "rope_config=FILE" in refused("import_mha2mla", theirs, tmp_path / "imported")
+    for wrong, reason in (("none.yaml", "no such file"), ("theirs", "a folder, not a file")):
+        line = refused("import_mha2mla", theirs, tmp_path / "imported", f"rope_config={tmp_path / wrong}")
+        assert f"rope_config: {tmp_path / wrong}: {reason}" in line
     run_tool("import_mha2mla", theirs, tmp_path / "imported", f"rope_config={tmp_path / 'rope.yaml'}")
     expected, found = (load_file(folder / "model.safetensors") for folder in (ours, tmp_path / "imported"))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -140,6 +143,7 @@ QK = "qk_tensor={folder}/bad.pth"
 REFUSED: dict[str, tuple[str, Callable[[Path], Any], list[str], list[str]]] = {
     "no ranks": ("2-norm", lambda f: None, [], ["qk_tensor_path", "utils/qk_tensor.pth", "qk_tensor=FILE"]),
     "no such ranks": ("2-norm", lambda f: None, [QK], ["qk_tensor", "bad.pth", "no such file"]),
+    "folder of ranks": ("2-norm", lambda f: (f / "bad.pth").mkdir(), [QK], ["qk_tensor", "bad.pth: a folder, not a"]),
     "other ranks": ("2-norm", lambda f: torch.save(torch.rand(L, 4, 8), f / "bad.pth"), [QK], ["(3, 4, 8)"]),
     "ties": ("2-norm", lambda f: torch.save(torch.ones(L, G, 8), f / "bad.pth"), [QK], ["same score"]),
     "trap": ("2-norm", lambda f: torch.save(Trap(f / "sprung"), f / "bad.pth"), [QK], ["cannot be read"]),

@@ -350,9 +350,12 @@ def test_the_tables_name_what_the_numbers_are(empty: Path) -> None:
 def test_bad_input_is_refused(empty: Path, tmp_path: Path) -> None:
     model = f"model={EXAMPLES / 'llama-2-7b'}"
     assert "model is not set" in refused("plan", empty)
+    words = ["partial_rope.strategy=high", "partial_rope.uniform_start=1"]
+    assert "uniform_start: of strategy uniform" in refused("plan", empty, model, *words)
+    assert "singular_values: of methods that factor" in refused("plan", empty, model, "low_rank.singular_values=sqrt")
     assert "no config.json" in refused("plan", empty, f"model={tmp_path / 'nowhere'}")
     assert "no config.json" in refused("plan", empty, f"load={tmp_path}")
-    assert "no such settings file" in refused("plan", tmp_path / "none.yaml", model)
+    assert "none.yaml: no such file" in refused("plan", tmp_path / "none.yaml", model)
     layout = refused("plan", empty, model, "parallel.tensor_model_parallel_size=3", "gpus=3")
     assert "3 does not divide num_key_value_heads 32" in layout
     assert "8 processes were started, but one copy of the model takes 16" in refused(

@@ -226,6 +226,7 @@ def test_time_up_in_the_middle_of_a_training(
     [
         (["model=null"], ["model", "not set"]),
         (["texts={a: /none/a.txt}"], ["/none/a.txt", "no such file"]),
+        (["texts={a: /}"], ["/: a folder, not a file"]),
         (["finetune.load=x"], ["finetune.load", "leave it out"]),
         (["finetune.stepz=x"], ["finetune", "stepz"]),
         (["only=[theirs]"], ["only", "theirs", "paper -50 %"]),

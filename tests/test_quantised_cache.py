@@ -255,14 +255,19 @@ def test_crop_is_exact_or_refused() -> None:
         layer.crop(-3)
 
 
-BAD_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
+BAD_SETTINGS: dict[str, tuple[Any, str]] = {
     "nbits": ({"backend": "latent", "nbits": 3}, "nbits: 3"),
     "rope": ({"backend": "latent", "rope_nbits": 32}, "rope_nbits: 32"),
     "group": ({"backend": "latent", "group_size": 6}, "group_size: 6"),
     "no group": ({"backend": "latent", "group_size": 0}, "group_size: 0"),
     "window": ({"backend": "latent", "residual_length": -1}, "residual_length: -1"),
     "unknown": ({"backend": "latent", "bits": 4}, "'bits'"),
-    "backend": ({"backend": "HQQ"}, "'HQQ' is not one of latent, hqq, quanto"),
+    "backend": ({"backend": "HQ"}, "'HQ' is not one of latent, hqq, quanto"),
+    "no backend's name": ({"backend": 4}, "backend 4 is not one of latent, hqq, quanto"),
+    "a number": (4, "cache_config: 4 is not a dict of settings, such as {'backend': 'latent', 'nbits': 4}"),
+    "a list": ([], "cache_config: [] is not a dict"),
+    "a backend": ("hqq", "cache_config: 'hqq' is not a dict"),
+    "no names": ({2: 4}, "cache_config: {2: 4} is not a dict"),
 }
 
 
@@ -272,6 +277,24 @@ def test_bad_settings_are_one_line(case: str) -> None:
     with pytest.raises(ValueError) as error:
         make_model().generate(TOKENS, cache_implementation="quantized", cache_config=settings, **GREEDY)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "backend", ["LATENT", "Latent", *[b.upper() for b, installed in INSTALLED.items() if installed]]
+)
+def test_a_backend_in_any_case(backend: str) -> None:
+    """LongBench's users write HQQ."""
+    model, nbits = make_model(), 4
+    one, other = (
+        model.generate(
+            TOKENS, cache_implementation="quantized", cache_config={"backend": name, "nbits": nbits},
+            return_dict_in_generate=True, **GREEDY,
+        )
+        for name in (backend, backend.lower())
+    )  # fmt: skip
+    assert one.sequences.tolist() == other.sequences.tolist()
+    assert type(one.past_key_values) is type(other.past_key_values)
+    assert isinstance(quantized_cache(model.config, backend, nbits=nbits), type(one.past_key_values))
 
 
 @pytest.mark.parametrize(("backend", "nbits", "axis"), BACKENDS)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,6 +196,66 @@ def test_another_type_is_compared_in_the_narrower_one(models: Path, tmp_path: Pa
     assert failed(verify(models / "original", tmp_path / "bf16", tmp_path)[2]) == ["equal"]
 
 
+def _code(text: str) -> Callable[[Path], None]:
+    """Put this at the end of the folder's own modeling code."""
+
+    def change(folder: Path) -> None:
+        with (folder / "modeling_mha2mla.py").open("a") as stream:
+            stream.write(f"\n{text}\n")
+
+    return change
+
+
+NOT_RUN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "code that does not load": (_code("raise RuntimeError('boom')"), "B: cannot be loaded (boom)"),
+    "code with a mistake": (_code("None.weights"), "cannot be run (AttributeError: 'NoneType' object has no"),
+    "code that does not run": (
+        _code("MHA2MLALlamaForCausalLM.forward = lambda self, **_: self.nothing"),
+        "cannot be run (AttributeError: 'MHA2MLALlamaForCausalLM' object has no attribute 'nothing')",
+    ),
+    "no code": (lambda folder: (folder / "modeling_mha2mla.py").unlink(), "B: cannot be loaded ("),
+    "no code of its config": (lambda folder: (folder / "configuration_mha2mla.py").unlink(), "B: cannot be loaded ("),
+    "no tokenizer": (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer cannot be"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_RUN)
+def test_a_model_that_cannot_be_run_fails_its_check_alone(models: Path, tmp_path: Path, case: str) -> None:
+    damage, reason = NOT_RUN[case]
+    copy = shutil.copytree(models / "mla", tmp_path / case.replace(" ", "_"))  # code is cached by the folder's name
+    damage(copy)
+    words = [f"text={models / 'text.txt'}", f"window={WINDOW}"]
+    code, out, report = verify(models / "original", copy, tmp_path, *words)
+    assert code == 1 and failed(report) == ["output"], out
+    (problem,) = report["checks"][-1]["problems"]
+    assert reason in problem and "\n" not in problem and problem in out and report["agreement"] is None
+    assert all(check["done"] for check in report["checks"])
+
+
+def test_a_folder_without_room_for_the_export_fails_its_check_alone(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+    words = [f"text={models / 'text.txt'}", f"window={WINDOW}"]
+    report = verify(models / "original", models / "mla-megatron", tmp_path, *words)[2]
+    assert failed(report) == ["output"] and "No such file or directory" in report["checks"][-1]["problems"][0]
+
+
+def test_the_command_that_imports_a_model_of_the_authors_code(models: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(models / "original", tmp_path / "their model")
+    _config(RoPE={"partial_rope_version": 1, "top_k_rope_dim": 3}, SVD={"method": 7, "low_rank": 8})(theirs)
+    for words in ((theirs, models / "mla"), (models / "original", theirs)):
+        line = refused("verify_conversion", *words)
+        assert "import it first" in line and f"python tools/import_mha2mla.py '{theirs}' IMPORTED" in line
+
+
+def test_one_process_alone(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    line = refused("verify_conversion", models / "original", models / "mla")
+    assert "verify_conversion.py runs in one process" in line
+
+
 BAD_INPUT = {
     "no folder": (["/nowhere/model"], "/nowhere/model"),
     "no model": (["{models}"], "config.json"),
@@ -233,6 +296,30 @@ TOOLS = {
     "evaluate_choices": ["{model}", "{models}/questions.jsonl"],
     "sweep": ["{model}", "{models}/text.txt", "out"],
 }
+
+
+def test_the_command_that_merges_an_adapter_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever stands in the folder's name. peft is not needed here: a stub of it says which folder it was given."""
+    stub = """
+class AutoPeftModelForCausalLM:
+    def from_pretrained(folder):
+        print("merges", folder)
+        return AutoPeftModelForCausalLM()
+    def merge_and_unload(self):
+        return self
+    def save_pretrained(self, target):
+        print("into", target)
+"""
+    (tmp_path / "peft.py").write_text(stub)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name in ("it's mine", 'a "b" $HOME `c` \\ d', "plain"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+        line = refused("verify_conversion", tmp_path / name, tmp_path / name)
+        command = line.partition("give the result: ")[2].partition("; copy the tokenizer")[0]
+        out = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout
+        assert out == f"merges {tmp_path / name}\ninto MERGED\n"
 
 
 @pytest.mark.parametrize("tool", TOOLS)

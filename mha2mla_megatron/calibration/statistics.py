@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.hf import HFReader, lay_out
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import require_file
 
 FORMAT = "mha2mla_statistics 1"
 
@@ -218,8 +219,7 @@ def model_fingerprint(reader: HFReader, architecture: Architecture) -> str:
 
 
 def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise UserError(f"{file}: {'a folder, not a file' if file.is_dir() else 'no such file'}")
+    require_file(file)
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.errors import UnusableModel, UserError, first_line
 
 
 def pick_device(device: str) -> torch.device:
@@ -44,7 +44,8 @@ def rank_device(device: str) -> torch.device:
 def load_causal_lm(name: str, folder: Path, dtype: torch.dtype | str, device: torch.device) -> Any:
     """The model in evaluation mode, its weights of `dtype` ("auto": as they are stored) on `device`.
 
-    A converted model runs the code in its folder. Raises UserError if its weights are not all in the folder.
+    A converted model runs the code in its folder; weights are read from safetensors alone, as they are everywhere here,
+    never from a pickle. Raises UnusableModel if that fails, or its weights are not all in the folder.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -52,13 +53,14 @@ def load_causal_lm(name: str, folder: Path, dtype: torch.dtype | str, device: to
     logging.disable_progress_bar()
     with loading(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=True, dtype=dtype, output_loading_info=True
+            folder, trust_remote_code=True, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     model, report = loaded
     for problem in ("missing_keys", "mismatched_keys"):
         tensors = sorted(map(str, report.get(problem, ())))
         if tensors:  # transformers fills them with random numbers
-            raise UserError(f"{name}: {problem.replace('_', ' ')} in its weights: {tensors[0]} ({len(tensors)} in all)")
+            found = f"{problem.replace('_', ' ')} in its weights: {tensors[0]} ({len(tensors)} in all)"
+            raise UnusableModel(f"{name}: {found}")
     return model.to(device).eval()
 
 
@@ -68,4 +70,4 @@ def loading(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: cannot be loaded ({first_line(error)})") from None
+        raise UnusableModel(f"{name}: cannot be loaded ({first_line(error)})") from None

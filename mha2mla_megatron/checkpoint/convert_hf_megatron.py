@@ -18,6 +18,7 @@ from mha2mla_megatron.checkpoint.megatron_writer import MegatronWriter
 from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.resume import identity, resumable_folder
 from mha2mla_megatron.errors import UserError, require_one_of
+from mha2mla_megatron.frequencies import warn_of_untrainable_scaling
 from mha2mla_megatron.ranks import process_group
 
 
@@ -58,6 +59,8 @@ def hf_to_megatron(source: Path, target: Path, settings: ToMegatronSettings) -> 
     tensors = {name: torch.empty(shape, dtype=reader.dtypes[name], device="meta") for name, shape in shapes.items()}
     what = identity("HF -> Megatron", settings, [source])
     with process_group() as ranks, resumable_folder(target, settings.overwrite, what, ranks) as partial:
+        if ranks.rank == 0:
+            warn_of_untrainable_scaling(architecture, source)
         writer = MegatronWriter(partial, tensors, architecture)
         sizes = {name: sum(tensors[part].nbytes for part in row.hf) for name, row in rows.items()}
 

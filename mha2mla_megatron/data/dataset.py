@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.files import require_file
 
 
 class _TokenIds:
@@ -163,8 +164,7 @@ def check_data(
     for prefix in map(Path, blend_weights(key, blend)):
         data, index, provenance = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
         for file in (data, index):
-            if not file.is_file():
-                raise UserError(f"{key}: {file}: no such file; make it with tools/preprocess_data.py")
+            require_file(file, key, "make it with tools/preprocess_data.py")
         dtype, documents, count = _read_index(key, index)
         if data.stat().st_size != count * dtype.itemsize:
             raise UserError(f"{key}: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.files import require_file
 
 SEPARATORS = ("none", "newline", "blank_line")
 COMPRESSIONS = (".gz", ".zst")
@@ -225,10 +226,7 @@ def _field(line: str, key: str, where: str) -> str:
 
 
 def _file_size(file: Path) -> int:
-    if file.is_dir():
-        raise UserError(f"{file}: a folder, not a file")
-    if not file.exists():
-        raise UserError(f"{file}: no such file")
+    require_file(file)
     if _unpacked(file).endswith(".parquet"):
         raise UserError(
             f"{file}: parquet is read by tools/preprocess_data.py alone; plain text or JSON lines are needed"

@@ -12,23 +12,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mha2mla_megatron.data.documents import Block
-from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.errors import UnusableModel, UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises UserError if it has none that transformers can load."""
+    """The tokenizer of a model folder. Raises UnusableModel if it has none that transformers can load."""
     from transformers import AutoTokenizer  # seconds of import, which the worker processes do without
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # the tokenizers library raises bare Exception
         reason = first_line(error)
-        raise UserError(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
+        raise UnusableModel(f"{folder}: its tokenizer cannot be loaded ({reason})") from None
     if len(tokenizer) == 0:
-        raise UserError(f"{folder}: holds no tokenizer")
+        raise UnusableModel(f"{folder}: holds no tokenizer")
     return tokenizer
 
 

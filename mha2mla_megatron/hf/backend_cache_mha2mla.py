@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -101,18 +101,30 @@ class QuantoLatentLayer(_PerSequence, QuantoQuantizedLayer):
 
 LAYERS: dict[str, Callable[..., QuantizedLayer]] = {"hqq": HQQLatentLayer, "quanto": QuantoLatentLayer}
 BACKENDS = ("latent", *LAYERS)
+EXAMPLE = {"backend": "latent", "nbits": 4}
+
+
+def cache_settings(cache_config: Any) -> dict[str, Any]:
+    """A copy of what `generate` was given as `cache_config`. Raises ValueError for what is no dict of settings."""
+    if cache_config is None:
+        return {}
+    if not isinstance(cache_config, Mapping) or not all(isinstance(key, str) for key in cache_config):
+        raise ValueError(f"cache_config: {cache_config!r} is not a dict of settings, such as {EXAMPLE}")
+    return dict(cache_config)
 
 
 def quantized_cache(config: Any, backend: str = "quanto", static: bool = False, **settings: Any) -> Cache:
     """The cache that `cache_config` describes; quanto if it names no backend, as in transformers.
 
+    backend: in any case, as LongBench's users write HQQ.
     static: whether it has a fixed size, which only backend latent can.
     settings: those of `LatentQuantizedCache` (or `StaticLatentCache`), or of transformers' `QuantizedCache` (nbits,
     axis_key, axis_value, q_group_size, residual_length). Raises ValueError for bad ones, ImportError where the backend
     is not installed.
     """
+    given, backend = backend, str(backend).lower()
     if backend not in BACKENDS:
-        raise ValueError(f"cache_config: backend {backend!r} is not one of {', '.join(BACKENDS)}")
+        raise ValueError(f"cache_config: backend {given!r} is not one of {', '.join(BACKENDS)}")
     if static and backend != "latent":
         raise ValueError(f"cache_config: static, but backend {backend} has no cache of fixed size; latent has")
     settings.pop("config", None)
@@ -132,4 +144,4 @@ def _round_up(rows: int) -> int:
     return -(-rows // ROWS_PER_BYTE) * ROWS_PER_BYTE
 
 
-__all__ = ["quantized_cache"]
+__all__ = ["cache_settings", "quantized_cache"]

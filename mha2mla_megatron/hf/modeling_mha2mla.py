@@ -23,7 +23,7 @@ from transformers.models.smollm3.modeling_smollm3 import (
     rotate_half,
 )
 
-from .backend_cache_mha2mla import quantized_cache
+from .backend_cache_mha2mla import cache_settings, quantized_cache
 from .configuration_mha2mla import MHA2MLALlamaConfig
 from .decode_mha2mla import (
     absorbed_attention,
@@ -331,7 +331,7 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
             prepare: Callable = super()._prepare_cache_for_generation  # type: ignore[misc]
             prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
-        settings = dict(generation_config.cache_config or {})
+        settings = cache_settings(generation_config.cache_config)
         if settings.get("static"):
             # As for transformers' static cache: never shorter than before, or the compiled step would be made anew.
             lengths = max_cache_length, generation_config.max_cache_len or 0, getattr(self, "_packed_length", 0)

@@ -11,6 +11,7 @@ from mha2mla_megatron.checkpoint.megatron import HF_FOLDER
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.frequencies import inverse_frequencies
+from mha2mla_megatron.ignored_settings import refuse_ignored_low_rank, refuse_ignored_rope
 from mha2mla_megatron.layout_plan.schedule import idle_part
 from mha2mla_megatron.model.parallel import check_layout
 from mha2mla_megatron.settings import load_settings
@@ -129,6 +130,9 @@ def planned_architecture(settings: PlanSettings) -> Architecture:
         mla = MHA2MLAConfig(convert.partial_rope, convert.low_rank)
     elif given == MHA2MLAConfig():
         return architecture
+    else:
+        refuse_ignored_rope(given.partial_rope, None)
+        refuse_ignored_low_rank(given.low_rank, None, budgeted=False, healed=False)
     if architecture.mla is not None:
         raise UserError(f"{path}: is converted already; leave out conversion, partial_rope and low_rank")
     mla = architecture.resolve(mla)

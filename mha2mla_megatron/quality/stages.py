@@ -36,7 +36,7 @@ from mha2mla_megatron.convert import convert_model
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.choices import evaluate_choices
 from mha2mla_megatron.evaluation.perplexity import evaluate_perplexity
-from mha2mla_megatron.files import file_sha256, new_files, write_json
+from mha2mla_megatron.files import file_sha256, new_files, require_file, write_json
 from mha2mla_megatron.quality.settings import Entry, QualitySettings, expand, measurements, task_name
 from mha2mla_megatron.ranks import require_one_process
 from mha2mla_megatron.settings import require_keys
@@ -59,8 +59,7 @@ class Quality:
         self.model = resolve_model(str(settings.model))
         self.settings, self.out = settings, Path(str(settings.out))
         for file in (*settings.texts.values(), *settings.tasks, *([text] if text else [])):
-            if not Path(file).is_file():
-                raise UserError(f"{file}: no such file")
+            require_file(Path(file))
         hashes = model_sha256(self.model), None if text is None else file_sha256(Path(text))
         self.entries, self.work = expand(settings, *hashes)
         self.measurements = measurements(settings)

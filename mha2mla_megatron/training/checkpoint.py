@@ -13,11 +13,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import dist_checkpointing
@@ -230,6 +230,14 @@ class StepSaver:
         return state
 
 
+class Resumed(NamedTuple):
+    """The step that a run goes on from. run: its `run` values. averaged: whether it has an average of the weights."""
+
+    folder: Path
+    run: dict[str, Any]
+    averaged: bool
+
+
 def resume_run(
     root: Path,
     architecture: Architecture,
@@ -237,8 +245,8 @@ def resume_run(
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler,
     lora: LoraSettings,
-) -> dict[str, Any] | None:
-    """Load the newest step of `root` into the objects and return its `run` values; None where there is none.
+) -> Resumed | None:
+    """Load the newest step of `root` into the objects, but for the average; None where there is none.
 
     Learning rates, weight decay and moments' decay are those of the optimizer, not the saved ones.
 
@@ -250,7 +258,8 @@ def resume_run(
         return None
     folder = iteration_folder(root, latest)
     trained = {name: parameter.requires_grad for chunk in model for name, parameter in parameters_of(chunk)}
-    on_every_rank(lambda: _check_step(root, folder, architecture, trained, lora), f"{folder}: cannot be read")
+    check = partial(_check_step, root, folder, architecture, trained, lora)
+    averaged = all(on_every_rank(check, f"{folder}: cannot be read"))
     model_state = _model_state(model)
     state = {
         **model_state,
@@ -263,18 +272,15 @@ def resume_run(
     take_own_groups(loaded["optimizer"], optimizer, run["step"] - run.get("skipped", 0))
     optimizer.load_state_dict(loaded["optimizer"])
     schedule.load_state_dict(loaded["schedule"])
-    return run
+    return Resumed(folder, run, averaged)
 
 
-def resume_average(root: Path, model: Sequence[torch.nn.Module], average: WeightAverage | None) -> None:
-    """Load that of the newest step of `root`, which `resume_run` has checked.
+def resume_average(resumed: Resumed, model: Sequence[torch.nn.Module], average: WeightAverage | None) -> None:
+    """Load that of the step.
 
     Where the step has none the average stays as it is, and where the run has none the step's is left; a line says so.
     """
-    latest = read_latest(root)
-    assert latest is not None, f"{root} holds no step"
-    folder = iteration_folder(root, latest)
-    saved = all(on_every_rank(lambda: has_average(TorchDistReader(folder).shapes()), f"{folder}: cannot be read"))
+    folder, saved = resumed.folder, resumed.averaged
     if average is not None and saved:
         placed = average.placed(_model_state(model))
         pieces = {n: {at: piece.without_data() for at, piece in found.items()} for n, found in placed.items()}
@@ -294,9 +300,9 @@ def _model_state(model: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 def _check_step(
     root: Path, folder: Path, architecture: Architecture, trained: dict[str, bool], lora: LoraSettings
-) -> None:
+) -> bool:
     """Raise UserError unless all of a step's files are as they were saved, of this model, and of a run that trained the
-    tensors that this one trains; of these each process knows its own.
+    tensors that this one trains; of these each process knows its own. Returns whether the step has an average.
 
     Megatron reads the pieces without a look at their checksums; here each process checks its share of them.
     """
@@ -325,6 +331,7 @@ def _check_step(
     share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
     for index in list(reader.storage)[share]:
         reader.check_piece(index)
+    return has_average(reader.shapes())
 
 
 def _context(root: Path, iteration: int) -> str:

@@ -79,7 +79,7 @@ def finetune(settings: FinetuneSettings) -> None:
     model = [chunk.module for chunk in chunks]
     prepare_root(root)
     resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
-    run: dict[str, Any] = {"step": 0} if resumed is None else resumed
+    run: dict[str, Any] = {"step": 0} if resumed is None else resumed.run
     step, best = run["step"], BestStep.of(run)
     if best is not None and not iteration_folder(root, best.step).is_dir():
         best = None
@@ -91,7 +91,7 @@ def finetune(settings: FinetuneSettings) -> None:
     decay = settings.optimizer.ema_decay
     average = WeightAverage(optimizer, decay) if decay > 0 else None
     if resumed is not None:
-        resume_average(root, model, average)
+        resume_average(resumed, model, average)
 
     def write_beside() -> None:
         if resumed is None:

@@ -10,7 +10,6 @@ import numpy
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mha2mla_megatron.training.config import FinetuneSettings
@@ -40,8 +39,7 @@ def build_optimizer(
     overrides = group_overrides(config, set(wanted.lr_scale.values()))
     optimizer = get_megatron_optimizer(config, chunks, overrides)  # type: ignore[arg-type]
     for part in parts_of(optimizer):
-        if isinstance(part, DistributedOptimizer):
-            save_own_shards(part)
+        save_own_shards(part)
     _leave_out_what_is_not_finite(optimizer)
     for inner in _torch_adams(optimizer):
         _make_resumable(inner)

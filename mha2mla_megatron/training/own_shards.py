@@ -19,7 +19,7 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 _SHARDS = "shards"
@@ -34,7 +34,10 @@ def save_own_shards(optimizer: DistributedOptimizer) -> None:
 
 def parts_of(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:
     """The optimizers that a chain of them is made of, or the one that it is."""
-    return getattr(optimizer, "chained_optimizers", [optimizer])
+    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    distributed = [part for part in parts if isinstance(part, DistributedOptimizer)]
+    assert len(distributed) == len(parts), "built without use_distributed_optimizer"
+    return distributed
 
 
 def own_weights(model_state: Mapping[str, Mapping[str, Any]], optimizer: MegatronOptimizer) -> dict[str, Any]:

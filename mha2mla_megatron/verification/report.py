@@ -10,6 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +23,11 @@ from mha2mla_megatron.checkpoint.convert_hf_megatron import ToHFSettings, megatr
 from mha2mla_megatron.checkpoint.either import MegatronTensors, ModelTensors, model_tensors
 from mha2mla_megatron.config import describe_conversion
 from mha2mla_megatron.data.documents import read_text
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import UnusableModel, UserError, first_line
 from mha2mla_megatron.evaluation.agreement import Agreement, agreement
 from mha2mla_megatron.evaluation.perplexity import DTYPES, PerplexitySettings, check_config, check_windows, cut_windows
 from mha2mla_megatron.files import new_files, write_json
+from mha2mla_megatron.ranks import require_one_process
 from mha2mla_megatron.verification.weights import Check, WeightChecks, same_form
 
 SAME_KL = 1e-6
@@ -89,20 +93,23 @@ def verify_conversion(a: str, b: str, settings: VerifySettings) -> Report:
 
     Raises UserError for what is no model at all, or a text that cannot be read; all else is in the report.
     """
+    require_one_process("verify_conversion.py")
     outputs = [] if settings.output is None else [Path(settings.output)]
     with new_files(outputs, overwrite=True) as scratch:
         content = None if settings.text is None else read_text(Path(settings.text))
         sides = {"A": model_tensors(a), "B": model_tensors(b)}
-        windows = None if content is None else _windows(sides, content, settings)
+        output, found, windows = Check("output", "give text=FILE to run both models", done=False), None, None
+        if content is not None:
+            with _reported(output, UnusableModel):
+                windows = _windows(sides, content, settings)
         weights = WeightChecks(*sides.values())
         weights.run()
-        output, found = Check("output", done=False), None
-        if windows is None:
-            output.detail = "give text=FILE to run both models"
-        elif not weights.runnable:
+        if windows is not None and not weights.runnable:
             output.detail = "a model cannot be run"
-        else:
-            found = _run_both(sides, windows, settings)
+        elif windows is not None:
+            with _reported(output, UserError):
+                found = _run_both(sides, windows, settings)
+        if found is not None:
             _judge(output, found, settings, SAME_KL if weights.same_form and _one_type(weights) else math.inf)
         report = Report(_describe(a, sides["A"]), _describe(b, sides["B"]), _relation(sides), weights.checks, found)
         report.checks.append(output)
@@ -147,6 +154,26 @@ def _relation(sides: dict[str, ModelTensors]) -> str:
 
 def _one_type(weights: WeightChecks) -> bool:
     return len(weights.types["A"] | weights.types["B"]) == 1
+
+
+@contextmanager
+def _reported(check: Check, refusals: type[UserError]) -> Iterator[None]:
+    """Let the check fail where a model cannot be loaded or run, so that the report and its other checks are kept.
+
+    refusals: those that are taken for that; others are still raised, such as what is wrong with the text.
+    """
+    try:
+        yield
+        return
+    except UserError as error:
+        if not isinstance(error, refusals):
+            raise
+        problem = str(error)
+    except Exception as error:  # of any kind: a converted model runs the code in its folder
+        traceback.print_exc()
+        problem = f"cannot be run ({type(error).__name__}: {first_line(error)})"
+    check.done, check.detail = True, "the models were not compared"
+    check.problems.append(problem)
 
 
 def _windows(sides: dict[str, ModelTensors], content: str, settings: VerifySettings) -> torch.Tensor:

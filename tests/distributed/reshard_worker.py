@@ -53,11 +53,11 @@ def load(name: str, source: str, config: dict[str, Any], folder: Path, settings:
     """Go on from folder/`source`, saved at whatever layout, at that of `settings`; leaves folder/NAME.RANK.pt."""
     architecture = parse_architecture(config, name)
     chunks, optimizer, schedule, device = build(architecture, settings)
-    run = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule, settings.lora)
-    assert run == {"step": SAVED}
+    resumed = resume_run(folder / source, architecture, _model(chunks), optimizer, schedule, settings.lora)
+    assert resumed is not None and resumed.run == {"step": SAVED}
     schedule.step(0)
     average = WeightAverage(optimizer, settings.optimizer.ema_decay)
-    resume_average(folder / source, _model(chunks), average)
+    resume_average(resumed, _model(chunks), average)
     state = state_pieces(chunks, optimizer, average)
     losses = _losses(SAVED, MORE, architecture.vocab_size, chunks, optimizer, schedule, average, settings, device)
     _write({"losses": losses, "state": state}, folder / name)
