@@ -43,9 +43,12 @@ def require_at_least(key: str, value: int, minimum: int) -> None:
 
 
 def require_entries(key: str, values: Sequence[object] | None, entry: str) -> None:
-    """Raise UserError for a list of no entries; None, the default, stands for all that there are."""
+    """Raise UserError for a list of no entries, or of lists; None, the default, stands for all that there are."""
     if values is not None and not values:
         raise UserError(f"{key}: an empty list; give one {entry} or more, or leave it out")
+    for value in values or ():
+        if isinstance(value, list | dict):
+            raise UserError(f"{key}: {value!r} is not a {entry}")
 
 
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:

@@ -92,19 +92,23 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         known = ", ".join(str(k) for k in parent) if OmegaConf.is_dict(parent) else ""
         if known and "not in" in str(error):
             raise UserError(f"{source}: unknown key '{key}'; known here: {known}") from None
-        group = _group_as_value(base, update)
-        if group is not None:
-            raise UserError(f"{source}: {group} is a group of settings, given as {group}.KEY=VALUE") from None
+        if (wrong := _of_another_form(base, update)) is not None:
+            raise UserError(f"{source}: {wrong}") from None
         raise UserError(f"{source}: {key}: {first_line(error)}") from None
 
 
-def _group_as_value(base: Any, update: Any, prefix: str = "") -> str | None:
-    """The first dotted key to which `update` gives a value, but which in `base` is a group of settings."""
+def _of_another_form(base: Any, update: Any, prefix: str = "") -> str | None:
+    """What is wrong with the first value in `update` that is neither a group nor a list, where `base` has one."""
     for key in update if OmegaConf.is_dict(update) else ():
+        name, value = f"{prefix}{key}", update[key]
+        # The node, for the value of a list may be None.
+        if OmegaConf.is_list(base._get_node(key)) and not OmegaConf.is_list(value):
+            shown = "VALUE" if OmegaConf.is_dict(value) else value
+            return f"{name} is a list, given as {name}=[{shown}]"
         if not OmegaConf.is_dict(base.get(key)):
             continue
-        if not OmegaConf.is_dict(update[key]):
-            return f"{prefix}{key}"
-        if (found := _group_as_value(base[key], update[key], f"{prefix}{key}.")) is not None:
+        if not OmegaConf.is_dict(value):
+            return f"{name} is a group of settings, given as {name}.KEY=VALUE"
+        if (found := _of_another_form(base[key], value, f"{name}.")) is not None:
             return found
     return None

@@ -64,6 +64,11 @@ def start_cases(module: str, *words: object, **environment: str) -> subprocess.P
     )  # fmt: skip
 
 
+def children(process: int, words: str) -> list[int]:
+    """The processes that this one started with these words in their command lines."""
+    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process), "-f", words], text=True).split()]
+
+
 def run_cases_in_eight_processes(module: str, count: int) -> None:
     """`count` random cases of tests/<module>.py for each of the seeds 0 to 7, at once: most of their time goes into
     compiling a kernel for each shape, on one core."""

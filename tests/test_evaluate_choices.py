@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mha2mla_megatron.evaluation.choices import Pair, log_likelihoods, read_questions
+from mha2mla_megatron.evaluation.choice_questions import read_questions
+from mha2mla_megatron.evaluation.choices import Pair, log_likelihoods
 from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "eval"
@@ -42,6 +43,24 @@ PIQA: list[dict[str, Any]] = [
     )
 ]
 
+CHOICES: list[dict[str, Any]] = [
+    {"question": question, "choices": choices, "gold": row % 3}
+    for row, (question, choices) in enumerate(
+        (question, choices)
+        for question in ("What falls on the orchard?", PROSE[3], "A good map says ")
+        for choices in (
+            ["rain", "a row of lamps", "nothing at all. "],
+            ["seven", "five over the canal", "the last train"],
+        )
+    )
+]
+WINOGRANDE: list[dict[str, Any]] = [
+    {"sentence": sentence, "option1": "the harbour", "option2": "a lamp", "answer": str(row % 2 + 1)}
+    for row, sentence in enumerate(
+        ("The wind left _ open to the rain.", "She counted _, for it was lit.", "Nobody knew _ 's figures. ", "_ fell.")
+    )
+]
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -54,14 +73,17 @@ def write(file: Path, rows: list[Any]) -> Path:
     return file
 
 
-def reference(folder: Path, questions: list[tuple[str, list[str], int]], bos: bool = False) -> tuple[float, float]:
-    """(acc, acc_norm), one choice at a time."""
+def reference(
+    folder: Path, questions: list[tuple[str | list[str], list[str], int]], bos: bool = False
+) -> tuple[float, float]:
+    """(acc, acc_norm), one choice at a time, each after the context or after one of its own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     right = torch.zeros(2)
-    for context, choices, gold in questions:
+    for contexts, choices, gold in questions:
         sums = []
-        for choice in choices:
+        each = [contexts] * len(choices) if isinstance(contexts, str) else contexts
+        for context, choice in zip(each, choices, strict=True):
             ids = [1] * bos + tokenizer(context.rstrip(), add_special_tokens=False)["input_ids"]
             start = len(ids)
             ids += tokenizer(f"{context} {choice}", add_special_tokens=False)["input_ids"][start - bos :]
@@ -81,9 +103,9 @@ def evaluate(tmp_path: Path, *words: object) -> tuple[dict[str, Any], str]:
 def test_hellaswag_prompts(tmp_path: Path) -> None:
     task, questions = read_questions(write(tmp_path / "h.jsonl", HELLASWAG))
     assert task == "hellaswag" and [question.gold for question in questions] == [row % 4 for row in range(12)]
-    assert questions[0].context == f"Rain: {PROSE[0].strip()} She"
-    assert questions[4].context == "Rain: The tide A good map. The last train "  # brackets leave their spaces
-    assert questions[5].context == "Rain: The tide A good map. The last train The lamps"
+    assert questions[0].contexts == 4 * [f"Rain: {PROSE[0].strip()} She"]
+    assert questions[4].contexts[0] == "Rain: The tide A good map. The last train "  # brackets leave their spaces
+    assert questions[5].contexts[0] == "Rain: The tide A good map. The last train The lamps"
     assert questions[0].choices == [
         "counted the bridges twice.", "said less.", "held a row of small lamps.", "fell in May"
     ]  # fmt: skip
@@ -93,7 +115,7 @@ def test_hellaswag_scores(tmp_path: Path, model: Path) -> None:
     """The original and a converted model; batches of one, of a few and of all."""
     run_tool("convert_mha_to_mla", model, tmp_path / "mla", "low_rank.kv_lora_rank=12", "partial_rope.strategy=uniform")
     file = write(tmp_path / "h.jsonl", HELLASWAG)
-    questions = [(q.context, q.choices, q.gold) for q in read_questions(file)[1]]
+    questions = [(q.contexts[0], q.choices, q.gold) for q in read_questions(file)[1]]
     tables = []
     for batch in (1, 150, 100_000):
         report, table = evaluate(tmp_path, model, tmp_path / "mla", file, f"batch_tokens={batch}")
@@ -135,6 +157,47 @@ def test_piqa(tmp_path: Path, model: Path) -> None:
     assert result["acc_standard_error"] is None and result["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["flat", "hub"])
+def test_arc_and_openbookqa(tmp_path: Path, model: Path, nested: bool) -> None:
+    """The hub's fields and flat ones; OpenBookQA's question stands alone."""
+    rows = CHOICES
+    if nested:
+        labels = ["A", "B", "C"]
+        rows = [
+            {
+                "question": r["question"],
+                "choices": {"text": r["choices"], "label": labels},
+                "answerKey": labels[r["gold"]],
+            }
+            for r in CHOICES
+        ]
+    file = write(tmp_path / "rows.jsonl", rows)
+    for task, form in {"arc_easy": "Question: {}\nAnswer:", "openbookqa": "{}"}.items():
+        (result,) = evaluate(tmp_path, model, file, f"task={task}")[0]["results"]
+        questions = [(form.format(r["question"]), r["choices"], r["gold"]) for r in CHOICES]
+        assert result["task"] == task
+        assert (result["acc"], result["acc_norm"]) == pytest.approx(reference(model, questions))
+    if nested:
+        stems = write(tmp_path / "stems.jsonl", [{**r, "question_stem": r["question"]} for r in rows])
+        assert evaluate(tmp_path, model, stems, "task=openbookqa")[0]["results"] == [result]
+
+
+def test_winogrande(tmp_path: Path, model: Path) -> None:
+    """What follows the gap, after each of the options."""
+    (result,) = evaluate(tmp_path, model, write(tmp_path / "w.jsonl", WINOGRANDE))[0]["results"]
+    questions = [
+        (
+            [r["sentence"][:gap] + r[key] for key in ("option1", "option2")],
+            [r["sentence"][gap + 1 :].strip()] * 2,
+            row % 2,
+        )
+        for row, r in enumerate(WINOGRANDE)
+        for gap in [r["sentence"].index("_")]
+    ]
+    assert result["task"] == "winogrande" and result["acc"] == result["acc_norm"]
+    assert (result["acc"], result["acc_norm"]) == pytest.approx(reference(model, questions))
+
+
 def test_refusals(tmp_path: Path, model: Path) -> None:
     def line(rows: list[Any], *words: object, folder: Path = model) -> str:
         output = f"output={tmp_path / 'out.json'}"
@@ -146,11 +209,19 @@ def test_refusals(tmp_path: Path, model: Path) -> None:
     assert "line 2: no 'sol2' field; it has: 'goal', 'sol1', 'label'" in line(
         [PIQA[0], {key: value for key, value in PIQA[1].items() if key != "sol2"}]
     )
-    assert "line 1: 'label' is '2'; valid: 0 to 1" in line([{**PIQA[0], "label": "2"}])
-    assert "'label' is ''; valid: 0 to 3" in line([{**HELLASWAG[0], "label": ""}])
+    assert "line 1: 'label' is '2', not the number of a choice, 0 to 1" in line([{**PIQA[0], "label": "2"}])
+    assert "'label' is '', not the number of a choice, 0 to 3" in line([{**HELLASWAG[0], "label": ""}])
     assert "'label' is True" in line([{**PIQA[0], "label": True}])
     assert "'goal' is a int, not a string" in line([{**PIQA[0], "goal": 3}])
-    assert "'endings' is not a list of two strings or more" in line([{**HELLASWAG[0], "endings": "abc"}])
+    assert "'endings' is not a list of one string or more" in line([{**HELLASWAG[0], "endings": "abc"}])
+    assert "line 1: one choice only" in line([{**HELLASWAG[0], "endings": ["a"], "label": 0}])
+    assert "line 1: may be of arc_easy, arc_challenge, openbookqa; say which with task=NAME" in line(CHOICES)
+    assert "line 1: no 'goal' field; it has: 'question', 'choices', 'gold'" in line(CHOICES, "task=piqa")
+    assert "'gold' is 3, not the number of a choice, 0 to 2" in line([{**CHOICES[0], "gold": 3}], "task=arc_easy")
+    assert "'sentence' has no gap (_)" in line([{**WINOGRANDE[0], "sentence": "a b"}])
+    assert "a choice without text" in line([{**WINOGRANDE[0], "sentence": "a _"}])
+    assert "'answer' is '3', not the number of a choice, 1 to 2" in line([{**WINOGRANDE[0], "answer": "3"}])
+    assert "task: unknown value 'arc'; valid: hellaswag, piqa, arc_easy" in line(CHOICES, "task=arc")
     assert "a choice without text" in line([{**HELLASWAG[0], "endings": ["[step]", "b", "c", "d"]}])
     assert "line 1: a JSON list, not an object" in line([[1]])
     assert "holds no rows" in line([])
@@ -167,19 +238,34 @@ def test_refusals(tmp_path: Path, model: Path) -> None:
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the optional evaluation data (../shared/data/eval) is not there")
-@pytest.mark.parametrize(("task", "rows"), [("hellaswag", 10042), ("piqa", 1838)])
-def test_the_real_files_are_read(task: str, rows: int) -> None:
-    found, questions = read_questions(DATA / task / "validation.jsonl.gz")
+@pytest.mark.parametrize(
+    ("task", "split", "rows"),
+    [
+        ("hellaswag", "validation", 10042), ("piqa", "validation", 1838), ("arc_easy", "test", 2376),
+        ("arc_challenge", "test", 1172), ("openbookqa", "test", 500), ("winogrande", "validation", 1267),
+    ],
+)  # fmt: skip
+def test_the_real_files_are_read(task: str, split: str, rows: int) -> None:
+    told = None if task in ("hellaswag", "piqa", "winogrande") else task
+    found, questions = read_questions(DATA / task / f"{split}.jsonl.gz", told)
     assert found == task and len(questions) == rows
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval (pip install lm-eval) is missing")
-@pytest.mark.parametrize(("rows", "task"), [(HELLASWAG, "hellaswag"), (PIQA, "piqa")], ids=["hellaswag", "piqa"])
+@pytest.mark.parametrize(
+    ("task", "rows"),
+    [
+        ("hellaswag", HELLASWAG), ("piqa", PIQA), ("arc_easy", CHOICES), ("arc_challenge", CHOICES),
+        ("openbookqa", CHOICES), ("winogrande", WINOGRANDE),
+    ],
+)  # fmt: skip
 def test_rows_are_those_of_lm_evaluation_harness(
-    tmp_path: Path, model: Path, rows: list[dict[str, Any]], task: str
+    tmp_path: Path, model: Path, task: str, rows: list[dict[str, Any]]
 ) -> None:
-    done = run_tool("benchmarks/choices", model, write(tmp_path / "rows.jsonl", rows), "lighteval=false")
-    assert f"{len(rows)} rows of {task}: acc and acc_norm of each as in lm-eval" in done.stdout
+    done = run_tool(
+        "benchmarks/choices", model, write(tmp_path / "rows.jsonl", rows), f"task={task}", "lighteval=false"
+    )
+    assert f"{len(rows)} rows of {task}: acc" in done.stdout and "of each as in lm-eval" in done.stdout
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is there")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.cloze import TASKS, Cloze
-from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
+from tests.conftest import PROSE, ROOT, make_llama, make_pair, make_tokenizer, refused, run_tool
 
 NESTED = {"text": ["ice", "fire"], "label": ["A", "B"]}
 BY_HAND: list[tuple[str, dict[str, Any], Cloze]] = [
@@ -82,9 +84,13 @@ def test_prompts_by_hand(task: str, row: dict[str, Any], expected: Cloze) -> Non
             TASKS[task].ask({key: value for key, value in row.items() if key != field}, "here")
 
 
-def local(folder: Path, rows: list[dict[str, Any]], task: str = "piqa_cf") -> Path:
-    file = folder / TASKS[task].folder / f"{TASKS[task].split}.jsonl"
-    file.parent.mkdir(parents=True)
+PIQA_ROW = {"goal": "a", "sol1": "b", "sol2": "c", "label": 0}
+
+
+def local(folder: Path, rows: list[dict[str, Any]], task: str = "piqa_cf", split: str | None = None) -> Path:
+    """split: None for the one that is evaluated."""
+    file = folder / TASKS[task].folder / f"{split or TASKS[task].split}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -131,9 +137,109 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "evaluate_lighteval", model, out, "tasks=[piqa_cf]", f"data={local(tmp_path / 'empty', [])}"
     )
     assert "tasks: an empty list" in refused("evaluate_lighteval", model, out, "tasks=[]")
+    train = "piqa: holds no train.jsonl[.gz], which piqa_cf takes its examples from (num_fewshot)"
+    good = local(tmp_path / "good", [PIQA_ROW])
+    assert train in refused("evaluate_lighteval", model, out, "tasks=[piqa_cf]", f"data={good}", "num_fewshot=1")
+    local(good, [{"goal": "a", "sol1": "b", "label": 0}], split="train")
+    assert "train.jsonl, line 1: no 'sol2' field" in refused(
+        "evaluate_lighteval", model, out, "tasks=[piqa_cf]", f"data={good}", "num_fewshot=1"
+    )
+    local(good, [PIQA_ROW] * 2, split="train")
+    assert "piqa: train holds 2 rows; num_fewshot=3 takes 3 of them" in refused(
+        "evaluate_lighteval", model, out, "tasks=[piqa_cf]", f"data={good}", "num_fewshot=3"
+    )
+    assert "max_length: 129 tokens are more than its max_position_embeddings 128" in refused(
+        "evaluate_lighteval", model, out, "max_length=129"
+    )
+    for word in ("max_length=1", "num_fewshot=-1", "processes=0"):
+        assert f"{word.partition('=')[0]}: {word.partition('=')[2]} is too small" in refused(
+            "evaluate_lighteval", model, out, word
+        )
+    assert "tasks is a list, given as tasks=[piqa_cf]" in refused("evaluate_lighteval", model, out, "tasks=piqa_cf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None)
     assert "lighteval is not installed: pip install" in refused("evaluate_lighteval", model, out, "tasks=[piqa_cf]")
     assert not out.exists()
+
+
+RECORDER = """
+import json, os, sys, yaml
+rank = os.environ.get("RANK", "0")
+with open(sys.argv[2]) as file:
+    found = yaml.safe_load(file)["model_parameters"]
+with open(f"seen{rank}.json", "w") as file:
+    environment = {key: os.environ.get(key) for key in ("PYTHONHASHSEED", "MHA2MLA_EVAL_DATA", "WORLD_SIZE")}
+    json.dump({"words": sys.argv[1:], "model": found, "environment": environment}, file)
+sys.exit(int(found["batch_size"] == 3))
+"""
+"""In the place of lighteval: writes down what it is given; fails if the batch size is 3."""
+
+
+@pytest.fixture
+def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "packages" / "lighteval"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text(RECORDER)
+    monkeypatch.syspath_prepend(package.parent)
+    path = os.pathsep.join(filter(None, (str(package.parent), str(ROOT), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+several_processes = pytest.mark.skipif(torch.cuda.device_count() == 1, reason="one GPU: each process needs its own")
+
+
+@several_processes
+@pytest.mark.usefixtures("recorder")
+def test_what_lighteval_is_told(tmp_path: Path) -> None:
+    """Few-shot numbers, lengths, one file for each process; what the cache takes is written beside the results."""
+    original, mla = make_pair(tmp_path)
+    data = local(local(tmp_path / "data", [PIQA_ROW]), [PIQA_ROW], split="train")
+    words = ["tasks=[piqa_cf]", f"data={data}"]
+
+    def seen(out: Path, rank: int = 0) -> dict[str, Any]:
+        return json.loads((out / f"seen{rank}.json").read_text())
+
+    out = tmp_path / "one"
+    run_tool("evaluate_lighteval", original, out, *words, "max_samples=7")
+    found = seen(out)
+    assert found["words"][:3] == ["accelerate", str(out / "model.yaml"), "piqa_cf|0"]
+    assert found["words"][-2:] == ["--max-samples", "7"] and found["environment"]["MHA2MLA_EVAL_DATA"] == str(data)
+    assert found["model"]["max_length"] == 128 and (out / found["model"]["model_name"]).samefile(original)
+
+    # Answers are kept under model and rows: neither other examples nor another model find those.
+    kept = [found["model"]["cache_dir"]]
+    local(data, [PIQA_ROW] * 2, split="train")
+    for model, more in ((mla, []), (original, []), (original, ["num_fewshot=1"])):
+        run_tool("evaluate_lighteval", model, out, *words, *more)
+        kept.append(seen(out)["model"]["cache_dir"])
+    assert kept[0] == kept[2] and len(set(kept)) == 3
+
+    long = make_llama(tmp_path / "long", max_position_embeddings=4096)
+    run_tool("evaluate_lighteval", long, tmp_path / "long_out", *words, "num_fewshot=2", "dtype=bfloat16")
+    found = seen(tmp_path / "long_out")
+    assert found["model"]["max_length"] == 2048 and found["words"][2] == "piqa_cf|2"
+    run_tool("evaluate_lighteval", long, tmp_path / "long_out", *words, "max_length=4096")
+    assert seen(tmp_path / "long_out")["model"]["max_length"] == 4096
+
+    two = tmp_path / "two"
+    run_tool("evaluate_lighteval", mla, two, *words, "processes=2", "max_length=100")
+    first, second = seen(two, 0), seen(two, 1)
+    for rank, one in enumerate((first, second)):
+        assert one["words"][1] == str(two / "processes" / f"{rank}.yaml") and one["model"]["max_length"] == 100
+        assert one["environment"]["WORLD_SIZE"] == "2" and one["environment"]["PYTHONHASHSEED"] == "0"
+    assert first["words"][2:] == second["words"][2:]
+    assert first["words"][2] == "piqa_cf|0" and first["words"][-3:] == ["--output-dir", str(two), "--save-details"]
+    assert first["model"]["cache_dir"] != second["model"]["cache_dir"]
+
+    # float32 and bfloat16: 3 layers of 2 groups of keys and values of 16; of 8 rotated dims a group and 20 latents.
+    costs = {out: 3 * 64 * 4, tmp_path / "long_out": 3 * 64 * 4, two: 3 * (2 * 8 + 20) * 4}
+    for folder, cost in costs.items():
+        assert json.loads((folder / "cost.json").read_text()) == {"cache_bytes_per_token": cost}
+    run_tool("evaluate_lighteval", original, tmp_path / "half", *words, "dtype=bfloat16")
+    assert json.loads((tmp_path / "half" / "cost.json").read_text()) == {"cache_bytes_per_token": 3 * 64 * 2}
+    bad = tmp_path / "bad"
+    assert "lighteval ended with exit code 1" in refused("evaluate_lighteval", original, bad, *words, "batch_size=3")
+    assert not (bad / "cost.json").exists()
 
 
 @pytest.mark.slow
@@ -156,3 +262,39 @@ def test_lighteval_agrees_with_evaluate_choices(tmp_path: Path) -> None:
     (expected,) = json.loads((tmp_path / "choices.json").read_text())["results"]
     assert [found[row]["acc"] for row in range(6)] == expected["right"]
     assert [found[row]["acc_norm"] for row in range(6)] == expected["right_norm"]
+
+
+def rows_of(out: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """(task, number of the row) -> what lighteval's details say of it."""
+    import pyarrow.parquet
+
+    return {
+        (file.name.split("|")[0].removeprefix("details_"), row["doc"]["id"]): row
+        for file in (out / "details").glob("**/*.parquet")
+        for row in pyarrow.parquet.read_table(file).to_pylist()
+    }
+
+
+@pytest.mark.slow
+@several_processes
+@pytest.mark.skipif(importlib.util.find_spec("lighteval") is None, reason="lighteval (extra .[eval]) is missing")
+def test_processes_share_the_questions(tmp_path: Path) -> None:
+    """Two tasks of the same rows, so that many prompts are of one length: two processes give the scores of one, row by
+    row, with two examples from the train split before each question."""
+    model = make_tokenizer(make_llama(tmp_path / "model"), unk_token="<unk>", pad_token="<eos>")
+    data, examples = tmp_path / "data", []
+    for task in ("arc_easy_cf", "arc_challenge_cf"):
+        rows = [{"question": PROSE[i % 6][: 20 + i % 3], "choices": ["ice", "fire"], "gold": i % 2} for i in range(9)]
+        examples = [{"question": f"Example {i}", "choices": ["tea", "ash"], "gold": i % 2} for i in range(4)]
+        local(local(data, rows, task), examples, task, split="train")
+    words = ["tasks=[arc_easy_cf,arc_challenge_cf]", f"data={data}", "num_fewshot=2"]
+    for count in (1, 2):
+        run_tool("evaluate_lighteval", model, tmp_path / f"{count}", *words, f"processes={count}")
+    one, two = rows_of(tmp_path / "1"), rows_of(tmp_path / "2")
+    assert len(one) == 18 and one.keys() == two.keys()
+    for place, row in one.items():
+        for each in (row, two[place]):
+            shown = [sample["query"] for sample in each["doc"]["fewshot_samples"]]
+            assert len(shown) == 2 and all(query.startswith("Question: Example") for query in shown)
+        assert row["metric"] == two[place]["metric"]
+        assert row["model_response"]["logprobs"] == pytest.approx(two[place]["model_response"]["logprobs"], rel=1e-5)

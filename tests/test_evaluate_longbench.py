@@ -165,6 +165,66 @@ def test_caches(tmp_path: Path, model: Path, data: Path) -> None:
     )
 
 
+def held_by_default(folder: Path, task: str, one: dict[str, Any]) -> tuple[int, int]:
+    """(bytes, tokens) of keys and values after a prompt and all new tokens but the last, from one forward pass."""
+    ids = prompt_ids(folder, task, one, 60)
+    tokens = len(ids) + TASKS[task].max_new_tokens - 1
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        cache = model(torch.zeros(1, tokens, dtype=torch.long), use_cache=True).past_key_values
+    parts = [part for layer in cache.layers for part in (layer.keys, layer.values) if part is not None]
+    return sum(part.nbytes for part in parts), tokens
+
+
+def test_cache_bytes(tmp_path: Path, data: Path) -> None:
+    """Of an original, its conversion and 4 bits: in the journal as a forward pass of the same length leaves them."""
+    # No token is the end, so that every answer is as long as its task allows.
+    original = make_tokenizer(make_llama(tmp_path / "original", max_position_embeddings=512, eos_token_id=300))
+    run_tool(
+        "convert_mha_to_mla", original, tmp_path / "mla", "low_rank.kv_lora_rank=12", "partial_rope.strategy=uniform"
+    )
+    words = ["tasks=[hotpotqa,trec]", "max_tokens=60"]
+    found = {}
+    for name, more in {"original": [], "mla": [], "int4": ["cache=int4", "cache_options.residual_length=8"]}.items():
+        folder, out = tmp_path / ("original" if name == "original" else "mla"), tmp_path / f"out_{name}"
+        done = run_tool("evaluate_longbench", folder, data, out, *words, *more)
+        results = json.loads((out / "results.json").read_text())
+        lines = [json.loads(line) for line in (out / "journal" / "0.jsonl").read_text().splitlines()]
+        held = {(line["task"], line["index"]): (line["cache_bytes"], line["cached_tokens"]) for line in lines}
+        if name != "int4":
+            assert held == {
+                (task, index): held_by_default(folder, task, one)
+                for task in ("hotpotqa", "trec")
+                for index, one in enumerate(ROWS[task])
+            }
+        found[name] = results["cache_bytes_per_token"]
+        assert found[name] == sum(b for b, _ in held.values()) / sum(t for _, t in held.values())
+        own = [pair for (task, _), pair in held.items() if task == "trec"]
+        assert results["tasks"]["trec"]["cache_bytes_per_token"] == sum(b for b, _ in own) / sum(t for _, t in own)
+        assert f"\n{found[name]:.6g} cache bytes/token\n" in done.stdout
+    # float32: 3 layers of 2 groups of keys and values of 16; of 2 rotated dims for each group and 12 latents.
+    assert found["original"] == 3 * 2 * 2 * 16 * 4 and found["mla"] == 3 * (2 * 2 + 12) * 4
+    assert found["int4"] < 0.7 * found["mla"]
+    # In a batch, both answers' share is that of the longer prompt, to which the other is padded.
+    run_tool("evaluate_longbench", original, data, tmp_path / "batch", "tasks=[trec]", "max_tokens=60", "batch_size=2")
+    lines = [json.loads(line) for line in (tmp_path / "batch" / "journal" / "0.jsonl").read_text().splitlines()]
+    longest = max(held_by_default(original, "trec", one) for one in ROWS["trec"])
+    assert [(line["cache_bytes"], line["cached_tokens"]) for line in lines] == [longest] * 2
+
+
+def test_logits_that_are_not_finite(tmp_path: Path, model: Path, data: Path) -> None:
+    """A model that has diverged is refused, whichever of a batch's rows show it; it would score 0 otherwise."""
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        loaded.model.norm.weight[3] = torch.nan
+    loaded.save_pretrained(tmp_path / "bad")
+    make_tokenizer(tmp_path / "bad")
+    words = ["max_tokens=60", "tasks=[samsum,trec]", "batch_size=2"]
+    line = refused("evaluate_longbench", tmp_path / "bad", data, tmp_path / "out", *words)
+    assert f"{tmp_path / 'bad'}: gives logits that are not finite, dtype torch.float32" in line
+    assert not (tmp_path / "out" / "results.json").exists() and not (tmp_path / "out" / "journal").exists()
+
+
 def test_out_of_memory_halves_the_batch(
     tmp_path: Path, model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +364,10 @@ def test_refusals(tmp_path: Path, model: Path, data: Path) -> None:
     assert "max_tokens: 1 is too small" in line("max_tokens=1")
     assert "cache: unknown value 'int3'" in line("cache=int3")
     assert "tasks: an empty list" in line("tasks=[]")
+    assert "'tasks=hotpotqa': tasks is a list, given as tasks=[hotpotqa]" in line("tasks=hotpotqa")
+    assert "'tasks.trec=1': tasks is a list, given as tasks=[VALUE]" in line("tasks.trec=1")
+    assert "tasks: ['trec'] is not a task" in line("tasks=[[trec]]")
+    assert "cache_options is a group of settings, given as cache_options.KEY=VALUE" in line("cache_options=4")
     assert "'group_size' is given, but no quantised cache is asked for" in line("cache_options.group_size=4")
     assert "nbits is a part of the cache's name" in line("cache=int4", "cache_options.nbits=8")
     assert not (tmp_path / "out").exists()
@@ -322,6 +386,41 @@ def test_refusals(tmp_path: Path, model: Path, data: Path) -> None:
     assert "exists and holds no run.json" in refused(
         "evaluate_longbench", model, data, tmp_path / "full", "max_tokens=60"
     )
+
+
+OFFICIAL = """
+from metrics import same
+dataset2metric = {"trec": same, "hotpotqa": same}
+def scorer(dataset, predictions, answers, all_classes):
+    return round(100 * sum(same(p, a[0]) for p, a in zip(predictions, answers)) / len(answers), 2)
+"""
+"""A script with the names that the authors' has, and another metric."""
+
+
+def test_beside_another_script(tmp_path: Path) -> None:
+    """tools/benchmarks/longbench_metrics.py: a sample that both score alike, and one that they do not."""
+    (tmp_path / "eval.py").write_text(OFFICIAL)
+    (tmp_path / "metrics.py").write_text("def same(prediction, answer, **_):\n    return float(prediction == answer)\n")
+    predictions = tmp_path / "out" / "predictions"
+    predictions.mkdir(parents=True)
+    lines = [("Paris", ["Lyon", "Paris"]), ("the Paris", ["Paris"]), ("Rome", ["Paris"])]
+    rows = [{"pred": text, "answers": answers, "all_classes": None} for text, answers in lines]
+    (predictions / "hotpotqa.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    done = run_tool("benchmarks/longbench_metrics", tmp_path, tmp_path / "out", check=False)
+    assert done.returncode == 1
+    assert "| hotpotqa | 3 | 0.00 | 66.67 | 1 apart, by up to 100 |" in done.stdout
+    # A few-shot answer is its first line in both.
+    city = {"pred": "\nCity\nmore", "answers": ["City"], "all_classes": ["City", "Date"]}
+    (predictions / "hotpotqa.jsonl").unlink()
+    (predictions / "trec.jsonl").write_text(json.dumps(city) + "\n")
+    done = run_tool("benchmarks/longbench_metrics", tmp_path, tmp_path / "out")
+    assert done.stdout.splitlines()[-1].endswith("| 100.00 | yes |")
+    assert "holds no predictions/TASK.jsonl" in refused("benchmarks/longbench_metrics", tmp_path, tmp_path)
+    assert "holds no eval.py with metrics.py" in refused(
+        "benchmarks/longbench_metrics", tmp_path / "out", tmp_path / "out"
+    )
+    (tmp_path / "eval.py").write_text("import a_package_that_is_not_there")
+    assert "pip install jieba fuzzywuzzy rouge" in refused("benchmarks/longbench_metrics", tmp_path, tmp_path / "out")
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the optional evaluation data (../shared/data/eval) is not there")

@@ -13,11 +13,14 @@ from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 from tests.test_evaluate_choices import PIQA, write
 
 
-def longbench(folder: Path, model: str, scores: dict[str, list[float]], data: str = "d") -> Path:
+def longbench(
+    folder: Path, model: str, scores: dict[str, list[float]], data: str = "d", cost: float | None = None
+) -> Path:
     """What evaluate_longbench.py leaves, as far as the table reads it."""
     folder.mkdir()
     tasks = {task: {"data_sha256": data, "scores": values} for task, values in scores.items()}
-    results = {"model": model, "settings": {"cache": None}, "tasks": tasks, "averages": {}}
+    results: dict[str, Any] = {"model": model, "settings": {"cache": None}, "tasks": tasks, "averages": {}}
+    results |= {} if cost is None else {"cache_bytes_per_token": cost}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -69,12 +72,50 @@ def test_longbench_runs_by_hand(tmp_path: Path) -> None:
     assert cells(run_tool("results_table", a, b, "names=[x, y]").stdout)[""] == ["x", "y"]
 
 
+def test_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes a token and their share of the first run's, in all three forms; from all three tools' results."""
+    from matplotlib.figure import Figure
+
+    labels: list[str] = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, file, **_: labels.extend(self.axes[0].get_legend_handles_labels()[1])
+    )
+    scores = {"lcc": [1.0, 2.0]}
+    a, b = longbench(tmp_path / "a", "orig", scores, cost=46080.0), longbench(tmp_path / "b", "mla", scores, cost=14400)
+    c, old = longbench(tmp_path / "c", "int4", scores, cost=4233.625), longbench(tmp_path / "old", "old", scores)
+    words = [f"latex={tmp_path / 't.tex'}", f"png={tmp_path / 't.png'}"]
+    done = run_tool("results_table", a, b, c, old, *words)
+    assert cells(done.stdout)["cache bytes/token"] == ["46080", "14400 (31.25 %)", "4233.62 (9.19 %)", "-"]
+    assert done.stdout.splitlines()[2].startswith("| cache bytes/token |")
+    assert (
+        r"cache bytes/token & 46080 & 14400 (31.25 \%) & 4233.62 (9.19 \%) & - \\" in (tmp_path / "t.tex").read_text()
+    )
+    assert labels == [
+        "orig, 46080 cache bytes/token",
+        "mla, 14400 (31.25 %) cache bytes/token",
+        "int4, 4233.62 (9.19 %) cache bytes/token",
+        "old",
+    ]
+    assert cells(run_tool("results_table", old, a).stdout)["cache bytes/token"] == ["-", "46080"]
+    assert "cache bytes/token" not in cells(run_tool("results_table", old).stdout)
+
+    run = details(tmp_path / "lighteval", "2026", "piqa_cf", [{"acc": 1}])
+    (run / "cost.json").write_text('{"cache_bytes_per_token": 768.0}')
+    assert cells(run_tool("results_table", run).stdout)["cache bytes/token"] == ["768"]
+    for wrong in ("{", "[]", '{"cache_bytes_per_token": "x"}'):
+        (run / "cost.json").write_text(wrong)
+        assert "cost.json: not written by evaluate_lighteval.py" in refused("results_table", run)
+    (a / "results.json").write_text((a / "results.json").read_text().replace("46080.0", "[]"))
+    assert "not results of evaluate_choices.py" in refused("results_table", a)
+
+
 def test_choices_runs(tmp_path: Path) -> None:
     """Two models of one file of evaluate_choices.py."""
     models = [make_tokenizer(make_llama(tmp_path / name, seed=seed)) for seed, name in enumerate("ab")]
     run_tool("evaluate_choices", *models, write(tmp_path / "p.jsonl", PIQA), f"output={tmp_path / 'out.json'}")
     first, other = json.loads((tmp_path / "out.json").read_text())["results"]
     found = cells(run_tool("results_table", tmp_path / "out.json").stdout)
+    assert found["cache bytes/token"] == ["768", "768 (100.00 %)"]  # float32: 3 layers of 2 groups of two times 16
     for metric, rows in (("acc", "right"), ("acc_norm", "right_norm")):
         change = [100 * (now - before) for before, now in zip(first[rows], other[rows], strict=True)]
         assert first[metric] == pytest.approx(mean(first[rows]))

@@ -1,4 +1,4 @@
-"""Results of evaluate_choices.py, evaluate_longbench.py and lighteval side by side, with differences to the first."""
+"""Results of evaluate_choices.py, evaluate_longbench.py and lighteval side by side: caches, scores, differences."""
 
 from __future__ import annotations
 

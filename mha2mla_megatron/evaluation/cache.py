@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from mha2mla_megatron.checkpoint.causal_lm import loading
+
 
 def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int:
     """Bytes of keys and values, of all layers, that a forward over int64 ids [batch_size, tokens] leaves behind.
@@ -24,6 +26,21 @@ def cache_bytes(model: Any, tokens: int, batch_size: int = 1) -> int:
 def cache_bytes_per_token(model: Any, tokens: int = 16) -> float:
     """Cached bytes per token and sequence, over a short sequence."""
     return cache_bytes(model, tokens) / tokens
+
+
+def planned_cache_bytes_per_token(name: str, config: Any, dtype: torch.dtype | str) -> float:
+    """As `cache_bytes_per_token`, of a model of this config that is not there: on the meta device, without weights.
+
+    dtype: of its weights; "auto": as its config says. Raises UserError, naming the model, for a config of which
+    transformers makes none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with loading(name):
+        with torch.device("meta"):
+            chosen = {} if dtype == "auto" else {"dtype": dtype}
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=True, **chosen)
+        return cache_bytes_per_token(model.eval())
 
 
 def stored_bytes(value: Any) -> int:

@@ -1,13 +1,9 @@
 """Multiple choice by log-likelihood, zero-shot: the continuation that the model finds the most likely is its answer.
 
-Prompts, the boundary between context and continuation, and both scores are those of lm-evaluation-harness:
-
-    HellaSwag   "{activity_label}: {ctx_a} {ctx_b, capitalised}" and each of `endings`, cleaned of WikiHow's brackets
-    PIQA        "Question: {goal}\\nAnswer:" and `sol1`, `sol2`
-
-A choice follows its context after one space. Its tokens are those of the whole less as many as the context alone has,
-so that a token across the boundary belongs to the context. acc takes the largest sum of log-probabilities of these
-tokens, acc_norm the largest sum per character of the choice (the space not counted).
+Prompts (`choice_questions`), the boundary between context and continuation, and both scores are those of
+lm-evaluation-harness. A choice follows its context after one space. Its tokens are those of the whole less as many as
+the context alone has, so that a token across the boundary belongs to the context. acc takes the largest sum of
+log-probabilities of these tokens, acc_norm the largest sum per character of the choice (the space not counted).
 
 Shape letters: n sequences, b of them in a batch, T tokens of the longest, V vocabulary.
 """
@@ -16,8 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +25,9 @@ from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.evaluation.cache import cache_bytes_per_token
+from mha2mla_megatron.evaluation.choice_questions import TASKS, Question, read_questions
 from mha2mla_megatron.evaluation.means import mean
 from mha2mla_megatron.evaluation.perplexity import DTYPES, read_config
-from mha2mla_megatron.evaluation.rows import read_rows, require_field, require_text
 from mha2mla_megatron.evaluation.table import format_table
 from mha2mla_megatron.files import file_sha256, new_files, write_json
 from mha2mla_megatron.progress import Progress
@@ -42,6 +37,10 @@ from mha2mla_megatron.settings import to_dict
 @dataclass(frozen=True)
 class ChoicesSettings:
     """Settings of tools/evaluate_choices.py."""
+
+    task: str | None = None
+    """hellaswag, piqa, arc_easy, arc_challenge, openbookqa or winogrande. null: what the fields of the rows tell; those
+    of ARC and OpenBookQA are the same."""
 
     max_rows: int | None = None
     """Use only the first so many rows of the file. null: all of them."""
@@ -62,22 +61,13 @@ class ChoicesSettings:
     """A JSON file for the results, replaced if it exists."""
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            require_one_of("task", self.task, tuple(TASKS))
         if self.max_rows is not None:
             require_at_least("max_rows", self.max_rows, 1)
         require_at_least("batch_tokens", self.batch_tokens, 1)
         require_one_of("dtype", self.dtype, tuple(DTYPES))
         pick_device(self.device)
-
-
-class Question(NamedTuple):
-    """One row: what stands before the choices, the choices without the space before them, the right one's number."""
-
-    context: str
-    choices: list[str]
-    gold: int
-
-    where: str
-    """File and line, for messages."""
 
 
 class Pair(NamedTuple):
@@ -124,7 +114,7 @@ def evaluate_choices(models: Sequence[str], file: Path, settings: ChoicesSetting
     """
     outputs = [] if settings.output is None else [Path(settings.output)]
     with new_files(outputs, overwrite=True) as scratch:
-        task, questions = read_questions(file, settings.max_rows)
+        task, questions = read_questions(file, settings.task, settings.max_rows)
         folders = {model: resolve_model(model) for model in models}
         pairs = {model: _encode(model, folder, questions, settings.bos) for model, folder in folders.items()}
         results = [
@@ -142,20 +132,6 @@ def evaluate_choices(models: Sequence[str], file: Path, settings: ChoicesSetting
             }
             write_json(output, report)
     return results
-
-
-def read_questions(file: Path, max_rows: int | None = None) -> tuple[str, list[Question]]:
-    """The task that the fields of the first row name, and the first `max_rows` rows.
-
-    Raises UserError, naming file and line, for a row that is not of the task.
-    """
-    task, questions = "", []
-    for where, row in read_rows(file, max_rows):
-        task = task or _detect(row, where)
-        questions.append(_question(task, row, where))
-    if not questions:
-        raise UserError(f"{file}: holds no rows")
-    return task, questions
 
 
 def log_likelihoods(
@@ -209,55 +185,6 @@ def format_choices(results: Sequence[ChoicesResult]) -> str:
     return format_table(header, rows)
 
 
-def _clean(text: str) -> str:
-    """HellaSwag's text without what WikiHow's markup left in it."""
-    text = text.strip().replace(" [title]", ". ")
-    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
-
-
-def _hellaswag(row: dict[str, Any]) -> tuple[str, list[str]]:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return _clean(context), [_clean(ending) for ending in row["endings"]]
-
-
-def _piqa(row: dict[str, Any]) -> tuple[str, list[str]]:
-    return f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]]
-
-
-_TASKS: dict[str, tuple[tuple[str, ...], Callable[[dict[str, Any]], tuple[str, list[str]]]]] = {
-    "hellaswag": (("activity_label", "ctx_a", "ctx_b", "endings", "label"), _hellaswag),
-    "piqa": (("goal", "sol1", "sol2", "label"), _piqa),
-}
-"""Name -> the fields that tell it, and what makes context and choices of a row."""
-
-
-def _detect(row: dict[str, Any], where: str) -> str:
-    for task, (fields, _) in _TASKS.items():
-        if all(field in row for field in fields):
-            return task
-    known = "; ".join(f"{task}: {', '.join(fields)}" for task, (fields, _) in _TASKS.items())
-    raise UserError(f"{where}: the fields {', '.join(map(repr, row)) or '(none)'} are of no known task; known: {known}")
-
-
-def _question(task: str, row: dict[str, Any], where: str) -> Question:
-    fields, make = _TASKS[task]
-    for field in fields:
-        value = require_field(row, field, where)
-        if field == "endings":
-            if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
-                raise UserError(f"{where}: 'endings' is not a list of two strings or more")
-        elif field != "label":
-            require_text(row, field, where)
-    context, choices = make(row)
-    for choice in choices:
-        if not choice.strip():
-            raise UserError(f"{where}: a choice without text")
-    label = row["label"]
-    if isinstance(label, bool) or not isinstance(label, int | str) or str(label) not in map(str, range(len(choices))):
-        raise UserError(f"{where}: 'label' is {label!r}; valid: 0 to {len(choices) - 1}")
-    return Question(context, choices, int(label), where)
-
-
 def _encode(model: str, folder: Path, questions: Sequence[Question], bos: bool | None) -> list[Pair]:
     """Every choice of every question, in order, in the model's tokens. Raises UserError for what it cannot take."""
     config = read_config(model, folder)
@@ -270,13 +197,16 @@ def _encode(model: str, folder: Path, questions: Sequence[Question], bos: bool |
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[return-value]
 
     # Spaces at the end of a context are the continuation's: most tokenizers put a space before a word into its token.
-    contexts = encode([question.context.rstrip() for question in questions])
-    wholes = iter(encode([f"{question.context} {choice}" for question in questions for choice in question.choices]))
+    distinct = list(dict.fromkeys(context.rstrip() for question in questions for context in question.contexts))
+    contexts = dict(zip(distinct, encode(distinct), strict=True))
+    asked = [pair for question in questions for pair in zip(question.contexts, question.choices, strict=True)]
+    wholes = iter(encode([f"{context} {choice}" for context, choice in asked]))
     limit = getattr(config, "max_position_embeddings", None)
     pairs = []
-    for question, context in zip(questions, contexts, strict=True):
+    for question in questions:
         where = f"{model}: {question.where}"
-        for choice in question.choices:
+        for before, choice in zip(question.contexts, question.choices, strict=True):
+            context = contexts[before.rstrip()]
             continuation = next(wholes)[len(context) :]
             pair = Pair(prefix + context + continuation, len(continuation))
             if not continuation or len(pair.ids) == len(continuation):

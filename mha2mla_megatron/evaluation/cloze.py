@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.evaluation.rows import require_field, require_text, require_texts
+from mha2mla_megatron.evaluation.rows import require_choice, require_choices, require_text, require_texts
 
 Fields = dict[str, Any]
 
@@ -43,6 +43,10 @@ class ClozeTask(NamedTuple):
     folder: str
     """Below a folder of local data."""
 
+    examples: str = "train"
+    """The hub's split that few-shot examples come from; of local data it is `train` always, for the datasets library
+    takes a file called dev for a part of `validation`."""
+
     generates: bool = False
     """Whether an answer is generated and compared, instead of choices by likelihood."""
 
@@ -52,12 +56,12 @@ def _hellaswag(row: Fields, where: str) -> Cloze:
     # The query ends with a space and the endings begin with one: so it was for SmolLM.
     query = _without_brackets(f"{label}: {a} {b.capitalize()} ")
     endings = [f" {_without_brackets(ending)}" for ending in require_texts(row, "endings", where)]
-    return Cloze(query, endings, _gold(row, "label", len(endings), where))
+    return Cloze(query, endings, require_choice(row, "label", len(endings), where))
 
 
 def _piqa(row: Fields, where: str) -> Cloze:
     goal, first, second = (require_text(row, field, where) for field in ("goal", "sol1", "sol2"))
-    return Cloze(f"Question: {goal}\nAnswer:", [f" {first}", f" {second}"], _gold(row, "label", 2, where))
+    return Cloze(f"Question: {goal}\nAnswer:", [f" {first}", f" {second}"], require_choice(row, "label", 2, where))
 
 
 def _arc(row: Fields, where: str) -> Cloze:
@@ -79,14 +83,14 @@ def _winogrande(row: Fields, where: str) -> Cloze:
         raise UserError(f"{where}: 'sentence' has no gap (_)")
     options = (require_text(row, field, where) for field in ("option1", "option2"))
     choices = [f"{option} {after.strip()}" for option in options]
-    return Cloze(before, choices, _gold(row, "answer", len(choices), where, first=1))
+    return Cloze(before, choices, require_choice(row, "answer", len(choices), where, first=1))
 
 
 def _mmlu(row: Fields, where: str) -> Cloze:
     subject = require_text(row, "subject", where).replace("_", " ")
     query = f"The following are questions about {subject}.\nQuestion: {require_text(row, 'question', where)}\nAnswer:"
     choices = [f" {text}" for text in require_texts(row, "choices", where)]
-    return Cloze(query, choices, _gold(row, "answer", len(choices), where))
+    return Cloze(query, choices, require_choice(row, "answer", len(choices), where))
 
 
 def _triviaqa(row: Fields, where: str) -> Cloze:
@@ -103,25 +107,8 @@ def _triviaqa(row: Fields, where: str) -> Cloze:
 
 
 def _choices(row: Fields, where: str) -> tuple[list[str], int]:
-    choices = require_field(row, "choices", where)
-    if isinstance(choices, dict):
-        texts, labels = (require_texts(choices, field, f"{where}: choices") for field in ("text", "label"))
-        key = require_text(row, "answerKey", where).strip()
-        if key not in labels[: len(texts)]:
-            raise UserError(f"{where}: 'answerKey' is {key!r}, not one of {', '.join(labels[: len(texts)])}")
-        gold = labels.index(key)
-    else:
-        texts = require_texts(row, "choices", where)
-        gold = _gold(row, "gold", len(texts), where)
+    texts, gold = require_choices(row, where)
     return [f" {text}" for text in texts], gold
-
-
-def _gold(row: Fields, field: str, choices: int, where: str, first: int = 0) -> int:
-    """The right choice, from 0, of so many; the field counts from `first`."""
-    value, last = require_field(row, field, where), first + choices - 1
-    if not str(value).isdecimal() or not first <= int(value) <= last:
-        raise UserError(f"{where}: '{field}' is {value!r}, not the number of a choice, {first} to {last}")
-    return int(value) - first
 
 
 def _without_brackets(text: str) -> str:
@@ -130,7 +117,7 @@ def _without_brackets(text: str) -> str:
 
 
 TASKS = {
-    "mmlu_cf": ClozeTask(_mmlu, "cais/mmlu", "all", "test", "mmlu"),
+    "mmlu_cf": ClozeTask(_mmlu, "cais/mmlu", "all", "test", "mmlu", examples="dev"),
     "arc_easy_cf": ClozeTask(_arc, "allenai/ai2_arc", "ARC-Easy", "test", "arc_easy"),
     "arc_challenge_cf": ClozeTask(_arc, "allenai/ai2_arc", "ARC-Challenge", "test", "arc_challenge"),
     "piqa_cf": ClozeTask(_piqa, "ybisk/piqa", "plain_text", "validation", "piqa"),
@@ -138,5 +125,7 @@ TASKS = {
     "openbookqa_cf": ClozeTask(_openbookqa, "allenai/openbookqa", "main", "test", "openbookqa"),
     "winogrande_cf": ClozeTask(_winogrande, "allenai/winogrande", "winogrande_xl", "validation", "winogrande"),
     "commonsense_qa_cf": ClozeTask(_commonsense_qa, "tau/commonsense_qa", "default", "validation", "commonsense_qa"),
-    "triviaqa_em": ClozeTask(_triviaqa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", "triviaqa", True),
+    "triviaqa_em": ClozeTask(
+        _triviaqa, "mandarjoshi/trivia_qa", "rc.nocontext", "validation", "triviaqa", generates=True
+    ),
 }

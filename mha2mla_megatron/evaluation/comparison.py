@@ -1,4 +1,5 @@
-"""Runs of one or several models side by side: scores, and differences to the first run from the rows they share.
+"""Runs of one or several models side by side: what their caches take, scores, and differences to the first run from the
+rows they share.
 
 The standard error of a difference is that of the mean of the rows' differences: rows that are hard for one model are
 mostly hard for the other, so it is smaller than the errors of the two scores suggest.
@@ -17,6 +18,12 @@ from mha2mla_megatron.evaluation.longbench.scores import AVERAGES
 from mha2mla_megatron.evaluation.means import Mean, mean, weighted
 from mha2mla_megatron.evaluation.table import format_markdown
 
+COST = "cache bytes/token"
+"""What the table calls it."""
+
+COST_FILE = "cost.json"
+"""Beside lighteval's results."""
+
 Scores = dict[Hashable, float]
 """What tells a row, the data included -> its score, from 0 to 100."""
 
@@ -32,6 +39,9 @@ class Run:
 
     averages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Name -> the weights of tasks."""
+
+    cache_bytes_per_token: float | None = None
+    """None where the results do not say it."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ def compare(runs: Sequence[Run]) -> dict[str, list[Cell | None]]:
 
 def markdown(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]]) -> str:
     """The table as Markdown."""
-    return format_markdown(("", *(run.name for run in runs)), _rows(table, "±", str))
+    return format_markdown(("", *(run.name for run in runs)), _rows(runs, table, "±", str))
 
 
 def latex(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]]) -> str:
@@ -108,23 +118,26 @@ def latex(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]]) -> st
     lines = [
         f"\\begin{{tabular}}{{l{'r' * len(runs)}}}",
         " & ".join(("", *(escape(run.name) for run in runs))) + r" \\ \hline",
-        *(" & ".join(row) + r" \\" for row in _rows(table, r"$\pm$", escape)),
+        *(" & ".join(row) + r" \\" for row in _rows(runs, table, r"$\pm$", escape)),
         r"\end{tabular}",
     ]
     return "\n".join(lines)
 
 
 def draw(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]], file: Path) -> None:
-    """Bars of all scores with their standard errors, as PNG."""
+    """Bars of all scores with their standard errors, as PNG; the legend says what the caches take."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1 + 0.25 * len(table) * (len(runs) + 0.5)), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(runs)
-    for number, run in enumerate(runs):
+    labels = [
+        run.name if cost is None else f"{run.name}, {cost} {COST}" for run, cost in zip(runs, _costs(runs), strict=True)
+    ]
+    for number, label in enumerate(labels):
         shown = [(place, row[number]) for place, row in enumerate(table.values())]
         bars = [(place + number * height, cell.score) for place, cell in shown if cell is not None]
         axes.barh(
-            [place for place, _ in bars], [score.value for _, score in bars], height * 0.95, label=run.name,
+            [place for place, _ in bars], [score.value for _, score in bars], height * 0.95, label=label,
             xerr=[score.error or 0 for _, score in bars],
         )  # fmt: skip
     axes.set_yticks([place + 0.4 - height / 2 for place in range(len(table))], list(table))
@@ -135,8 +148,18 @@ def draw(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]], file: 
     figure.savefig(file, dpi=130, format="png")
 
 
+def _costs(runs: Sequence[Run]) -> list[str | None]:
+    """Each run's cached bytes per token and behind them their share of the first run's; None where not known."""
+    sizes = [run.cache_bytes_per_token for run in runs]
+    shares = ["", *(f" ({100 * size / sizes[0]:.2f} %)" if size and sizes[0] else "" for size in sizes[1:])]
+    return [None if size is None else f"{size:.6g}{share}" for size, share in zip(sizes, shares, strict=True)]
+
+
 def _rows(
-    table: Mapping[str, Sequence[Cell | None]], plus_minus: str, escape: Callable[[str], str]
+    runs: Sequence[Run],
+    table: Mapping[str, Sequence[Cell | None]],
+    plus_minus: str,
+    escape: Callable[[str], str],
 ) -> list[tuple[str, ...]]:
     def number(value: Mean, sign: str = "") -> str:
         error = "" if value.error is None else f" {plus_minus} {value.error:.2f}"
@@ -147,7 +170,10 @@ def _rows(
             return "-"
         return number(cell.score) + (f" ({number(cell.difference, '+')})" if cell.difference is not None else "")
 
-    return [(escape(name), *map(text, cells)) for name, cells in table.items()]
+    scores = [(escape(name), *map(text, cells)) for name, cells in table.items()]
+    costs = _costs(runs)
+    known = any(cost is not None for cost in costs)
+    return [(COST, *(escape(cost or "-") for cost in costs)), *scores] if known else scores
 
 
 def _differences(first: Run, other: Run, task: str) -> list[float]:
@@ -167,7 +193,7 @@ def _longbench(found: dict[str, Any]) -> Run:
         for task, entry in found["tasks"].items()
     }
     cache = found["settings"]["cache"]
-    return Run(found["model"] + (f" ({cache})" if cache else ""), scores, AVERAGES)
+    return Run(found["model"] + (f" ({cache})" if cache else ""), scores, AVERAGES, _cost(found))
 
 
 def _choices(found: dict[str, Any], one: dict[str, Any]) -> Run:
@@ -177,7 +203,12 @@ def _choices(found: dict[str, Any], one: dict[str, Any]) -> Run:
         }
         for metric in ("acc", "acc_norm")
     }
-    return Run(one["model"], scores)
+    return Run(one["model"], scores, cache_bytes_per_token=_cost(one))
+
+
+def _cost(found: dict[str, Any]) -> float | None:
+    size = found.get("cache_bytes_per_token")
+    return None if size is None else float(size)
 
 
 def _lighteval(folder: Path) -> Run:
@@ -200,4 +231,15 @@ def _lighteval(folder: Path) -> Run:
     headline = [name for name in scores if not name.endswith(" acc")]
     model = next(iter(newest.values())).parent.parent.relative_to(folder / "details")
     averages = {f"Average of {len(headline)}": {name: 1 / len(headline) for name in headline}} if headline else {}
-    return Run(str(model).removeprefix("models/"), scores, averages)
+    return Run(str(model).removeprefix("models/"), scores, averages, _lighteval_cost(folder))
+
+
+def _lighteval_cost(folder: Path) -> float | None:
+    """None for a run of lighteval by itself."""
+    file = folder / COST_FILE
+    if not file.exists():
+        return None
+    try:
+        return _cost(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file}: not written by evaluate_lighteval.py") from None

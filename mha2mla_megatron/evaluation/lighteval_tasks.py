@@ -45,13 +45,15 @@ def _config(name: str, task: ClozeTask) -> LightevalTaskConfig:
         return Doc(task_name=task_name, query=query, choices=[choices] if task.generates else choices, gold_index=gold)
 
     local = os.environ.get("MHA2MLA_EVAL_DATA")
+    examples = "train" if local else task.examples
     return LightevalTaskConfig(
         name=name,
         prompt_function=prompt,
         hf_repo=str(Path(local, task.folder)) if local else task.repo,
         hf_subset=None if local else task.subset,
-        hf_avail_splits=[task.split],
+        hf_avail_splits=[task.split, examples],
         evaluation_splits=[task.split],
+        few_shots_split=examples,
         generation_size=20 if task.generates else -1,
         stop_sequence=["Question:", "Question"] if task.generates else None,
         metrics=[exact_match] if task.generates else [Metrics.loglikelihood_acc, acc_norm],

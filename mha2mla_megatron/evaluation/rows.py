@@ -58,6 +58,31 @@ def require_texts(row: dict[str, Any], field: str, where: str) -> list[str]:
     return value
 
 
+def require_choices(row: dict[str, Any], where: str) -> tuple[list[str], int]:
+    """The texts in `choices` and the right one's number, from 0.
+
+    `choices` is the hub's {text, label} with one of the labels in `answerKey`, or a list of texts with the number in
+    `gold`. Raises UserError for anything else.
+    """
+    choices = require_field(row, "choices", where)
+    if not isinstance(choices, dict):
+        texts = require_texts(row, "choices", where)
+        return texts, require_choice(row, "gold", len(texts), where)
+    texts, labels = (require_texts(choices, field, f"{where}: choices") for field in ("text", "label"))
+    key = require_text(row, "answerKey", where).strip()
+    if key not in labels[: len(texts)]:
+        raise UserError(f"{where}: 'answerKey' is {key!r}, not one of {', '.join(labels[: len(texts)])}")
+    return texts, labels.index(key)
+
+
+def require_choice(row: dict[str, Any], field: str, choices: int, where: str, first: int = 0) -> int:
+    """The right choice, from 0, of so many; the field counts from `first`. Raises UserError for another number."""
+    value, last = require_field(row, field, where), first + choices - 1
+    if not str(value).isdecimal() or not first <= int(value) <= last:
+        raise UserError(f"{where}: '{field}' is {value!r}, not the number of a choice, {first} to {last}")
+    return int(value) - first
+
+
 def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))

@@ -19,7 +19,7 @@ import torch
 
 from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
-from tests.conftest import ROOT, run_tool
+from tests.conftest import ROOT, children, run_tool
 from tests.finetune_cases import (
     checkpoint_tensors,
     exported,
@@ -307,11 +307,6 @@ def under_torchrun(root: Path, output: Path, *words: str) -> Iterator[subprocess
         if torchrun.poll() is None:
             torchrun.terminate()  # it ends its processes, with SIGKILL after half a minute
             torchrun.wait(60)
-
-
-def children(process: int, words: str) -> list[int]:
-    """The processes that this one started with these words in their command lines."""
-    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process), "-f", words], text=True).split()]
 
 
 def command_line(process: int) -> bytes:

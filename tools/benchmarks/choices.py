@@ -3,10 +3,10 @@
     pip install lm-eval -c constraints.txt '.[eval]'
     python tools/benchmarks/choices.py MODEL ROWS.jsonl[.gz] [rows=100] [key=value ...]
 
-lm-eval runs its own task (hellaswag or piqa, by the fields of the rows) with nothing replaced but the data: its prompts
-are ours, so every row must come out right or wrong as here; one that does not is named, and the exit code is 1.
-lighteval runs `hellaswag_cf` or `piqa_cf` (prompts with other spaces: the time is compared, not the rows). Times are of
-whole evaluations, the model's loading included, imports not.
+lm-eval runs its own task with nothing replaced but the data: its prompts are ours, so every row must come out right or
+wrong as here; one that does not is named, and the exit code is 1. WinoGrande has no acc_norm there. lighteval runs the
+task of that name with `_cf` (other spaces in prompts, WinoGrande in another form: the time is compared, not the rows).
+Times are of whole evaluations, the model's loading included, imports not.
 """
 
 from __future__ import annotations
@@ -27,18 +27,33 @@ import yaml
 from mha2mla_megatron.checkpoint.causal_lm import pick_device
 from mha2mla_megatron.checkpoint.folders import resolve_model
 from mha2mla_megatron.cli import split_words
-from mha2mla_megatron.errors import UserError, require_at_least, run_tool
-from mha2mla_megatron.evaluation.choices import ChoicesSettings, evaluate_choices, read_questions
+from mha2mla_megatron.errors import UserError, require_at_least, require_one_of, run_tool
+from mha2mla_megatron.evaluation.choice_questions import read_questions
+from mha2mla_megatron.evaluation.choices import ChoicesSettings, evaluate_choices
+from mha2mla_megatron.evaluation.cloze import TASKS as CLOZE_TASKS
 from mha2mla_megatron.evaluation.lighteval_run import LightevalSettings, evaluate_lighteval
-from mha2mla_megatron.evaluation.rows import read_rows
+from mha2mla_megatron.evaluation.rows import read_rows, require_choices
 from mha2mla_megatron.evaluation.table import format_markdown
 from mha2mla_megatron.settings import load_settings
+
+ITS_TASKS = {
+    "hellaswag": "hellaswag/hellaswag.yaml",
+    "piqa": "piqa/piqa.yaml",
+    "arc_easy": "arc/arc_easy.yaml",
+    "arc_challenge": "arc/arc_challenge.yaml",
+    "openbookqa": "openbookqa/openbookqa.yaml",
+    "winogrande": "winogrande/default.yaml",
+}
+"""Task -> its file among lm-eval's."""
 
 USAGE = "choices.py MODEL ROWS.jsonl[.gz] [key=value ...]"
 
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
+    task: str | None = None
+    """As for evaluate_choices.py."""
+
     rows: int = 100
     """The first so many rows."""
 
@@ -55,6 +70,8 @@ class BenchmarkSettings:
     """false: lm-eval only."""
 
     def __post_init__(self) -> None:
+        if self.task is not None:
+            require_one_of("task", self.task, tuple(ITS_TASKS))
         require_at_least("rows", self.rows, 1)
         require_at_least("batch_size", self.batch_size, 1)
         pick_device(self.device)
@@ -66,24 +83,28 @@ def main(argv: list[str]) -> None:
     for name in ("lm_eval", "lighteval")[: 1 + settings.lighteval]:
         _require(name)
     resolve_model(model)
-    task, questions = read_questions(Path(source), settings.rows)
+    task, questions = read_questions(Path(source), settings.task, settings.rows)
+    found = [row for _, row in read_rows(Path(source), settings.rows)]
     with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch, "data", task, "validation.jsonl")
+        rows = Path(scratch, "data", task, f"{CLOZE_TASKS[f'{task}_cf'].split}.jsonl")
         rows.parent.mkdir(parents=True)
-        rows.write_text("".join(json.dumps(row) + "\n" for _, row in read_rows(Path(source), settings.rows)))
-        own = ChoicesSettings(batch_tokens=settings.batch_tokens, dtype=settings.dtype, device=settings.device)
+        _write(rows, found)
+        own = ChoicesSettings(
+            task=task, batch_tokens=settings.batch_tokens, dtype=settings.dtype, device=settings.device
+        )
         (ours,), seconds = _timed(lambda: evaluate_choices([model], rows, own))
         lines = [("evaluate_choices", ours.acc, ours.acc_norm, seconds)]
-        theirs, seconds = _timed(lambda: _lm_eval(model, task, rows, settings))
-        acc, acc_norm = ([bool(row[key]) for row in theirs] for key in ("acc", "acc_norm"))
-        lines.append((_version("lm_eval"), sum(acc) / len(acc), sum(acc_norm) / len(acc_norm), seconds))
+        theirs, seconds = _timed(lambda: _lm_eval(model, task, found, Path(scratch), settings))
+        its = {key: [bool(row[key]) for row in theirs] for key in ("acc", "acc_norm") if key in theirs[0]}
+        means = {key: sum(right) / len(right) for key, right in its.items()}
+        lines.append((_version("lm_eval"), means["acc"], means.get("acc_norm"), seconds))
         if settings.lighteval:
             lines.append((_version("lighteval"), *_lighteval(model, task, Path(scratch), settings)))
     table = [
         (
             name,
             f"{acc:.4f}",
-            f"{norm:.4f}",
+            "-" if norm is None else f"{norm:.4f}",
             f"{taken:.1f}",
             f"{len(questions) / taken:.3f}",
             f"{taken / lines[0][3]:.2f}",
@@ -91,26 +112,30 @@ def main(argv: list[str]) -> None:
         for name, acc, norm, taken in lines
     ]
     print(format_markdown(("", "acc", "acc_norm", "seconds", "rows/s", "time to ours"), table))
+    ours_by_key = {"acc": ours.right, "acc_norm": ours.right_norm}
     apart = [
-        f"row {number + 1}: {key} {mine} here, {its} in lm-eval"
-        for key, here, there in (("acc", ours.right, acc), ("acc_norm", ours.right_norm, acc_norm))
-        for number, (mine, its) in enumerate(zip(here, there, strict=True))
-        if mine != its
+        f"row {number + 1}: {key} {mine} here, {other} in lm-eval"
+        for key, there in its.items()
+        for number, (mine, other) in enumerate(zip(ours_by_key[key], there, strict=True))
+        if mine != other
     ]
-    print("\n".join(apart) or f"{len(questions)} rows of {task}: acc and acc_norm of each as in lm-eval")
+    print("\n".join(apart) or f"{len(questions)} rows of {task}: {' and '.join(its)} of each as in lm-eval")
     if apart:
         sys.exit(1)
 
 
-def _lm_eval(model: str, task: str, rows: Path, settings: BenchmarkSettings) -> list[dict[str, Any]]:
+def _lm_eval(
+    model: str, task: str, rows: list[dict[str, Any]], scratch: Path, settings: BenchmarkSettings
+) -> list[dict[str, Any]]:
     """lm-eval's samples in the order of the rows."""
     import lm_eval  # type: ignore[import-not-found]
 
-    name, its_own = f"{task}_rows", Path(lm_eval.__file__).parent / "tasks" / task / f"{task}.yaml"
-    file = rows.with_name(f"{name}.yaml")
-    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(rows)}}}
+    name, its_own = f"{task}_rows", Path(lm_eval.__file__).parent / "tasks" / ITS_TASKS[task]
+    data, file = scratch / "lm_eval.jsonl", scratch / f"{name}.yaml"
+    _write(data, [_as_on_the_hub(row, f"row {number + 1}") for number, row in enumerate(rows)])
+    source = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"validation": str(data)}}}
     file.write_text(
-        yaml.safe_dump({"include": str(its_own), "task": name, **data, "training_split": None, "test_split": None})
+        yaml.safe_dump({"include": str(its_own), "task": name, **source, "training_split": None, "test_split": None})
     )
     found = lm_eval.simple_evaluate(
         model="hf",
@@ -122,6 +147,21 @@ def _lm_eval(model: str, task: str, rows: Path, settings: BenchmarkSettings) -> 
         log_samples=True,
     )
     return sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+
+
+def _as_on_the_hub(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """A row with `choices` and `gold` in the fields of ARC and OpenBookQA that lm-eval asks for; others as they are."""
+    if "choices" not in row:
+        return row
+    texts, gold = require_choices(row, where)
+    labels = [chr(ord("A") + number) for number in range(len(texts))]
+    question = row["question_stem"] if "question_stem" in row else row["question"]
+    nested = {"choices": {"text": texts, "label": labels}, "answerKey": labels[gold]}
+    return {"question": question, "question_stem": question, **nested}
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _lighteval(model: str, task: str, scratch: Path, settings: BenchmarkSettings) -> tuple[float, float, float]:

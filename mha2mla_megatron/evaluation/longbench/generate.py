@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.evaluation.cache import stored_bytes
 from mha2mla_megatron.evaluation.cached_perplexity import make_cache
+
+
+class Answer(NamedTuple):
+    """The continuation of one prompt, and what the cache held of it at the end."""
+
+    text: str
+
+    cache_bytes: float
+    """An equal part of what the batch's cache stored."""
+
+    cached_tokens: int
+    """Padding included, for it is stored, too."""
 
 
 class Generator:
@@ -25,14 +38,15 @@ class Generator:
         self.ends: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.newline: int = tokenizer.encode("\n", add_special_tokens=False)[-1]
 
-    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops_at_newline: bool) -> list[str]:
+    def answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stops_at_newline: bool) -> list[Answer]:
         """The continuation of each prompt, special tokens left out; where `stops_at_newline`, of one line.
 
-        Out of memory, it goes on with half as many at a time. Raises UserError if one alone does not fit.
+        Out of memory, it goes on with half as many at a time. Raises UserError if one alone does not fit, and for
+        logits that are not finite.
         """
         # As in the benchmark: only where a line ends the answer must it not be empty.
         ends, least = ([*self.ends, self.newline], 1) if stops_at_newline else (self.ends, 0)
-        answers: list[str] = []
+        answers: list[Answer] = []
         size = len(prompts)
         while len(answers) < len(prompts):
             batch = prompts[len(answers) : len(answers) + size]
@@ -56,7 +70,7 @@ class Generator:
 
     def _generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, min_new_tokens: int, ends: list[int]
-    ) -> list[str]:
+    ) -> list[Answer]:
         longest = max(map(len, prompts))
         ids = torch.zeros(len(prompts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -64,10 +78,11 @@ class Generator:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         more: dict[str, Any] = {}
+        finite = _Finite()
         if self.cache is not None:
             more["past_key_values"] = make_cache(self.name, self.model.config, self.cache, self.options)
         with torch.inference_mode():
-            tokens = self.model.generate(
+            made = self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
                 max_new_tokens=max_new_tokens,
@@ -79,9 +94,35 @@ class Generator:
                 top_k=None,
                 eos_token_id=ends or None,
                 pad_token_id=0,
+                logits_processor=[finite],
+                return_dict_in_generate=True,
+                use_cache=True,
                 **more,
-            )[:, longest:]
-        return [self.tokenizer.decode(_until(row, ends), skip_special_tokens=True) for row in tokens.tolist()]
+            )
+        if not finite.holds:
+            raise UserError(f"{self.name}: gives logits that are not finite, dtype {self.model.dtype}")
+        held, tokens = stored_bytes(made.past_key_values) / len(prompts), made.past_key_values.get_seq_length()
+        texts = (
+            self.tokenizer.decode(_until(row, ends), skip_special_tokens=True)
+            for row in made.sequences[:, longest:].tolist()
+        )
+        return [Answer(text, held, tokens) for text in texts]
+
+
+class _Finite:
+    """A logits processor that changes nothing, and sees whether every row has a largest logit that is a number."""
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        now = scores.amax(-1).isfinite().all()  # stays on the device: a look at each step would wait for the GPU
+        self._seen = now if self._seen is None else self._seen & now
+        return scores
+
+    @property
+    def holds(self) -> bool:
+        return self._seen is None or bool(self._seen)
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
@@ -90,7 +131,7 @@ def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:
     return tokens[:stop]
 
 
-def _unless_out_of_memory(work: Callable[[], list[str]]) -> list[str] | None:
+def _unless_out_of_memory(work: Callable[[], list[Answer]]) -> list[Answer] | None:
     """What `work` returns; None if the GPU's memory is too small, with whatever it held given back."""
     try:
         return work()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mha2mla_megatron.data.tokenizer import load_tokenizer
 from mha2mla_megatron.errors import UserError, require_at_least, require_entries, require_one_of
 from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
 from mha2mla_megatron.evaluation.journal import claim, cut_torn_line
-from mha2mla_megatron.evaluation.longbench.generate import Generator
+from mha2mla_megatron.evaluation.longbench.generate import Answer, Generator
 from mha2mla_megatron.evaluation.longbench.journal import Prediction, append, read_journals
 from mha2mla_megatron.evaluation.longbench.samples import TaskData, encode_prompt, read_tasks
 from mha2mla_megatron.evaluation.longbench.scores import AVERAGES, score
@@ -113,8 +114,8 @@ def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchS
             progress = Progress("longbench", total, "prompt tokens")
             for task, batch in missing:
                 name, chosen = task.task.name, [prompts[task.task.name][index] for index in batch]
-                texts = generator.answer(chosen, task.task.max_new_tokens, task.task.stops_at_newline)
-                predictions = [Prediction(name, *pair) for pair in zip(batch, texts, strict=True)]
+                answers = generator.answer(chosen, task.task.max_new_tokens, task.task.stops_at_newline)
+                predictions = [Prediction(name, *pair) for pair in zip(batch, answers, strict=True)]
                 append(journals / f"{rank}.jsonl", predictions)
                 progress.advance(sum(map(len, chosen)))
             progress.close()
@@ -126,21 +127,29 @@ def evaluate_longbench(model: str, data: str, target: Path, settings: LongBenchS
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """The scores of tasks and averages as Markdown."""
+    """The scores of tasks and averages as Markdown, and what the cache takes."""
 
     def cells(entry: dict[str, Any]) -> tuple[str, str]:
         error = entry["standard_error"]
         return f"{entry['score']:.2f}", "-" if error is None else f"{error:.2f}"
 
     tasks = [
-        (TASKS[name].group, name, TASKS[name].metric, str(len(entry["scores"])), *cells(entry))
+        (
+            TASKS[name].group,
+            name,
+            TASKS[name].metric,
+            str(len(entry["scores"])),
+            *cells(entry),
+            f"{entry['cache_bytes_per_token']:.6g}",
+        )
         for name, entry in results["tasks"].items()
     ]
-    tables = [format_markdown(("group", "task", "metric", "samples", "score", "std. error"), tasks, text_columns=3)]
+    header = ("group", "task", "metric", "samples", "score", "std. error", "cache bytes/token")
+    tables = [format_markdown(header, tasks, text_columns=3)]
     if results["averages"]:
         averages = [(name, *cells(entry)) for name, entry in results["averages"].items()]
         tables.append(format_markdown(("average", "score", "std. error"), averages))
-    return "\n\n".join(tables)
+    return "\n\n".join([*tables, f"{results['cache_bytes_per_token']:.6g} cache bytes/token"])
 
 
 def _encode(
@@ -180,7 +189,7 @@ def _claim(target: Path, folder: Path, tasks: list[TaskData], settings: LongBenc
 
 
 def _missing(
-    tasks: list[TaskData], prompts: dict[str, list[list[int]]], done: dict[tuple[str, int], str], size: int
+    tasks: list[TaskData], prompts: dict[str, list[list[int]]], done: Container[tuple[str, int]], size: int
 ) -> list[tuple[TaskData, list[int]]]:
     """Batches of samples, the longest of a task first, less those that have a prediction."""
     batches = []
@@ -199,21 +208,28 @@ def _write_results(
     data: str,
     target: Path,
     tasks: list[TaskData],
-    predictions: dict[tuple[str, int], str],
+    answers: dict[tuple[str, int], Answer],
     settings: LongBenchSettings,
 ) -> dict[str, Any]:
     """Score all predictions; write predictions/TASK.jsonl, results.md and results.json."""
     means: dict[str, Mean] = {}
     entries: dict[str, dict[str, Any]] = {}
+    given: dict[str, list[Answer]] = {}
     for found in tasks:
         task = found.task
-        texts = [predictions[task.name, index] for index in range(len(found.samples))]
+        given[task.name] = [answers[task.name, index] for index in range(len(found.samples))]
+        texts = [answer.text for answer in given[task.name]]
         scores = [
             score(task, text, sample.answers, sample.classes, sample.where)
             for text, sample in zip(texts, found.samples, strict=True)
         ]
         means[task.name] = mean(scores)
-        entries[task.name] = {**_entry(means[task.name]), "data_sha256": found.sha256, "scores": scores}
+        entries[task.name] = {
+            **_entry(means[task.name]),
+            "cache_bytes_per_token": _bytes_per_token(given[task.name]),
+            "data_sha256": found.sha256,
+            "scores": scores,
+        }
         rows = (
             {"pred": text, "answers": sample.answers, "all_classes": sample.classes or None, **sample.about}
             for text, sample in zip(texts, found.samples, strict=True)
@@ -225,6 +241,7 @@ def _write_results(
         "model": model,
         "data": data,
         "settings": to_dict(settings),
+        "cache_bytes_per_token": _bytes_per_token([answer for own in given.values() for answer in own]),
         "tasks": entries,
         "averages": {name: _entry(value) for name, value in averages.items() if value is not None},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -233,6 +250,11 @@ def _write_results(
         table.write_text(format_results(results) + "\n", encoding="utf-8")
         write_json(file, results)
     return results
+
+
+def _bytes_per_token(answers: Sequence[Answer]) -> float:
+    """The mean over all cached tokens."""
+    return sum(answer.cache_bytes for answer in answers) / sum(answer.cached_tokens for answer in answers)
 
 
 def _entry(value: Mean) -> dict[str, Any]:
