@@ -730,18 +730,30 @@ def test_healing_lowers_the_error(tmp_path: Path, model: Path, statistics: Path)
     assert report_of(folders["healed"])["heal"]["steps"] == 20
 
 
+def inputs_of(modules: list[Any], model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """What each of these modules of the model gets."""
+    inputs: list[torch.Tensor] = []
+    for module in modules:
+        module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    model(tokens)
+    return inputs
+
+
 def attention_streams(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
     """The residual stream after the attention of every layer."""
-    streams: list[torch.Tensor] = []
-    for layer in model.model.layers:
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda module, args: streams.append(args[0]))
-    model(tokens)
-    return streams
+    return inputs_of([layer.post_attention_layernorm for layer in model.model.layers], model, tokens)
+
+
+def importance(stream: torch.Tensor) -> torch.Tensor:
+    """Of each token's squared error, not normalised."""
+    sizes = stream.square().mean(-1)
+    return 1 / (sizes + 0.01 * sizes.median())
 
 
 def test_healing_steps_down_the_gradient(tmp_path: Path, model: Path, text: Path) -> None:
-    """Adam's first step is the sign of the gradient: of how far the stream after a layer's attention is from the
-    original's, with the layers below healed already. One sequence, so that there is nothing to draw."""
+    """Of how far the stream after a layer's attention is from the original's, relative to its size, with the layers
+    below healed already. A matrix goes along the gradient's singular vectors, by about the same along each (Muon: with
+    factors of 0.7 to 1.2), a vector by the gradient's sign (Adam's first step). One sequence: nothing is drawn."""
     file = tmp_path / "s.safetensors"
     run_tool("calibrate", model, text, file, f"sequence_length={S}", "samples=2", "stored_samples=1")
     words = [f"statistics={file}", "partial_rope.qk_rope_head_dim=4", "low_rank.kv_lora_rank=12"]
@@ -753,15 +765,59 @@ def test_healing_steps_down_the_gradient(tmp_path: Path, model: Path, text: Path
     for layer in range(L):
         moved, prefix = load(tmp_path / "healed"), f"model.layers.{layer}.self_attn."
         moved.load_state_dict({name: t for name, t in plain.items() if name.startswith(prefix)}, strict=False)
-        (attention_streams(moved, tokens)[layer] - expected[layer]).square().mean().backward()
-        for name in ("q_proj.weight", "q_proj.bias", "k_rope_proj.weight", "o_proj.weight", "v_up_proj.bias"):
+        module = moved.model.layers[layer]
+        stream, after = inputs_of([module.input_layernorm, module.post_attention_layernorm], moved, tokens)
+        weights = importance(expected[layer])
+        error = ((after - expected[layer]).square().mean(-1) * weights).sum()
+        error.backward()
+        share = error.detach() / ((expected[layer] - stream.detach()).square().mean(-1) * weights).sum()
+        for name in ("q_proj.weight", "q_proj.bias", "k_rope_proj.weight", "v_up_proj.bias"):
             gradient, before = moved.get_parameter(prefix + name).grad, plain[prefix + name]
-            step = 0.2 / 20 * before.square().mean().sqrt()  # the first of 20 steps of warming up
-            # Gradients near Adam's epsilon of 1e-8 and near rounding are left out.
-            clear = gradient.abs() > 1e-3 * gradient.abs().max()
-            assert clear.float().mean() > 0.9, name
-            difference = healed[prefix + name] - before
-            assert torch.allclose(difference[clear], -step * gradient.sign()[clear], rtol=1e-2), (layer, name)
+            # the first of 20 steps of warming up
+            size = 0.2 / 20 * share.clamp(max=1).sqrt() * before.square().mean().sqrt()
+            step = (before - healed[prefix + name]) / size
+            if gradient.ndim == 1:
+                # Gradients near Adam's epsilon of 1e-8 and near rounding are left out.
+                clear = gradient.abs() > 1e-3 * gradient.abs().max()
+                assert clear.float().mean() > 0.9, name
+                assert torch.allclose(step[clear], gradient.sign()[clear], rtol=1e-2), (layer, name)
+            else:
+                u, values, vt = torch.linalg.svd(gradient.double(), full_matrices=False)
+                along = u.T @ step.double() @ vt.T / max(gradient.shape) ** 0.5  # the orthogonal matrix's size is 1
+                clear = values > 0.05 * values.square().sum().sqrt()  # the others have not come to 1 in five iterations
+                assert clear.sum() >= 4, (layer, name)
+                factors = along.diagonal()[clear]
+                assert factors.min() > 0.6 and factors.max() < 1.3, (layer, name, factors)
+                # bfloat16's 8 bits, five times
+                assert (along - along.diagonal().diag())[clear].abs().max() < 0.05, (layer, name)
+
+
+@torch.no_grad()
+def test_healing_solves_for_the_output_projection(tmp_path: Path, model: Path, statistics: Path) -> None:
+    """With a step that moves nothing, o_proj is a solution of the same least squares problem by QR; the weight that it
+    had counts as 4096 tokens, of heads' outputs of their mean square each."""
+    words = [f"statistics={statistics}", "partial_rope.qk_rope_head_dim=4", "low_rank.kv_lora_rank=12"]
+    plain = weights_of(convert(model, tmp_path / "plain", *words))
+    convert(model, tmp_path / "healed", *words, "heal.steps=1", "heal.learning_rate=1e-9")
+    tokens = load_file(statistics)["sequences"].long()
+    expected, healed = attention_streams(load(model), tokens), weights_of(tmp_path / "healed")
+    for layer in range(L):
+        moved, prefix = load(tmp_path / "healed"), f"model.layers.{layer}."
+        module = moved.model.layers[layer]
+        stream, heads = inputs_of([module.input_layernorm, module.self_attn.o_proj], moved, tokens)
+        weights = importance(expected[layer])
+        root = (weights / weights.mean()).sqrt().double().flatten()[:, None]
+        heads = root * heads.double().flatten(0, 1)
+        targets = expected[layer] - stream - healed.get(prefix + "self_attn.o_proj.bias", torch.zeros(()))
+        before = plain[prefix + "self_attn.o_proj.weight"].double()
+        prior = (4096 * heads.square().mean()).sqrt() * torch.eye(heads.shape[1], dtype=torch.float64)
+        solution = torch.linalg.lstsq(
+            torch.cat([heads, prior]), torch.cat([root * targets.double().flatten(0, 1), prior @ before.T])
+        ).solution.T
+        change = healed[prefix + "self_attn.o_proj.weight"] - before
+        assert change.norm() > 1e-3 * before.norm()
+        # float32's rounding of the heads' outputs, which the moment's condition magnifies
+        assert (solution - before - change).norm() < 1e-3 * change.norm(), layer
 
 
 def test_healing_under_a_budget(tmp_path: Path, model: Path, statistics: Path) -> None:
