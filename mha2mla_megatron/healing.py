@@ -121,7 +121,8 @@ class Healer:
         goal = self._map(lambda x: x + original.attention(original.normed(x)), self.expected)
         sizes = goal.square().mean(-1)
         weights = (sizes + 0.01 * sizes.median()).reciprocal()  # a padding token's may be 0
-        return Task(self._map(original.normed, self.reached), goal - self.reached, weights / weights.mean())
+        goal -= self.reached  # in place: these are as large as the stored sequences' hidden states
+        return Task(self._map(original.normed, self.reached), goal, weights / weights.mean())
 
     def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
         """Go on to the next layer, from what this one puts out with its tensors as they are written."""
