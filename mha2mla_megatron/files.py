@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mha2mla_megatron.errors import UserError
 
@@ -23,7 +24,8 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
     The block must write every one of them. Of several, the last is the seal: an old one goes first and the new one
     comes last, so that it never stands beside a mixture of old and new.
 
-    Raises UserError if a target exists and `overwrite` is false, or cannot be written, or the disk fills up.
+    Raises UserError if a target exists and `overwrite` is false, or cannot be written, or is being written by another
+    process, or the disk fills up.
     """
     for target in targets:
         if target.is_dir():
@@ -31,25 +33,43 @@ def new_files(targets: Sequence[Path], overwrite: bool) -> Iterator[list[Path]]:
         if target.exists() and not overwrite:
             raise UserError(f"{target}: exists; give overwrite=true to replace it")
     scratch = [target.with_name(f".{target.name}.partial") for target in targets]
+    own: list[Path] = []
+    with ExitStack() as locks:
+        try:
+            try:
+                for target, file in zip(targets, scratch, strict=True):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    locks.enter_context(_locked(file, target))
+                    own.append(file)
+            except OSError as error:
+                raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
+            yield scratch
+            for target in reversed(targets[1:]):
+                target.unlink(missing_ok=True)
+            for target, file in zip(targets, scratch, strict=True):
+                os.replace(file, target)
+                own.remove(file)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            raise UserError(f"{targets[0]}: cannot be written ({error.strerror})") from None
+        finally:
+            for file in own:
+                file.unlink(missing_ok=True)
+
+
+def _locked(scratch: Path, target: Path) -> IO[bytes]:
+    """The scratch file, emptied and locked until it is closed. Two processes that wrote the same one would mix."""
+    stream = scratch.open("ab")
     try:
-        for target, file in zip(targets, scratch, strict=True):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(b"")
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be written ({error.strerror})") from None
-    try:
-        yield scratch
-        for target in reversed(targets[1:]):
-            target.unlink(missing_ok=True)
-        for target, file in zip(targets, scratch, strict=True):
-            os.replace(file, target)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise UserError(f"{targets[0]}: cannot be written ({error.strerror})") from None
-    finally:
-        for file in scratch:
-            file.unlink(missing_ok=True)
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        stream.close()
+        raise UserError(f"{target}: another process is writing it") from None
+    except OSError:  # a file system without locks
+        pass
+    stream.truncate(0)
+    return stream
 
 
 def require_file(file: Path, key: str = "", hint: str = "") -> None:

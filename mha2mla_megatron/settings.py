@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mha2mla_megatron.errors import UserError, first_line
@@ -17,6 +17,9 @@ from mha2mla_megatron.files import require_file
 
 def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], file: Path | None = None) -> Settings:
     """Make a `schema` from its defaults, then `file` (YAML), then `overrides` (`a.b=value` words; later wins).
+
+    A mapping adds to the one that was there before, but for fields that are not always one (of type Any), such as a
+    blend of token files: there a whole new one takes the place of the old one. So does an empty one anywhere.
 
     Raises UserError for an unknown key, a value of the wrong type, or whatever the dataclass itself refuses.
     """
@@ -31,6 +34,7 @@ def load_settings[Settings](schema: type[Settings], overrides: Sequence[str], fi
             update = OmegaConf.from_dotlist([word])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise UserError(f"'{word}': the value is not valid YAML ({first_line(error)})") from None
+        _forget_mapping(merged, key, OmegaConf.select(update, key))
         merged = _merge(merged, update, f"'{word}'")
     return _to_object(merged)
 
@@ -64,6 +68,21 @@ def require_keys(settings: Any, *keys: str) -> None:
             value = getattr(value, part)
         if value is None:
             raise UserError(f"{key} is not set; give it in the YAML file or as {key}=VALUE")
+
+
+def _forget_mapping(merged: Any, key: str, value: Any) -> None:
+    """Let go of the mapping that the field `key` holds, where `value` is to take its place and not to add to it."""
+    group, _, name = key.rpartition(".")
+    parent = OmegaConf.select(merged, group) if group else merged
+    if not OmegaConf.is_dict(parent) or not dataclasses.is_dataclass(OmegaConf.get_type(parent)) or name not in parent:
+        return
+    node = parent._get_node(name)
+    if not OmegaConf.is_dict(node) or dataclasses.is_dataclass(OmegaConf.get_type(node)):
+        return
+    empty = OmegaConf.is_dict(value) and not value
+    if empty or node._metadata.ref_type is Any:
+        with read_write(parent):
+            parent[name] = {}
 
 
 def _to_object(merged: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+import yaml
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoModelForCausalLM
 
@@ -124,6 +125,54 @@ def test_resuming_repeats_and_drops_nothing(
     done = run_tool("finetune", *blended(workspace, blend, tmp_path / "broken", "steps=8", "seed=7"))
     warnings = [line for line in done.stderr.splitlines() if "another order" in line]
     assert "seed was 1234 and is 7" in warnings[0] and "was 24 and is 32" in warnings[1] and len(warnings) == 2
+
+
+def test_a_corpus_made_anew_under_its_old_name(
+    tmp_path: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sample indices that another run, or this one before, left in the same folder are of the old corpus: a new run
+    reads all of the new one, and one that goes on says that the order is another."""
+    given: list[torch.Tensor] = []
+    sample_batches = loop.sample_batches
+
+    def recorded(*arguments: Any) -> Iterator[Any]:
+        for batch in sample_batches(*arguments):
+            given.append(batch["tokens"])
+            yield batch
+
+    monkeypatch.setattr(loop, "sample_batches", recorded)
+    corpus = write_tokens(tmp_path / "corpus")
+
+    def seen(save: str, *words: str) -> torch.Tensor:
+        given.clear()
+        common = (*SCHEDULE, f"data.train={corpus}", f"data.cache={tmp_path / 'cache'}", *words)
+        done = run_tool("finetune", *run_words(workspace, "original", tmp_path / save, *common))
+        assert ("another order" in done.stderr) == (save == "first" and bool(words)), done.stderr
+        return torch.cat(given)
+
+    old = seen("first")
+    write_tokens(corpus, documents=8)
+    new = seen("second")
+    assert torch.equal(new, seen("third", f"data.cache={tmp_path / 'empty'}"))
+    assert not torch.equal(new, old)
+    assert seen("first", "steps=12").shape == (6 * BATCH, LENGTH)
+
+
+def test_a_blend_of_the_command_line_takes_the_place_of_the_files(tmp_path: Path, workspace: Path) -> None:
+    """Rates of parts, which are always a mapping, are added to those of the file."""
+    file = tmp_path / "settings.yaml"
+    file.write_text(
+        f"data: {{train: {{{workspace / 'text'}: 7, /nowhere/at/all: 3}}}}\noptimizer: {{lr_scale: {{mlp: 0.5}}}}\n"
+    )
+    write_tokens(workspace / "other", documents=20)
+    words = run_words(workspace, "original", tmp_path / "run", *SCHEDULE, "steps=1", "optimizer.decay_steps=1")[1:]
+    words = [word for word in words if not word.startswith("data.train")]
+    assert "/nowhere/at/all.bin: no such file" in refused("finetune", file, *words)
+    blend = f"data.train={{{workspace / 'other'}: 2, {workspace / 'text'}: 1}}"
+    run_tool("finetune", file, *words, blend, "optimizer.lr_scale={norms: 0}")
+    resolved = yaml.safe_load((tmp_path / "run" / "settings.yaml").read_text())
+    assert resolved["data"]["train"] == {str(workspace / "other"): 2, str(workspace / "text"): 1}
+    assert resolved["optimizer"]["lr_scale"] == {"mlp": 0.5, "norms": 0.0}
 
 
 def test_loss_of_each_source(tmp_path: Path, workspace: Path, blend: Path) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+from matplotlib.axes import Axes
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.data.dataset import build_dataset
+from mha2mla_megatron.training.run_picture import plot_runs
 from tests.conftest import ROOT, refused, run_tool
 from tests.distributed.losses_worker import TEMPERATURE, split_losses
 from tests.finetune_cases import (
@@ -203,6 +205,7 @@ BAD_WORDS = {
     "no teacher": (["distillation.weight=0.9"], ["distillation.weight", "0.9", "distillation.teacher"]),
     "weight": (["distillation.teacher=x", "distillation.weight=1.5"], ["distillation.weight", "1.5", "0 and 1"]),
     "temperature": (["distillation.teacher=x", "distillation.temperature=0"], ["distillation.temperature", "0.0"]),
+    "heat": (["distillation.teacher=x", "distillation.temperature=1e6"], ["temperature", "1000000.0", "0.01 and 100"]),
     "pipeline": (
         ["distillation.teacher=x", "parallel.pipeline_model_parallel_size=2"],
         ["distillation.teacher", "pipeline_model_parallel_size 2"],
@@ -234,6 +237,25 @@ def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, case: str) ->
     assert not (tmp_path / "run").exists(), "something was written"
 
 
+@pytest.mark.parametrize("name", [r"$\foo$", "_hidden", "100 % of $ 1"])
+def test_a_run_of_any_name_has_its_line_in_the_legend(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shown: list[str] = []
+    legend = Axes.legend
+
+    def recorded(axes: Axes, *arguments: Any, **settings: Any) -> Any:
+        made = legend(axes, *arguments, **settings)
+        shown.extend(text.get_text() for text in made.get_texts())
+        return made
+
+    monkeypatch.setattr(Axes, "legend", recorded)
+    shutil.copytree(plain, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    plot_runs([Path(name)], tmp_path / "picture.png", overwrite=False)
+    assert {text.replace("\\$", "$").strip("\N{ZERO WIDTH SPACE}") for text in shown} == {name}
+
+
 def test_plot(workspace: Path, plain: Path, distilled: Path, tmp_path: Path) -> None:
     picture = tmp_path / "runs.png"
     run_tool("plot_run", plain, distilled, picture)
@@ -244,5 +266,7 @@ def test_plot(workspace: Path, plain: Path, distilled: Path, tmp_path: Path) -> 
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "log.jsonl").write_text('{"step": 1}\nsoon\n')
     assert "line 2" in refused("plot_run", tmp_path / "bad", tmp_path / "b.png")
+    (tmp_path / "bad" / "log.jsonl").write_text('{"step": 1}\n')
+    assert "nothing that could be drawn" in refused("plot_run", tmp_path / "bad", tmp_path / "b.png")
     (tmp_path / "bad" / "log.jsonl").write_text('{"step": 1')
     assert "no step" in refused("plot_run", tmp_path / "bad", tmp_path / "b.png")

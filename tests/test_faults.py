@@ -167,6 +167,39 @@ def test_an_unwritable_save_folder_is_refused_before_the_first_step(workspace: P
     assert f"save: {tmp_path / 'file' / 'run'}: cannot be written" in line and "Not a directory" in line
 
 
+@pytest.mark.parametrize("blocked", ["log.jsonl", "tensorboard", "cache"])
+def test_what_cannot_be_written_beside_the_steps_is_named(workspace: Path, tmp_path: Path, blocked: str) -> None:
+    root = tmp_path / "run"
+    if blocked == "log.jsonl":
+        (root / blocked).mkdir(parents=True)
+    else:
+        root.mkdir()
+        (root / blocked).write_text("")
+    line = refused("finetune", *run_words(workspace, "mla", root, *SCHEDULE))
+    key = f"data.cache: {root / 'cache'}" if blocked == "cache" else f"save: {root}"
+    assert f"{key}: cannot be written ({root / blocked}: " in line and saved_steps(root) == []
+
+
+def test_a_second_run_in_the_same_folder_is_refused(
+    workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the first one saves: what it has written so far is no leftover. It goes on, and its folder is free then."""
+    root, publish, second = tmp_path / "run", checkpoint_module.publish_step, []
+
+    def publish_slowly(*arguments: Any) -> None:
+        if not second:
+            words = run_words(workspace, "mla", root, *SCHEDULE)
+            second.append(run_tool("finetune", *words, check=False, own_process=True))
+        publish(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "publish_step", publish_slowly)
+        finetune(workspace, "mla", root, *SCHEDULE)
+    assert second[0].returncode == 2 and f"error: save: {root}: another run is at work in it" in second[0].stderr
+    assert saved_steps(root) == [2, 4, 6] and log_text(root) == log_text(unbroken)
+    finetune(workspace, "mla", root, *SCHEDULE, own_process=True)
+
+
 def test_leftovers_are_removed_and_keep_last_deletes_after_the_seal(
     workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +309,19 @@ def test_nan_stops_the_run_and_names_the_samples(
     run_tool("inspect_checkpoint", root)
     finetune(workspace, "mla", root, *SCHEDULE)
     assert log_text(root) == log_text(unbroken)
+
+
+def test_samples_are_named_where_batches_were_smaller_before(
+    workspace: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four steps of BATCH samples, then one of twice as many, whose third micro batch is spoilt."""
+    root = put_back(unbroken, tmp_path / "run", 4)
+    with monkeypatch.context() as patch:
+        nan_in(patch, {3})
+        words = run_words(workspace, "mla", root, *SCHEDULE, f"global_batch_size={2 * BATCH}")
+        line = refused("finetune", *words)
+    first = 4 * BATCH + 2 * 2
+    assert f"step 5: loss nan, gradient norm nan, in samples {first}-{first + 1};" in line, line
 
 
 @pytest.mark.parametrize("gradients_alone", [False, True], ids=["loss", "gradients"])

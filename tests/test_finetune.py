@@ -12,10 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.distributed import DistributedDataParallelConfig
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, read_latest
@@ -38,6 +41,7 @@ from tests.finetune_cases import (
     log_text,
     losses,
     make_workspace,
+    put_back,
     read_log,
     run_words,
     terminate_at_step_3,
@@ -325,6 +329,14 @@ BAD_WORDS: dict[str, tuple[list[str], list[str]]] = {
     "data unset": (["data.train=null"], ["data.train", "not set"]),
     "style": (["optimizer.decay_style=step"], ["decay_style", "step", "minus_sqrt"]),
     "rates": (["optimizer.min_lr=1"], ["min_lr", "1", "lr"]),
+    "infinite rate": (["optimizer.lr=.inf"], ["optimizer.lr", "inf"]),
+    "first moment": (["optimizer.adam_beta1=1"], ["adam_beta1", "1.0", "less than 1"]),
+    "second moment": (["optimizer.adam_beta2=.nan"], ["adam_beta2", "nan", "less than 1"]),
+    "epsilon": (["optimizer.adam_eps=0"], ["adam_eps", "0.0", "positive"]),
+    "weight decay": (["optimizer.weight_decay=-0.1"], ["weight_decay", "-0.1", "at least 0"]),
+    "clipping": (["optimizer.clip_grad=.nan"], ["clip_grad", "nan", "at least 0"]),
+    "seed": (["seed=-1"], ["seed", "-1", "4294967295"]),
+    "large seed": (["seed=4294967296"], ["seed", "4294967296", "4294967295"]),
     "steps": (["steps=0"], ["steps", "0"]),
     "type": (["steps=many"], ["steps", "many"]),
     "dtype": (["dtype=int8"], ["dtype", "int8", "bfloat16"]),
@@ -370,6 +382,9 @@ def test_data_of_another_model_is_refused(tmp_path: Path, workspace: Path) -> No
     (tmp_path / "text.json").write_text(json.dumps({"vocab_size": VOCABULARY + 1}))
     line = refused("finetune", *words)
     assert "257" in line and "256" in line and "data.train" in line
+    (tmp_path / "text.json").write_text(json.dumps({"vocab_size": VOCABULARY, "documents": 61}))
+    line = refused("finetune", *words)
+    assert "text.json: says 61 documents" in line and "has 60" in line and "not made together" in line
     (tmp_path / "text.json").write_text("{")
     assert "text.json" in refused("finetune", *words)
     (tmp_path / "text.json").unlink()
@@ -384,6 +399,46 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path, workspace: Pat
     words = run_words(workspace, "mla", tmp_path / "run", "steps=6", f"data.train={tmp_path / 'text'}")
     line = refused("finetune", *words)
     assert "data.train" in line and "256" in line
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "named"),
+    [
+        (numpy.int32, [3, -1, 4], "odd.bin: holds token -1, the model's vocabulary is 256"),
+        (numpy.float32, [3, 4, 5], "odd.idx: holds numbers of type float32, no tokens"),
+        (numpy.uint16, [], "odd.bin: holds no token"),
+    ],
+)
+def test_files_that_hold_no_tokens_of_a_model_are_refused(
+    tmp_path: Path, workspace: Path, dtype: Any, tokens: list[int], named: str
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "odd.bin"), dtype=dtype)
+    builder.add_document(torch.tensor(tokens), [len(tokens)])
+    builder.finalize(str(tmp_path / "odd.idx"))
+    assert named in refused("finetune", *run_words(workspace, "mla", tmp_path / "run", f"data.train={tmp_path}/odd"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key", ["eod_mask_loss", "reset_attention_mask"])
+@pytest.mark.parametrize(
+    ("eos", "named"),
+    [
+        ([7, 2], "text: documents end with token 2, the model's eos token is 7"),
+        ([], "config.json: eos_token_id [] is no token"),
+        ("</s>", "config.json: eos_token_id '</s>' is no token"),
+        (None, "config.json: eos_token_id None is no token"),
+    ],
+)
+def test_ends_of_documents_that_are_not_the_models_are_refused(
+    workspace: Path, tmp_path: Path, eos: Any, named: str, key: str
+) -> None:
+    """Else nothing would be masked. Where no .json says how documents end, all of them are looked at."""
+    load = shutil.copytree(workspace / "mla-megatron", tmp_path / "model")
+    config = json.loads((load / "hf" / "config.json").read_text())
+    (load / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
+    words = run_words(workspace, "mla", tmp_path / "run", *SCHEDULE, f"load={load}", f"data.{key}=true")
+    assert named in refused("finetune", *words)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])
@@ -402,6 +457,53 @@ def test_a_root_of_another_model_is_refused(workspace: Path, unbroken: dict[str,
         line = refused("finetune", *run_words(workspace, given, root, *SCHEDULE))
         assert str(root) in line and "decoder.layers." in line, line
         assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_a_model_without_a_run_is_not_resumed(workspace: Path) -> None:
+    root = workspace / "mla-megatron"
+    line = refused("finetune", *run_words(workspace, "mla", root, *SCHEDULE))
+    assert f"save: {root} holds the weights of a model and no run" in line and f"load={root}" in line
+
+
+def test_tensorboard_of_a_resumed_run_has_every_step_once(
+    workspace: Path, unbroken: dict[str, Path], tmp_path: Path
+) -> None:
+    """Also the step that it was resumed from; those after it, which were lost, are there as they were taken anew."""
+    root = put_back(unbroken["mla"], tmp_path / "run", 3)
+    finetune(workspace, "mla", root, *SCHEDULE)
+    board = EventAccumulator(str(root / "tensorboard"))
+    board.Reload()
+    shown = [(event.step, event.value) for event in board.Scalars("loss")]
+    assert shown == [
+        (step, pytest.approx(loss, rel=1e-6)) for step, loss in enumerate(losses(root), start=1)
+    ]  # float32
+
+
+@pytest.mark.parametrize("damage", [b"no JSON\n", b"{}\n", b"[1]\n", b'{"step": "2"}\n', b"\xff\0\xc2\x85\n"])
+def test_a_damaged_line_of_the_log_does_not_end_the_run(
+    workspace: Path, unbroken: dict[str, Path], tmp_path: Path, damage: bytes
+) -> None:
+    root = put_back(unbroken["mla"], tmp_path / "run", 3)
+    lines = (root / "log.jsonl").read_bytes().splitlines(keepends=True)
+    (root / "log.jsonl").write_bytes(b"".join([*lines[:2], damage, *lines[2:]]))
+    assert "log.jsonl: line 3 is not one of" in refused("plot_run", root, tmp_path / "picture.png")
+    done = run_tool("finetune", *run_words(workspace, "mla", root, *SCHEDULE))
+    assert "log.jsonl: damaged lines are left out: 1, the first of them line 3" in done.stderr
+    assert log_text(root) == log_text(unbroken["mla"])
+
+
+def test_a_step_that_predicts_no_token(workspace: Path, tmp_path: Path) -> None:
+    """Of documents of nothing but ends, with data.eod_mask_loss. Such a loss is no number, in validation too."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "ends.bin"), dtype=numpy.uint16)
+    for _ in range(100):
+        builder.add_document(torch.full((4,), EOD), [4])
+    builder.finalize(str(tmp_path / "ends.idx"))
+    ends = f"data.train={tmp_path / 'ends'}", "data.eod_mask_loss=true"
+    line = refused("finetune", *run_words(workspace, "mla", tmp_path / "stopped", *SCHEDULE, *ends))
+    assert "step 1: loss nan" in line
+    words = "data.eod_mask_loss=true", f"validation.data={tmp_path / 'ends'}", "validation.samples=2"
+    log = read_log(finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words))
+    assert log[-1]["validation_loss"] is None and log[-2]["loss"] > 0
 
 
 @pytest.mark.parametrize(("held", "said"), [("original", "mla"), ("mla", "original"), ("mla", "partial")])

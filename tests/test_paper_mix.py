@@ -78,6 +78,36 @@ def test_each_source_gives_its_share(local: Path, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
+    "change", [{}, {"document_separator": "newline"}, {"append_eod": False}, {"text": "new"}], ids=str
+)
+def test_a_source_that_is_a_file_is_kept_as_long_as_it_is_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "prose.txt").write_text("\n".join(PROSE))
+    source = {"weight": 1.0, "dataset": str(tmp_path / "prose.txt")}
+    words = (tmp_path / "mix.yaml", tmp_path / "out", f"tokenizer={tmp_path / 'tokenizer'}", "tokens=100", "workers=1")
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": {"prose": source}}))
+    prepare(*words)
+    capsys.readouterr()
+    if "text" in change:
+        (tmp_path / "prose.txt").write_text(change.pop("text"))
+        changed = True
+    else:
+        changed = bool(change)
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump({"sources": {"prose": {**source, **change}}}))
+    if not changed:
+        prepare(*words)
+        assert "prose: kept, " in capsys.readouterr().out
+        (tmp_path / "out" / "prose.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        prepare(*words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and ("made of another text or with other settings" in error) == changed, error
+    assert changed or "prose.json: cannot be read as JSON" in error
+
+
+@pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"weight": 0.2}, ["sources", "1.12"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import hashlib
 import json
@@ -22,6 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mha2mla_megatron.data import documents, inputs, workers
+from mha2mla_megatron.data.dataset import check_data
 from mha2mla_megatron.data.documents import DocumentReader
 from tests.conftest import PROSE, make_tokenizer, refused, run_tool, start_cases
 
@@ -49,7 +51,7 @@ def packed(data: bytes, suffix: str) -> bytes:
     """Of .zst two frames, as parallel compressors write them."""
     if suffix == ".zst":
         return b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:50], data[50:]))
-    return gzip.compress(data, mtime=0) if suffix == ".gz" else data
+    return gzip.compress(data, mtime=0) if suffix.lower() == ".gz" else data
 
 
 def read_megatron(prefix: Path) -> list[list[int]]:
@@ -73,7 +75,9 @@ def read_by_hand(prefix: Path) -> list[list[int]]:
     return [np.frombuffer(data, dtype, n, at).tolist() for n, at in zip(lengths, offsets, strict=True)]
 
 
-@pytest.mark.parametrize("name", ["corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["corpus.jsonl", "corpus.jsonl.gz", "corpus.jsonl.zst", "corpus.ndjson", "CORPUS.JSONL.GZ"]
+)
 def test_json_lines(tmp_path: Path, tokenizer: Path, tokens_of: Any, name: str) -> None:
     rows = [{"id": 1, "text": text} for text in TEXTS]
     source = write_json_lines(tmp_path / name, [*rows, {"text": ""}, {"text": " \n"}])
@@ -339,6 +343,34 @@ def test_model_with_fewer_embeddings_than_tokens(tmp_path: Path) -> None:
         "document_separator=newline", "workers=2",
     )  # fmt: skip
     assert "a.txt, line 50001: the tokenizer gives id" in line and "beyond the vocabulary of 100" in line
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_no_obstacle(tmp_path: Path) -> None:
+    """As long as the text uses none of them: the files are for models of that many embeddings, and say so."""
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path / "model"))
+    rows = len(tokenizer)
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(9)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows}))
+    (tmp_path / "a.txt").write_text(PROSE[0])
+    words = tmp_path / "c", f"tokenizer={tmp_path}/model", "workers=1", "overwrite=true"
+    run_tool("preprocess_data", tmp_path / "a.txt", *words)
+    assert json.loads((tmp_path / "c.json").read_text())["vocab_size"] == rows
+    check_data("data.train", str(tmp_path / "c"), rows)
+    (tmp_path / "a.txt").write_text("<extra 8>")
+    assert "beyond the vocabulary" in refused("preprocess_data", tmp_path / "a.txt", *words)
+
+
+def test_two_at_once_are_refused(tmp_path: Path, tokenizer: Path) -> None:
+    """They would write into one another's file. A scratch file that a killed process left is no obstacle."""
+    (tmp_path / "a.txt").write_text(PROSE[0])
+    words = tmp_path / "a.txt", tmp_path / "c", f"tokenizer={tokenizer}", "workers=1"
+    with (tmp_path / ".c.idx.partial").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert "c.idx: another process is writing it" in refused("preprocess_data", *words)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".c.idx.partial", "a.txt"]
+    run_tool("preprocess_data", *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "c.bin", "c.idx", "c.json"]
 
 
 def test_existing_output(tmp_path: Path, tokenizer: Path, tokens_of: Any) -> None:

@@ -221,6 +221,15 @@ def test_time_up_in_the_middle_of_a_training(
     assert mine["curves"] == whole["curves"] and mine["texts"] == whole["texts"] and mine["tasks"] == whole["tasks"]
 
 
+def test_time_that_is_up_at_once(workspace: Path, tmp_path: Path) -> None:
+    """And an empty mapping, which leaves out what the file has: nothing is trained."""
+    words = (workspace / "table.yaml", f"out={tmp_path / 'out'}", "rows={}", "finetune={}", "distillation={}")
+    done = run_tool("quality_table", *words, "minutes=1e-9")
+    assert "Not complete yet: original. The same" in done.stdout
+    run_tool("quality_table", *words)
+    assert results(tmp_path / "out").keys() == {"original"}
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
@@ -232,6 +241,8 @@ def test_time_up_in_the_middle_of_a_training(
         (["only=[theirs]"], ["only", "theirs", "paper -50 %"]),
         (["rows.new.cache_budget=7"], ["new", "cache_budget", "7"]),
         (["minutes=0"], ["minutes"]),
+        (["rows.new=7"], ["rows.new", "7", "mapping"]),
+        (["distillation.teacher=[original]"], ["distillation.teacher", "['original']", "no trained line"]),
         (["rows.new.finetune=maybe"], ["rows.new.finetune", "maybe", "true, false"]),
         (["rows.new.distill={weight: 2}", "rows.new.cache_budget=0.5"], ["distillation.weight", "2"]),
         (["finetune.data.train=/none/tokens"], ["/none/tokens.idx"]),

@@ -22,7 +22,7 @@ from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.data.blend import blend_weights
 from mha2mla_megatron.data.preprocess import PreprocessSettings, preprocess
 from mha2mla_megatron.errors import UserError, require_at_least, run_tool
-from mha2mla_megatron.files import new_files
+from mha2mla_megatron.files import new_files, read_json_object
 from mha2mla_megatron.settings import load_settings, require_keys
 
 USAGE = "prepare.py MIX.yaml OUT tokenizer=MODEL tokens=N [key=value ...]"
@@ -77,20 +77,37 @@ def source_settings(name: str, values: Any, mix: MixSettings) -> tuple[str, Prep
 
 
 def tokenise(dataset: str, prefix: Path, settings: PreprocessSettings) -> None:
-    """Write the token files, unless they are there of the same source with as many tokens."""
+    """Write the token files, unless they are there of the same source and settings with as many tokens."""
     provenance = prefix.with_name(prefix.name + ".json")
-    wanted = {"text_key": settings.text_key, "max_tokens": settings.max_tokens, "tokenizer": settings.tokenizer}
     if provenance.exists():
-        found = json.loads(provenance.read_text(encoding="utf-8"))
-        same = [found["inputs"][0].get(key) for key in ("dataset", "subset", "split")]
-        if found.items() >= wanted.items() and same == [dataset, settings.subset, settings.split]:
+        found = read_json_object(provenance, "")
+        if is_made_of(found, dataset, settings):
             print(f"{prefix}: kept, {found['tokens']} tokens")
             return
-        raise UserError(f"{prefix}: made with other settings; remove it or name another folder")
+        raise UserError(
+            f"{prefix}: made of another text or with other settings; remove its files or name another folder"
+        )
     report = preprocess([dataset], prefix, settings)
     print(f"{prefix}: {report['tokens']} tokens of {report['documents']} documents", flush=True)
     if report["tokens"] < (settings.max_tokens or 0):
         print(f"{prefix}: less than its share of {settings.max_tokens}: a run will read it more than once", flush=True)
+
+
+def is_made_of(found: dict[str, Any], dataset: str, settings: PreprocessSettings) -> bool:
+    """Whether token files with this .json beside them are what tools/preprocess_data.py would make."""
+    file = Path(dataset)
+    if file.is_file():
+        source: dict[str, Any] = {"file": dataset, "bytes": file.stat().st_size}
+    else:
+        source = {"dataset": dataset, "subset": settings.subset, "split": settings.split}
+    inputs = found.get("inputs") or [{}]
+    same = ("tokenizer", "text_key", "document_separator", "max_tokens")
+    return (
+        inputs[0].items() >= source.items()
+        and all(found.get(key) == getattr(settings, key) for key in same)
+        and (found.get("eod_id") is not None) == settings.append_eod
+        and (found.get("bos_id") is not None) == settings.prepend_bos
+    )
 
 
 if __name__ == "__main__":

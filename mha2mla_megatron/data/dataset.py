@@ -16,16 +16,21 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.files import require_file
+from mha2mla_megatron.files import file_sha256, require_file
 
 
 class _TokenIds:
-    """What GPTDataset asks of a tokenizer."""
+    """What GPTDataset asks of a tokenizer.
 
-    def __init__(self, eod: int, vocab_size: int) -> None:
+    documents: the digest of the lengths of the documents. It is among what the files of the sample indices are named
+    after, where Megatron has only the path of the token files: a corpus that is made anew under its old name must not
+    be read by the old one's indices.
+    """
+
+    def __init__(self, eod: int, vocab_size: int, documents: str) -> None:
         self.eod, self.vocab_size = eod, vocab_size
         self.pad = -1  # no token stands for padding, so none is masked by accident
-        self.unique_identifiers = {"class": "TokenIds", "eod": eod}
+        self.unique_identifiers = {"class": "TokenIds", "eod": eod, "documents": documents}
 
 
 PARTS = ("train", "valid", "test")
@@ -63,7 +68,7 @@ def build_dataset(
             sequence_length=sequence_length,
             blend=([prefix], None),
             split=",".join(map(str, split)),
-            tokenizer=_TokenIds(eod, vocab_size),  # type: ignore[arg-type]
+            tokenizer=_TokenIds(eod, vocab_size, documents_digest(prefix)),  # type: ignore[arg-type]
             reset_position_ids=reset_attention_mask,
             reset_attention_mask=reset_attention_mask,
             eod_mask_loss=eod_mask_loss,
@@ -137,13 +142,23 @@ class Padded(torch.utils.data.Dataset):
         return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
 
 
-def remove_cut_indices(cache: Path) -> None:
-    """Remove the sample indices that a process killed while it wrote them left short: Megatron takes what is there."""
+def prepare_cache(cache: Path) -> None:
+    """Make the folder of the sample indices and see that it can be written. Remove those that a process killed while it
+    wrote them left short: Megatron takes what is there. Raises OSError."""
+    cache.mkdir(parents=True, exist_ok=True)
+    probe = cache / ".writable"
+    probe.write_text("yes")
+    probe.unlink()
     for file in cache.glob("*.npy"):
         try:
             numpy.load(file, mmap_mode="r")
         except (ValueError, EOFError):
             file.unlink()
+
+
+def documents_digest(prefix: str) -> str:
+    """Of the lengths of the documents of a source, which with the seed decide what each of its samples is made of."""
+    return file_sha256(Path(f"{prefix}.idx"))[:16]
 
 
 def check_data(
@@ -158,24 +173,34 @@ def check_data(
     split: shares of PARTS, of which each source must hold documents. eod: the token that must end documents, where
     something depends on it.
 
-    Raises UserError for a file that is missing or damaged, and for tokens of a larger vocabulary. What a file was made
-    with stands in the .json beside it; where there is none, every token is looked at.
+    Raises UserError for a file that is missing, damaged or of another making than the others of its prefix, and for
+    tokens of a larger vocabulary. What a file was made with stands in the .json beside it; where there is none, every
+    token is looked at.
     """
     for prefix in map(Path, blend_weights(key, blend)):
         data, index, provenance = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx", ".json"))
         for file in (data, index):
             require_file(file, key, "make it with tools/preprocess_data.py")
-        dtype, documents, count = _read_index(key, index)
+        dtype, lengths = _read_index(key, index)
+        documents, count = len(lengths), int(lengths.sum(dtype=numpy.int64))
         if data.stat().st_size != count * dtype.itemsize:
             raise UserError(f"{key}: {data}: {data.stat().st_size} bytes, {index} says {count * dtype.itemsize}")
+        if count == 0:
+            raise UserError(f"{key}: {data}: holds no token")
         _check_parts(key, prefix, documents, split)
         ids = 1 << 8 * dtype.itemsize
         if provenance.is_file():
             try:
                 about = json.loads(provenance.read_text())
                 tokens_of, ends = int(about.get("vocab_size", 0)), about.get("eod_id", eod)
+                made = about.get("documents", documents), about.get("tokens", count)
             except (ValueError, TypeError, AttributeError) as error:
                 raise UserError(f"{key}: {provenance}: cannot be read ({error})") from None
+            if made != (documents, count):
+                raise UserError(
+                    f"{key}: {provenance}: says {made[0]} documents, {made[1]} tokens, {index} has {documents} and "
+                    f"{count}: they were not made together"
+                )
             if tokens_of > vocab_size:
                 raise UserError(f"{key}: {prefix}: made with a vocabulary of {tokens_of}, the model has {vocab_size}")
             if tokens_of > ids:
@@ -187,8 +212,15 @@ def check_data(
                 f"{key}: {data}: holds {dtype} tokens, too narrow for the model's vocabulary of {vocab_size}; no "
                 f"{provenance.name} says what they were made with"
             )
-        elif (highest := _highest(data, dtype)) >= vocab_size:
-            raise UserError(f"{key}: {data}: holds token {highest}, the model's vocabulary is {vocab_size}")
+        else:
+            for token in _extremes(data, dtype):
+                if not 0 <= token < vocab_size:
+                    raise UserError(f"{key}: {data}: holds token {token}, the model's vocabulary is {vocab_size}")
+            others = _other_ends(data, dtype, lengths, eod) if eod is not None else []
+            if others:
+                raise UserError(
+                    f"{key}: {prefix}: documents end with token {others[0]}, the model's eos token is {eod}"
+                )
 
 
 def _check_parts(key: str, prefix: Path, documents: int, split: Sequence[float]) -> None:
@@ -201,8 +233,8 @@ def _check_parts(key: str, prefix: Path, documents: int, split: Sequence[float])
         start = end
 
 
-def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int, int]:
-    """(type of the tokens, number of documents, number of tokens) from Megatron's .idx file, version 1.
+def _read_index(key: str, file: Path) -> tuple[numpy.dtype, numpy.ndarray]:
+    """(type of the tokens, tokens of each document, int32) from Megatron's .idx file, version 1.
 
     9 bytes of magic, version (8), code of the type (1), numbers of sequences s (8) and of documents m (8), s lengths
     (4 each), s offsets (8 each), m documents (8 each).
@@ -217,15 +249,25 @@ def _read_index(key: str, file: Path) -> tuple[numpy.dtype, int, int]:
             raise UserError(f"{key}: {file}: damaged, or not an index that tools/preprocess_data.py made")
         lengths = numpy.frombuffer(stream.read(4 * sequences), dtype=numpy.int32)
     dtype = numpy.dtype(DType.dtype_from_code(code))
+    if dtype.kind not in "iu":
+        raise UserError(f"{key}: {file}: holds numbers of type {dtype}, no tokens")
     if sequences == 0:
         raise UserError(f"{key}: {file}: holds no document")
-    return dtype, sequences, int(lengths.sum(dtype=numpy.int64))
+    return dtype, lengths
 
 
-def _highest(file: Path, dtype: numpy.dtype) -> int:
-    """The largest token of a .bin file; the file is read piece by piece."""
+def _extremes(file: Path, dtype: numpy.dtype) -> tuple[int, int]:
+    """The smallest and the largest token of a .bin file; the file is read piece by piece."""
     tokens, piece = numpy.memmap(file, dtype=dtype, mode="r"), 1 << 24
-    return max(int(tokens[start : start + piece].max()) for start in range(0, len(tokens), piece))
+    pieces = [tokens[start : start + piece] for start in range(0, len(tokens), piece)]
+    return min(int(part.min()) for part in pieces), max(int(part.max()) for part in pieces)
+
+
+def _other_ends(file: Path, dtype: numpy.dtype, lengths: numpy.ndarray, eod: int) -> list[int]:
+    """The last tokens of documents that do not end with `eod`."""
+    ends = lengths[lengths > 0].cumsum(dtype=numpy.int64) - 1
+    last = numpy.memmap(file, dtype=dtype, mode="r")[ends]
+    return last[last != eod].tolist()
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

@@ -20,6 +20,7 @@ from mha2mla_megatron.files import require_file
 
 SEPARATORS = ("none", "newline", "blank_line")
 COMPRESSIONS = (".gz", ".zst")
+JSON_LINES = (".jsonl", ".ndjson")
 _JSON_LINES = "json_lines"
 _COLUMN = "column"
 
@@ -115,10 +116,10 @@ class Block(NamedTuple):
 class DocumentReader:
     """Iterates over the blocks of files, in order.
 
-    A name that ends in .jsonl is JSON lines, a document each; anything else is plain text; .gz and .zst after either
-    are unpacked. separator, for plain text: `none` (the file is one document), `newline` (each line is one) or
-    `blank_line` (lines up to an empty or blank one are one); a document does not include the line end before its
-    separator. Memory: one block, that is BLOCK_BYTES and a document.
+    A name that ends in .jsonl or .ndjson, in small or capital letters, is JSON lines, a document each; anything else is
+    plain text; .gz and .zst after either are unpacked. separator, for plain text: `none` (the file is one document),
+    `newline` (each line is one) or `blank_line` (lines up to an empty or blank one are one); a document does not
+    include the line end before its separator. Memory: one block, that is BLOCK_BYTES and a document.
 
     size, position: bytes of all files, and how many are read, both as they are on disk. max_document: bytes of a
     document as it stands in its file; a longer one is refused.
@@ -135,11 +136,11 @@ class DocumentReader:
     def __iter__(self) -> Iterator[Block]:
         self.position = before = 0
         for file, size in zip(self.files, self.sizes, strict=True):
-            layout = _JSON_LINES if _unpacked(file).endswith(".jsonl") else self.separator
+            layout = _JSON_LINES if _unpacked(file).endswith(JSON_LINES) else self.separator
             line, offset = 1, 0
             try:
                 with open(file, "rb") as raw:
-                    stream = _unpack(raw, file.suffix)
+                    stream = _unpack(raw, file.suffix.lower())
                     while data := self._read_block(stream, layout, file, line):
                         self.position = before + raw.tell()
                         mark = len(_BYTE_ORDER_MARK) if offset == 0 and data.startswith(_BYTE_ORDER_MARK) else 0
@@ -189,8 +190,9 @@ def read_text(file: Path) -> str:
 
 
 def _unpacked(file: Path) -> str:
-    """The file's name without the ending of a compressed one."""
-    return file.name.removesuffix(file.suffix) if file.suffix in COMPRESSIONS else file.name
+    """The file's name in small letters, without the ending of a compressed one."""
+    name = Path(file.name.lower())
+    return name.stem if name.suffix in COMPRESSIONS else name.name
 
 
 def _unpack(raw: BinaryIO, suffix: str) -> BinaryIO:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy
 
-from mha2mla_megatron.data.documents import BLOCK_BYTES, Block, DocumentReader, too_long
+from mha2mla_megatron.data.documents import BLOCK_BYTES, COMPRESSIONS, JSON_LINES, Block, DocumentReader, too_long
 from mha2mla_megatron.errors import UserError, first_line
 
 ROWS = 1000
@@ -168,11 +168,11 @@ def _kind(name: str) -> str:
     path = Path(name)
     if path.is_dir() or (not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not _looks_like_a_file(path)):
         return "dataset"
-    return "parquet" if path.suffix == ".parquet" and path.exists() else "text"
+    return "parquet" if path.suffix.lower() == ".parquet" and path.exists() else "text"
 
 
 def _looks_like_a_file(path: Path) -> bool:
-    return path.suffix in (".txt", ".jsonl", ".json", ".gz", ".zst", ".parquet")
+    return path.suffix.lower() in (".txt", ".json", ".parquet", *JSON_LINES, *COMPRESSIONS)
 
 
 def _require_column(column: str, names: Sequence[str], where: str) -> None:

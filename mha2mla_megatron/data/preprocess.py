@@ -101,14 +101,14 @@ def preprocess(inputs: Sequence[str | Path], output: Path, settings: PreprocessS
     targets = [Path(f"{output}{suffix}") for suffix in (".bin", ".idx", ".json")]
     with new_files(targets, settings.overwrite) as (bin_file, idx_file, json_file):
         folder = resolve_folder(settings.tokenizer)
-        encoder, vocab_size = _document_encoder(folder, settings)
+        encoder = _document_encoder(folder, settings)
         workers = settings.workers or _cpu_count()
         documents, tokens, blank = _write(reader, encoder, workers, settings.max_tokens, bin_file, idx_file)
         tokenizer_json = folder / "tokenizer.json"
         report = {
             "tokenizer": settings.tokenizer,
             "tokenizer_json_sha256": file_sha256(tokenizer_json) if tokenizer_json.is_file() else None,
-            "vocab_size": vocab_size,
+            "vocab_size": encoder.vocab_size,
             "dtype": encoder.dtype,
             "documents": documents,
             "blank_documents_left_out": blank,
@@ -125,8 +125,8 @@ def preprocess(inputs: Sequence[str | Path], output: Path, settings: PreprocessS
     return report
 
 
-def _document_encoder(folder: Path, settings: PreprocessSettings) -> tuple[DocumentEncoder, int]:
-    """The encoder, and the tokenizer's vocabulary size (largest id + 1), which decides the dtype."""
+def _document_encoder(folder: Path, settings: PreprocessSettings) -> DocumentEncoder:
+    """The encoder; the tokenizer's vocabulary size (largest id + 1) decides the dtype, whatever the model's is."""
     tokenizer = load_tokenizer(folder)
     if not tokenizer.is_fast:
         raise UserError(f"{folder}: its tokenizer is not one of the tokenizers library's (tokenizer.json)")
@@ -149,7 +149,7 @@ def _document_encoder(folder: Path, settings: PreprocessSettings) -> tuple[Docum
         return (token,)
 
     backend: Any = tokenizer.backend_tokenizer
-    encoder = DocumentEncoder(
+    return DocumentEncoder(
         tokenizer=backend.to_str(),
         split_special_tokens=bool(tokenizer.split_special_tokens),
         text_key=settings.text_key,
@@ -158,7 +158,6 @@ def _document_encoder(folder: Path, settings: PreprocessSettings) -> tuple[Docum
         vocab_size=limit,
         dtype=_indexed_dataset().DType.optimal_dtype(vocab_size).__name__,
     )
-    return encoder, vocab_size
 
 
 def _write(

@@ -10,6 +10,7 @@ from typing import Any
 from mha2mla_megatron.evaluation.comparison import Cell, Run, compare
 from mha2mla_megatron.evaluation.table import format_markdown
 from mha2mla_megatron.quality.settings import KINDS
+from mha2mla_megatron.training.run_picture import picture_label
 
 Results = Sequence[dict[str, Any]]
 """Of each line of the table, what `Quality.results` has."""
@@ -60,7 +61,7 @@ def draw(results: Results, file: Path) -> None:
     for found in results:
         if found["row"] == "original" and text in found["texts"]:
             value = found["texts"][text]["perplexity"]
-            left.axhline(value, color="black", linestyle=styles[found["kind"]], label=found["name"])
+            left.axhline(value, color="black", linestyle=styles[found["kind"]], label=picture_label(found["name"]))
     for number, name in enumerate(name for name in series if name != "original"):
         for kind, style in styles.items():
             points = sorted(
@@ -70,15 +71,17 @@ def draw(results: Results, file: Path) -> None:
             )
             if points:
                 label = name if kind == KINDS[0] else f"{name}, {kind}"
-                left.plot(*zip(*points, strict=True), style, color=f"C{number % 10}", marker="o", label=label)
+                colour = f"C{number % 10}"
+                left.plot(*zip(*points, strict=True), style, color=colour, marker="o", label=picture_label(label))
     for number, found in enumerate(found for found in results if found.get("curves")):
         curve = found["curves"]["validation_loss"] or found["curves"]["loss"]
         if curve:
             tokens, losses = zip(*curve, strict=True)
             perplexities = [math.exp(min(loss, 700)) for loss in losses]
             style = styles[found["kind"]]
-            right.plot([t / 1e6 for t in tokens], perplexities, style, color=f"C{number % 10}", label=found["name"])
-    left.set(xlabel="cache, % of the original's", ylabel=f"perplexity, {text}", yscale="log")
+            label = picture_label(found["name"])
+            right.plot([t / 1e6 for t in tokens], perplexities, style, color=f"C{number % 10}", label=label)
+    left.set(xlabel="cache, % of the original's", ylabel=f"perplexity, {picture_label(str(text))}", yscale="log")
     right.set(xlabel="tokens of fine-tuning, millions", ylabel="perplexity, validation samples", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")

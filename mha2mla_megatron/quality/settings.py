@@ -144,6 +144,8 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
     work = Work(Path(str(settings.out)), model_sha256, hash_of(inputs))
     entries: list[Entry] = []
     for row, values in {"original": None, **settings.rows}.items():
+        if not isinstance(values, dict | None):
+            raise UserError(f"rows.{row}: {values!r} is not a mapping of settings")
         own = dict(values or {})
         series, fit, distill = (own.pop(k, v) for k, v in (("series", row), ("finetune", True), ("distill", True)))
         source = _trained_line(f"rows.{row}.from", own.pop("from", None), entries)
@@ -212,7 +214,7 @@ def _trained_line(key: str, name: Any, above: list[Entry]) -> Entry | None:
     if name is None:
         return None
     trained = {entry.name: entry for entry in above if entry.training is not None}
-    if name not in trained:
+    if not isinstance(name, str) or name not in trained:
         raise UserError(f"{key}: {name!r} is no trained line of the table above it; there are: {'; '.join(trained)}")
     return trained[name]
 

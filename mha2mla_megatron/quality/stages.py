@@ -247,8 +247,8 @@ def _time_limit(minutes: float | None) -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGINT)
 
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
     try:
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
         yield
     except KeyboardInterrupt:
         if late:

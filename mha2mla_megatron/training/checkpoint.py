@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import logging
 import multiprocessing
@@ -11,7 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import resource_tracker
@@ -57,6 +59,9 @@ from mha2mla_megatron.training.own_shards import own_weights
 from mha2mla_megatron.training.param_groups import take_own_groups
 from mha2mla_megatron.training.weight_average import WeightAverage
 
+LOCK = ".lock"
+"""Empty file in a root, there and locked while a run is at work in it."""
+
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer state in model space, so that it loads at any layout."""
 
@@ -83,18 +88,38 @@ def load_weights(model: Sequence[torch.nn.Module], step_folder: Path, architectu
             piece.data.copy_(whole(piece.key)[piece.global_slice()])
 
 
-def prepare_root(root: Path) -> None:
-    """Make the folder, see that it can be written, and remove what an interrupted run left in it."""
+@contextmanager
+def own_root(root: Path) -> Iterator[None]:
+    """Make the folder, keep it to this run while the block lasts, see that it can be written, and remove what an
+    interrupted run left in it.
+
+    Raises UserError where another run is at work in it: each would delete what the other is writing.
+    """
+    lock = ExitStack()
 
     def prepare() -> None:
         root.mkdir(parents=True, exist_ok=True)
+        file = root / LOCK
+        stream = lock.enter_context(file.open("wb"))
+        taken = False
+        try:
+            # Not flock: processes that read data ahead would hold that too, for seconds after this one was killed.
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # others: a file system without locks
+            taken = error.errno in (errno.EAGAIN, errno.EACCES)
+        # The other run may have ended, and removed its file, since this one opened it.
+        if taken or not file.exists() or not os.path.samestat(file.stat(), os.fstat(stream.fileno())):
+            raise UserError(f"save: {root}: another run is at work in it")
+        lock.callback(file.unlink, missing_ok=True)
         probe = root / ".writable"
         probe.write_text("yes")
         probe.unlink()
         if leftovers := remove_leftovers(root):
             print(f"{root}: removed what an interrupted save or deletion left: {', '.join(leftovers)}", flush=True)
 
-    on_first_rank(prepare, f"save: {root}: cannot be written")
+    with lock:
+        on_first_rank(prepare, f"save: {root}: cannot be written")
+        yield
 
 
 @dataclass(frozen=True)
@@ -313,7 +338,12 @@ def _check_step(
         check_coverage(reader.shapes(), megatron_shapes(architecture), folder)
     except UserError as error:
         raise UserError(f"save: {root} holds a run of another model ({error})") from None
-    own, alpha = megatron_shapes(architecture), reader.values().get("run", {}).get(ALPHA)
+    if (run := reader.values().get("run")) is None:
+        raise UserError(
+            f"save: {root} holds the weights of a model and no run that could go on; valid: another folder, with "
+            f"load={root}"
+        )
+    own, alpha = megatron_shapes(architecture), run.get(ALPHA)
     other = with_adapters(own, reader.shapes()) != {**own, **lora_shapes(architecture, lora)}
     if other or alpha != lora.saved.get(ALPHA):
         raise UserError(

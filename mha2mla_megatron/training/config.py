@@ -91,6 +91,10 @@ class ValidationSettings:
         require_at_least("validation.samples", self.samples, 1)
 
 
+TEMPERATURES = 0.01, 100.0
+"""Beyond these, T^2 KL in float32 is more and more its rounding errors: some T^2 times 1e-7."""
+
+
 @dataclass(frozen=True)
 class DistillationSettings:
     """A frozen model whose predictions the training follows beside the text."""
@@ -102,13 +106,14 @@ class DistillationSettings:
     """w in the loss (1 - w) LM + w T^2 KL(teacher || student), from 0 to 1."""
 
     temperature: float = 1.0
-    """T, which divides both models' logits in the KL."""
+    """T, which divides both models' logits in the KL; from 0.01 to 100."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
             raise UserError(f"distillation.weight: {self.weight} is not between 0 and 1")
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"distillation.temperature: {self.temperature} is not a positive number")
+        low, high = TEMPERATURES
+        if not low <= self.temperature <= high:
+            raise UserError(f"distillation.temperature: {self.temperature} is not between {low} and {high}")
         for key in ("weight", "temperature"):
             if self.teacher is None and getattr(self, key) != getattr(DistillationSettings, key):
                 raise UserError(f"distillation.{key}: {getattr(self, key)} is given, distillation.teacher is not")
@@ -146,7 +151,7 @@ class OptimizerSettings:
     """Decoupled weight decay of matrices; norms and biases have none."""
 
     clip_grad: float = 1.0
-    """Largest global gradient norm."""
+    """Largest global gradient norm. 0: gradients are not clipped."""
 
     lr_scale: dict[str, float] = field(default_factory=dict)
     """Factors of some tensors' learning rates: pattern of Megatron names (`*`, `?`), or one of the words attention,
@@ -165,8 +170,18 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         styles = ("minus_sqrt", "linear", "cosine", "exponential")
         require_one_of("optimizer.decay_style", self.decay_style, styles)
+        if not 0 <= self.lr < math.inf:
+            raise UserError(f"optimizer.lr: {self.lr} is not a number of at least 0")
         if not 0 <= self.min_lr <= self.lr:
             raise UserError(f"optimizer.min_lr: {self.min_lr} is not between 0 and optimizer.lr {self.lr}")
+        for key in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"optimizer.{key}: {getattr(self, key)}; valid: at least 0, and less than 1")
+        if not 0 < self.adam_eps < math.inf:  # with 0 a weight whose gradients were all 0 would become NaN
+            raise UserError(f"optimizer.adam_eps: {self.adam_eps} is not a positive number")
+        for key in ("weight_decay", "clip_grad"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise UserError(f"optimizer.{key}: {getattr(self, key)} is not a number of at least 0")
         for pattern, factor in self.lr_scale.items():
             if not 0 <= factor < math.inf:
                 raise UserError(f"optimizer.lr_scale: {factor} for '{pattern}'; valid: 0 (frozen) or a positive number")
@@ -176,6 +191,9 @@ class OptimizerSettings:
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"optimizer.ema_decay: {self.ema_decay}; valid: 0 (no average), or more and less than 1")
 
+
+SEEDS = 1 << 32
+"""How many there are: those of NumPy's generator, which shuffles the samples."""
 
 LORA_TARGETS = ("attention",)
 """What a conversion changes."""
@@ -281,7 +299,7 @@ class FinetuneSettings:
     """Weights & Biases project to log to as well, offline under save/wandb unless WANDB_MODE says otherwise."""
 
     seed: int = 1234
-    """Order of the samples, and where lora begins."""
+    """Order of the samples, and where lora begins; from 0 to 4294967295."""
 
     data: DataSettings = field(default_factory=DataSettings)
 
@@ -301,6 +319,8 @@ class FinetuneSettings:
         if self.keep_last is not None:
             require_at_least("keep_last", self.keep_last, 1)
         require_at_least("max_skips_in_a_row", self.max_skips_in_a_row, 1)
+        if not 0 <= self.seed < SEEDS:
+            raise UserError(f"seed: {self.seed} is not from 0 to {SEEDS - 1}")
         for key, valid in (
             ("on_nan", ("stop", "skip")),
             ("dtype", ("auto", "float32", "bfloat16")),

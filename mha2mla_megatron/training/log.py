@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from mha2mla_megatron.files import replace_text
 from mha2mla_megatron.progress import format_seconds
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.log_lines import log_lines
 from mha2mla_megatron.training.step import StepResult
 from mha2mla_megatron.training.wandb_log import open_wandb
 
@@ -28,7 +29,8 @@ class StepLog:
         self.total, self.first, self.sources = settings.steps, first_step, settings.data.sources
         self.failed = False
         self.file = _reopen(root / "log.jsonl", first_step)
-        self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step)
+        # The steps that a run which was killed had taken since its save; those up to it stay.
+        self.board = SummaryWriter(str(root / "tensorboard"), purge_step=first_step + 1)
         self.wandb = open_wandb(settings, root)
         self.started = self.previous = time.monotonic()
 
@@ -105,11 +107,18 @@ class StepLog:
 
 
 def _reopen(file: Path, first_step: int) -> IO[str]:
-    """The log with the steps up to `first_step`; later ones were lost with the run that is resumed."""
-    replace_text(file, "".join(line for line in _lines(file) if json.loads(line)["step"] <= first_step))
-    return file.open("a")
+    """The log with the steps up to `first_step`; later ones were lost with the run that is resumed.
 
-
-def _lines(file: Path) -> list[str]:
-    """Whole lines of the file, none where it does not exist; a killed run may have left half a line."""
-    return [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")] if file.exists() else []
+    A damaged line, such as a machine that lost its power leaves, is no reason not to go on: it is left out.
+    """
+    kept, damaged = [], []
+    for number, line, values in log_lines(file) if file.exists() else ():
+        if values is None:
+            damaged.append(number)
+        elif values["step"] <= first_step:
+            kept.append(line)
+    if damaged:
+        what = f"damaged lines are left out: {len(damaged)}, the first of them line {damaged[0]}"
+        print(f"warning: {file}: {what}", file=sys.stderr, flush=True)
+    replace_text(file, "".join(kept))
+    return file.open("a", encoding="utf-8")

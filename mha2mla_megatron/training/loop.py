@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel
 from mha2mla_megatron.architecture import read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
-from mha2mla_megatron.data.dataset import build_dataset, check_data, remove_cut_indices, sample_batches
+from mha2mla_megatron.data.dataset import build_dataset, check_data, prepare_cache, sample_batches
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
@@ -27,7 +27,7 @@ from mha2mla_megatron.training.checkpoint import (
     PendingStep,
     StepSaver,
     load_weights,
-    prepare_root,
+    own_root,
     resume_average,
     resume_run,
 )
@@ -77,48 +77,49 @@ def finetune(settings: FinetuneSettings) -> None:
     optimizer, schedule = build_optimizer(chunks, settings, dtype)
     distillation = None if teacher is None else load_teacher(*teacher, settings, dtype, device)
     model = [chunk.module for chunk in chunks]
-    prepare_root(root)
-    resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
-    run: dict[str, Any] = {"step": 0} if resumed is None else resumed.run
-    step, best = run["step"], BestStep.of(run)
-    if best is not None and not iteration_folder(root, best.step).is_dir():
-        best = None
-    # A run saved by an earlier version has no position of its own.
-    position = Position.of(settings, step, run.get("samples", step * settings.global_batch_size))
-    if resumed is None:
-        load_weights(model, weights, architecture)
-        optimizer.reload_model_params()
-    decay = settings.optimizer.ema_decay
-    average = WeightAverage(optimizer, decay) if decay > 0 else None
-    if resumed is not None:
-        resume_average(resumed, model, average)
-
-    def write_beside() -> None:
+    with own_root(root):
+        resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
+        run: dict[str, Any] = {"step": 0} if resumed is None else resumed.run
+        step, best = run["step"], BestStep.of(run)
+        if best is not None and not iteration_folder(root, best.step).is_dir():
+            best = None
+        # A run saved by an earlier version has no position of its own.
+        position = Position.of(settings, step, run.get("samples", step * settings.global_batch_size))
         if resumed is None:
-            write_hf_side(side, root)
-        save_settings(settings, root / "settings.yaml")
-        write_best(root, best)
-        for line in position.changes(run.get("order", position.order)):
-            print(f"warning: {root}: {line}", file=sys.stderr, flush=True)
-        print(
-            f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}", flush=True
-        )
+            load_weights(model, weights, architecture)
+            optimizer.reload_model_params()
+        decay = settings.optimizer.ema_decay
+        average = WeightAverage(optimizer, decay) if decay > 0 else None
+        if resumed is not None:
+            resume_average(resumed, model, average)
 
-    on_first_rank(write_beside, f"save: {root}: cannot be written")
-    data = _Data(settings, eod, architecture.vocab_size, root)
-    batches = sample_batches(
-        data.samples(settings.data.train, position.total, settings.data.shares, 0),
-        position.first,
-        position.total,
-        settings.micro_batch_size,
-        parallel_state.get_data_parallel_rank(),
-        parallel_state.get_data_parallel_world_size(),
-        settings.data.workers,
-    )
-    held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
-    guard = SkippedSteps(settings, run)
-    training = settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device
-    _train(*training, distillation, held_out, graph)
+        def write_beside() -> None:
+            if resumed is None:
+                write_hf_side(side, root)
+            save_settings(settings, root / "settings.yaml")
+            write_best(root, best)
+            for line in position.changes(run.get("order", position.order)):
+                print(f"warning: {root}: {line}", file=sys.stderr, flush=True)
+            print(
+                f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}",
+                flush=True,
+            )
+
+        on_first_rank(write_beside, f"save: {root}: cannot be written")
+        data = _Data(settings, eod, architecture.vocab_size, root)
+        batches = sample_batches(
+            data.samples(settings.data.train, position.total, settings.data.shares, 0),
+            position.first,
+            position.total,
+            settings.micro_batch_size,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            settings.data.workers,
+        )
+        held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
+        guard = SkippedSteps(settings, run, position)
+        training = settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device
+        _train(*training, distillation, held_out, graph)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -128,11 +129,14 @@ def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dt
 
 def _end_of_document(settings: FinetuneSettings, side: Path) -> int:
     """The id of the token that ends a document, -1 where the model has none."""
-    eod = read_config(side).get("eos_token_id")
-    eod = eod[0] if isinstance(eod, list) else eod
+    found = read_config(side).get("eos_token_id")
+    eod = next(iter(found), None) if isinstance(found, list) else found
+    eod = eod if type(eod) is int else None
     for key in ("eod_mask_loss", "reset_attention_mask"):
         if getattr(settings.data, key) and eod is None:
-            raise UserError(f"data.{key}: {side / 'config.json'} has no eos_token_id")
+            raise UserError(
+                f"data.{key}: {side / 'config.json'}: eos_token_id {found!r} is no token that ends documents"
+            )
     return -1 if eod is None else eod
 
 
@@ -150,7 +154,7 @@ class _Data:
     ) -> torch.utils.data.Dataset:
         data = self.settings.data
         cache = Path(data.cache) if data.cache else self.root / "cache"
-        on_first_rank(lambda: remove_cut_indices(cache), f"data.cache: {cache}: cannot be written")
+        on_first_rank(lambda: prepare_cache(cache), f"data.cache: {cache}: cannot be written")
         return build_dataset(
             blend,
             data.sequence_length,
@@ -178,6 +182,13 @@ class _Data:
         return found
 
 
+def _open_log(root: Path, settings: FinetuneSettings, step: int) -> StepLog | None:
+    """The run's log on rank 0. Raises UserError on all where it cannot be opened."""
+    opened: list[StepLog] = []
+    on_first_rank(lambda: opened.append(StepLog(root, settings, step)), f"save: {root}: cannot be written")
+    return opened[0] if opened else None
+
+
 def _train(
     settings: FinetuneSettings,
     root: Path,
@@ -196,7 +207,7 @@ def _train(
     graph: StepGraph | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    log = StepLog(root, settings, step) if torch.distributed.get_rank() == 0 else None
+    log = _open_log(root, settings, step)
     stop = StopRequest(device)
     model = [chunk.module for chunk in chunks]
     saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async, average)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mha2mla_megatron.data.blend import blend_weights, source_names
+from mha2mla_megatron.data.dataset import documents_digest
 from mha2mla_megatron.training.config import FinetuneSettings
 
 
@@ -26,10 +27,11 @@ class Position:
     def of(cls, settings: FinetuneSettings, step: int, first: int) -> Position:
         data, batch = settings.data, settings.global_batch_size
         total = first + (settings.steps - step) * batch
-        weights = blend_weights("data.train", data.train).values()
+        shares = blend_weights("data.train", data.train)
         order = {
             # The files may have moved since.
-            "data.train": [list(pair) for pair in zip(source_names(data.train), weights, strict=True)],
+            "data.train": [list(pair) for pair in zip(source_names(data.train), shares.values(), strict=True)],
+            "documents of data.train (digests of the .idx files)": [documents_digest(prefix) for prefix in shares],
             "data.split": list(data.shares),
             "data.sequence_length": data.sequence_length,
             "seed": settings.seed,

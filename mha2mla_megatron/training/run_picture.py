@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.files import new_files
+from mha2mla_megatron.training.log_lines import log_lines
 
 PANELS = {
     "loss": ("loss", "lm_loss", "kl", "z_loss"),
@@ -34,13 +34,15 @@ def plot_runs(roots: Sequence[Path], target: Path, overwrite: bool) -> None:
     shown = [
         title for title, keys in PANELS.items() if any(key in line for key in keys for log in logs for line in log)
     ]
+    if not shown:
+        raise UserError(f"{', '.join(map(str, roots))}: log.jsonl holds nothing that could be drawn")
     figure = Figure(figsize=(9, 2.4 * len(shown)), layout="constrained")
     for axes, title in zip(figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0], shown, strict=True):
         for index, (root, log) in enumerate(zip(roots, logs, strict=True)):
             for key, style in zip(PANELS[title], ("-", "--", ":"), strict=False):
                 steps, values = series(log, key)
                 if steps:
-                    label = f"{root}" if key == PANELS[title][0] else f"{root}: {key}"
+                    label = picture_label(f"{root}" if key == PANELS[title][0] else f"{root}: {key}")
                     axes.plot(steps, values, style, color=f"C{index % 10}", marker="." * (len(steps) < 50), label=label)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
@@ -50,24 +52,23 @@ def plot_runs(roots: Sequence[Path], target: Path, overwrite: bool) -> None:
         figure.savefig(file, dpi=120, format="png")
 
 
+def picture_label(name: str) -> str:
+    """As matplotlib shows it: no formula between dollar signs, and not left out for its first letter."""
+    return name.replace("$", r"\$").replace("_", "\N{ZERO WIDTH SPACE}_", int(name.startswith("_")))
+
+
 def read_log(root: Path) -> list[dict[str, Any]]:
     """The lines of a run's log.jsonl; half a line at the end, which a killed run may leave, is left out."""
     file = root / "log.jsonl"
     try:
-        text = file.read_text(encoding="utf-8")
+        found = list(log_lines(file))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give the save folder of a run") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{file}: not a log of tools/finetune.py") from None
     lines = []
-    for number, line in enumerate((line for line in text.splitlines(keepends=True) if line.endswith("\n")), 1):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+    for number, _, values in found:
+        if values is None:
             raise UserError(f"{file}: line {number} is not one of tools/finetune.py")
-        lines.append(found)
+        lines.append(values)
     if not lines:
         raise UserError(f"{file}: holds no step yet")
     return lines

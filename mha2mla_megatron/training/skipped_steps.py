@@ -16,17 +16,19 @@ from megatron.core import parallel_state
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.position import Position
 from mha2mla_megatron.training.step import StepResult
 
 
 class SkippedSteps:
     """Decides about each step, and counts the ones left out; every process decides the same.
 
-    run: the values of a saved run, from which it goes on; those of an earlier version have no counts.
+    run: the values of a saved run, from which it goes on; those of an earlier version have no counts. position: its
+    place in the order of the samples.
     """
 
-    def __init__(self, settings: FinetuneSettings, run: dict[str, Any]) -> None:
-        self.settings = settings
+    def __init__(self, settings: FinetuneSettings, run: dict[str, Any], position: Position) -> None:
+        self.settings, self.position = settings, position
         self.skipped, self.in_a_row = run.get("skipped", 0), run.get("skipped_in_a_row", 0)
         self.norms: deque[float] = deque(run.get("grad_norms", []), maxlen=settings.optimizer.spike_window)
 
@@ -69,7 +71,7 @@ class SkippedSteps:
 
     def _where(self, step: int, result: StepResult) -> str:
         """The samples of the micro batches with such a loss; of the whole step where the loss of each was finite."""
-        size, first = self.settings.micro_batch_size, (step - 1) * self.settings.global_batch_size
+        size, first = self.settings.micro_batch_size, self.position.at(step - 1)
         rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
         mine = [first + (index * ranks + rank) * size for index in result.bad_micro_batches]
         gathered: list[list[int]] = [[] for _ in range(torch.distributed.get_world_size())]

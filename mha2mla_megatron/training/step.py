@@ -290,8 +290,9 @@ class StepMeans:
         return int(self._values[0])
 
     def of(self) -> dict[str, float]:
-        """Each of the parts, the loss among them."""
-        return {name: value / self._values[0] for name, value in zip(self.names[1:], self._values[1:], strict=True)}
+        """Each of the parts, the loss among them; NaN where no token was predicted, which data.eod_mask_loss can do."""
+        tokens, *sums = self._values
+        return {name: value / tokens if tokens else math.nan for name, value in zip(self.names[1:], sums, strict=True)}
 
 
 def _source_names(sources: int) -> list[str]:
@@ -312,7 +313,7 @@ def _take_sources(parts: dict[str, float], tokens: int, sources: int) -> list[tu
     """(mean loss, tokens) of each source, from its sums over the tokens of all, which leave `parts`."""
     values = [parts.pop(name) for name in _source_names(sources)]
     return [
-        (loss / share if share else math.nan, round(share * tokens))
+        (loss / share, round(share * tokens)) if tokens and share else (math.nan, 0)
         for loss, share in zip(values[:sources], values[sources:], strict=True)
     ]
 
