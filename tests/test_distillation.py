@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import torch
 import torch.multiprocessing
 from matplotlib.axes import Axes
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.data.dataset import build_dataset
+from mha2mla_megatron.training import loop, step_graph
 from mha2mla_megatron.training.run_picture import plot_runs
 from tests.conftest import ROOT, refused, run_tool
 from tests.distributed.losses_worker import TEMPERATURE, split_losses
@@ -181,6 +184,87 @@ def test_weight_0_and_validation_change_no_bit(workspace: Path, plain: Path, tmp
     assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
 
 
+def changing(workspace: Path, first: float, last: float) -> list[str]:
+    return [*teacher(workspace, weight=first, temperature=TEMPERATURE), f"distillation.final_weight={last}"]
+
+
+def test_a_changing_weight_is_that_of_each_step(workspace: Path, tmp_path: Path) -> None:
+    """Weight, loss and gradient norm of each step, of two micro batches, by transformers; the weights stay."""
+    words = [*changing(workspace, 0.9, 0.3), "distillation.decay_steps=3", "optimizer.lr=0"]
+    root = finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, "steps=5", *words)
+    model = AutoModelForCausalLM.from_pretrained(workspace / "mla", trust_remote_code=True, dtype=torch.float32)
+    tokens, labels = samples(workspace / "text", tmp_path / "cache", 5 * BATCH)
+    lines = steps_of(root)
+    assert [line["distillation_weight"] for line in lines] == pytest.approx([0.9, 0.9, 0.7, 0.5, 0.3], rel=1e-12)
+    for step, w in enumerate((0.9, 0.9, 0.7, 0.5, 0.3)):
+        model.zero_grad()
+        batch = slice(step * BATCH, (step + 1) * BATCH)
+        logits = model(tokens[batch]).logits
+        lm = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels[batch])
+        log_p = (logits_of(workspace / "original", tokens[batch]).float() / TEMPERATURE).log_softmax(-1)
+        log_q = (logits / TEMPERATURE).log_softmax(-1)
+        kl = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        ((1 - w) * lm + w * kl).backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert lines[step]["lm_loss"] == pytest.approx(lm.item(), rel=1e-5)
+        assert lines[step]["kl"] == pytest.approx(kl.item(), rel=1e-5)
+        assert lines[step]["loss"] == pytest.approx(((1 - w) * lm + w * kl).item(), rel=1e-5)
+        assert lines[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_a_changing_weight_resumes_bit_for_bit(workspace: Path, tmp_path: Path) -> None:
+    """Broken within the change, which is as long as the learning rate's decay."""
+    words = [*SCHEDULE, "steps=7", "optimizer.decay_steps=5", *changing(workspace, 0.2, 1)]
+    whole = finetune(workspace, "mla", tmp_path / "whole", *words)
+    weights = [line["distillation_weight"] for line in steps_of(whole)]
+    assert weights == pytest.approx([0.2, 0.2, 0.36, 0.52, 0.68, 0.84, 1], rel=1e-12)
+    broken = finetune(workspace, "mla", put_back(whole, tmp_path / "broken", 4), *words)
+    kept = ("step", "loss", "lm_loss", "kl", "distillation_weight", "grad_norm", "lr")
+    first, second = ([{key: line[key] for key in kept} for line in steps_of(run)] for run in (whole, broken))
+    assert first == second and len(first) == 7
+    before, after = checkpoint_tensors(whole, 7), checkpoint_tensors(broken, 7)
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
+
+
+class Inputs(TorchDispatchMode):
+    """In the place of a CUDA graph: notes scalars in float64 that it reads, not on the host, and did not make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[torch.Tensor] = []  # all of them live on, so that no later one has their memory
+        self.read: dict[int, torch.Tensor] = {}
+        self.at_replay: list[list[float]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = {tensor.data_ptr() for tensor in self.made}
+        on_host = func is torch.ops.aten._local_scalar_dense.default
+        scalars = [v for v in args if isinstance(v, torch.Tensor) and v.dtype == torch.float64 and v.ndim == 0]
+        self.read |= {v.data_ptr(): v for v in scalars if v.data_ptr() not in made and not on_host}
+        found = func(*args, **(kwargs or {}))
+        self.made += [found] if isinstance(found, torch.Tensor) and found.dtype == torch.float64 else []
+        return found
+
+    def replay(self) -> None:
+        self.at_replay.append([value.item() for value in self.read.values()])
+
+
+def test_a_graph_reads_the_weight_of_each_step(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its memory, at each replay; on a GPU tests/test_gpu.py trains so."""
+    graph = Inputs()
+
+    def capture[T](run: Callable[[], T]) -> tuple[Inputs, T]:
+        with graph:
+            return graph, run()
+
+    monkeypatch.setattr(step_graph, "capture", capture)
+    monkeypatch.setattr(loop, "graph_of", lambda *_: step_graph.StepGraph())
+    words = [*SCHEDULE, "steps=6", "distillation.decay_steps=4", *changing(workspace, 0.9, 0.1)]
+    finetune(workspace, "mla", tmp_path / "run", *words)
+    assert graph.at_replay == [[pytest.approx(w)] for w in (0.5, 0.3, 0.1)]
+
+
 @pytest.mark.parametrize(("model", "dtype"), [("original", "float32"), ("mla", "bfloat16")])
 def test_a_model_learns_nothing_from_itself(workspace: Path, tmp_path: Path, model: str, dtype: str) -> None:
     words = [*teacher(workspace, model, weight=1, temperature=TEMPERATURE), f"dtype={dtype}"]
@@ -204,6 +288,19 @@ BAD_WORDS = {
     "missing": (["distillation.teacher=/nowhere"], ["distillation.teacher", "/nowhere", "not a Megatron checkpoint"]),
     "no teacher": (["distillation.weight=0.9"], ["distillation.weight", "0.9", "distillation.teacher"]),
     "weight": (["distillation.teacher=x", "distillation.weight=1.5"], ["distillation.weight", "1.5", "0 and 1"]),
+    "final weight": (["distillation.teacher=x", "distillation.final_weight=-1"], ["final_weight", "-1", "0 and 1"]),
+    "final weight alone": (["distillation.final_weight=0"], ["distillation.final_weight", "0.0", "teacher"]),
+    "no step": (
+        ["distillation.teacher=x", "distillation.final_weight=0", "distillation.decay_steps=0"],
+        ["distillation.decay_steps", "0"],
+    ),
+    "too many steps": (
+        ["distillation.teacher=x", "distillation.final_weight=0", "distillation.decay_steps=7"],
+        ["distillation.decay_steps", "7", "steps 6"],
+    ),
+    "no final weight": (
+        ["distillation.teacher=x", "distillation.decay_steps=3"], ["distillation.decay_steps", "3", "final_weight"]
+    ),
     "temperature": (["distillation.teacher=x", "distillation.temperature=0"], ["distillation.temperature", "0.0"]),
     "heat": (["distillation.teacher=x", "distillation.temperature=1e6"], ["temperature", "1000000.0", "0.01 and 100"]),
     "pipeline": (

@@ -105,16 +105,27 @@ class DistillationSettings:
     weight: float = 0.5
     """w in the loss (1 - w) LM + w T^2 KL(teacher || student), from 0 to 1."""
 
+    final_weight: float | None = None
+    """w of the last step, which it is moved to in equal parts over the last decay_steps steps. None: w is constant."""
+
+    decay_steps: int | None = None
+    """How many steps it takes to move w to final_weight. None: those of the learning rate's decay."""
+
     temperature: float = 1.0
     """T, which divides both models' logits in the KL; from 0.01 to 100."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise UserError(f"distillation.weight: {self.weight} is not between 0 and 1")
+        for key in ("weight", "final_weight"):
+            if (value := getattr(self, key)) is not None and not 0 <= value <= 1:
+                raise UserError(f"distillation.{key}: {value} is not between 0 and 1")
+        if self.decay_steps is not None:
+            require_at_least("distillation.decay_steps", self.decay_steps, 1)
+            if self.final_weight is None:
+                raise UserError(f"distillation.decay_steps: {self.decay_steps} is given, final_weight is not")
         low, high = TEMPERATURES
         if not low <= self.temperature <= high:
             raise UserError(f"distillation.temperature: {self.temperature} is not between {low} and {high}")
-        for key in ("weight", "temperature"):
+        for key in ("weight", "final_weight", "temperature"):
             if self.teacher is None and getattr(self, key) != getattr(DistillationSettings, key):
                 raise UserError(f"distillation.{key}: {getattr(self, key)} is given, distillation.teacher is not")
 
@@ -345,6 +356,8 @@ class FinetuneSettings:
             raise UserError(
                 f"distillation.teacher: not possible with parallel.pipeline_model_parallel_size {pp}; valid: 1"
             )
+        if (given := self.distillation.decay_steps) is not None and given > self.steps:
+            raise UserError(f"distillation.decay_steps: {given} does not fit into steps {self.steps}")
 
     def _check_cuda_graph(self) -> None:
         """What changes from step to step on the host cannot be in a graph; pipelines are not tried yet."""
@@ -364,6 +377,15 @@ class FinetuneSettings:
     def decay_steps(self) -> int:
         given = self.optimizer.decay_steps
         return max(1, self.steps // 6) if given is None else given
+
+    def distillation_weight(self, step: int) -> float:
+        """w of this step, counted from 1: of nothing but the step, so that a resumed run goes on with it."""
+        wanted = self.distillation
+        if wanted.final_weight is None:
+            return wanted.weight
+        length = self.decay_steps if wanted.decay_steps is None else wanted.decay_steps
+        done = min(max(step - (self.steps - length), 0) / length, 1.0)
+        return (1 - done) * wanted.weight + done * wanted.final_weight
 
 
 def _check_blend(key: str, value: Any) -> None:

@@ -17,7 +17,11 @@ from mha2mla_megatron.training.config import FinetuneSettings
 
 
 class Distillation:
-    """A teacher in the run's own layout and type, without gradients, optimizer or a place in the checkpoints."""
+    """A teacher in the run's own layout and type, without gradients, optimizer or a place in the checkpoints.
+
+    weight: how much the student follows it in the current step, a float64 scalar on the device. A tensor, for a CUDA
+    graph has numbers as they were when it was captured, and reads tensors at each replay.
+    """
 
     def __init__(
         self, architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
@@ -25,6 +29,7 @@ class Distillation:
         config = transformer_config(architecture, settings.parallel, dtype)
         self.model = build_on_device(architecture, config, settings.implementation, device)
         self.model.requires_grad_(False).eval()
+        self.weight = torch.tensor(settings.distillation.weight, dtype=torch.float64, device=device)
 
     def predict(
         self, tokens: torch.Tensor, position_ids: torch.Tensor, mask: torch.Tensor | None = None

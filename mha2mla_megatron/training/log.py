@@ -27,6 +27,7 @@ class StepLog:
     def __init__(self, root: Path, settings: FinetuneSettings, first_step: int) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.total, self.first, self.sources = settings.steps, first_step, settings.data.sources
+        self.weight_of = None if settings.distillation.teacher is None else settings.distillation_weight
         self.failed = False
         self.file = _reopen(root / "log.jsonl", first_step)
         # The steps that a run which was killed had taken since its save; those up to it stay.
@@ -51,6 +52,7 @@ class StepLog:
             **result.parts,
             "grad_norm": result.grad_norm,
             "lr": lr,
+            **({} if self.weight_of is None else {"distillation_weight": self.weight_of(step)}),
             "tokens_per_second": rate,
         }
         more = {"tokens": result.tokens, "seconds": seconds} | ({} if result.updated else {"skipped": True})

@@ -218,6 +218,8 @@ def _train(
     try:
         while step < settings.steps:
             lr = schedule.get_lr({})  # of tensors whose rate is not scaled
+            if distillation is not None:
+                distillation.weight.fill_(settings.distillation_weight(step + 1))
             result = train_step(chunks, optimizer, batches, settings, device, distillation, graph, guard.is_usual)
             try:
                 guard.check(step + 1, result)

@@ -232,10 +232,12 @@ def forward_step(
 
     if settings is None or not part_names(settings):
         return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]), summed
-    teacher = None if distillation is None else distillation.predict(batch["tokens"], batch["position_ids"], mask)
+    teacher, weight = None, 0.0
+    if distillation is not None:
+        teacher, weight = distillation.predict(batch["tokens"], batch["position_ids"], mask), distillation.weight
 
     def loss_of_logits(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        parts = token_losses(batch["labels"], student, teacher, settings)
+        parts = token_losses(batch["labels"], student, teacher, weight, settings)
         total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 

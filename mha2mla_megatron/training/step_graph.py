@@ -43,7 +43,8 @@ class StepGraph:
         device: torch.device,
         distillation: Distillation | None = None,
     ) -> list[dict[str, torch.Tensor]]:
-        """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`."""
+        """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`; of
+        the teacher, only the weight may be written to."""
         for index in range(count):
             batch = {name: value for name, value in next(batches).items() if isinstance(value, torch.Tensor)}
             if self.steps == 0:

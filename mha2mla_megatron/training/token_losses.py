@@ -19,20 +19,25 @@ def part_names(settings: FinetuneSettings) -> list[str]:
 
 
 def token_losses(
-    labels: torch.Tensor, student: torch.Tensor, teacher: torch.Tensor | None, settings: FinetuneSettings
+    labels: torch.Tensor,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    weight: torch.Tensor | float,
+    settings: FinetuneSettings,
 ) -> dict[str, torch.Tensor]:
     """`loss` and its parts: `lm_loss`, with a teacher `kl`, with settings.z_loss `z_loss`; [b, s] all.
 
-    labels [b, s], logits [b, s, V/tp]. loss = (1 - weight) lm_loss + weight kl + z_loss, without a teacher
-    lm_loss + z_loss; kl = temperature^2 KL(teacher || student), z_loss the setting of that name times the squared
-    logarithm of the softmax's normaliser (PaLM, arXiv 2204.02311, section 5).
+    labels [b, s], logits [b, s, V/tp]; weight a scalar, of no effect without a teacher.
+    loss = (1 - weight) lm_loss + weight kl + z_loss, without a teacher lm_loss + z_loss; kl = temperature^2
+    KL(teacher || student), z_loss the setting of that name times the squared logarithm of the softmax's normaliser
+    (PaLM, arXiv 2204.02311, section 5).
     """
     group: Any = parallel_state.get_tensor_model_parallel_group()
-    wanted = settings.distillation
-    lm_loss, kl, normaliser = vocab_parallel_losses(student, teacher, labels, wanted.temperature, group)
+    temperature = settings.distillation.temperature
+    lm_loss, kl, normaliser = vocab_parallel_losses(student, teacher, labels, temperature, group)
     loss, parts = lm_loss, {"lm_loss": lm_loss}
     if teacher is not None:
-        loss, parts["kl"] = (1 - wanted.weight) * lm_loss + wanted.weight * kl, kl
+        loss, parts["kl"] = (1 - weight) * lm_loss + weight * kl, kl
     if settings.z_loss > 0:
         parts["z_loss"] = settings.z_loss * normaliser.square()
         loss = loss + parts["z_loss"]
