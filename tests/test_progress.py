@@ -8,13 +8,16 @@ import pty
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from mha2mla_megatron import progress
+from mha2mla_megatron.bottom_line import BottomLine
 from mha2mla_megatron.progress import Progress, format_seconds
 from tests.conftest import ROOT, make_llama
+from tests.finetune_cases import make_workspace, run_words
 
 
 class Screen(io.StringIO):
@@ -28,14 +31,19 @@ class Screen(io.StringIO):
         return self.terminal
 
     def lines(self) -> list[str]:
-        """A carriage return goes to the start of a line; what is written from there covers what stood there."""
-        shown = []
-        for line in self.getvalue().removesuffix("\n").split("\n"):
-            text = ""
-            for part in line.split("\r"):
-                text = part + text[len(part) :]
-            shown.append(text)
-        return shown
+        return visible(self.getvalue())
+
+
+def visible(written: str) -> list[str]:
+    """The lines that a terminal is left with: a carriage return goes to the start of a line, and what is written from
+    there covers what stood there."""
+    shown = []
+    for line in written.removesuffix("\n").split("\n"):
+        text = ""
+        for part in line.split("\r"):
+            text = part + text[len(part) :]
+        shown.append(text)
+    return shown
 
 
 @pytest.fixture
@@ -144,3 +152,84 @@ def test_a_converter_in_a_pipe_and_on_a_terminal(tmp_path: Path) -> None:
     # Whatever was rewritten ends with the same line; a terminal's line end is of two characters.
     assert on_a_terminal.count("\n") == 1
     assert re.fullmatch(line, on_a_terminal.removesuffix("\r\n").rpartition("\r")[2]), on_a_terminal
+
+
+def watch_both(monkeypatch: pytest.MonkeyPatch) -> Screen:
+    """A terminal of 40 columns that is stdout and stderr."""
+    screen = Screen(terminal=True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("COLUMNS", "40")
+    return screen
+
+
+def test_other_lines_stand_above_the_bottom_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = watch_both(monkeypatch)
+    line = BottomLine()
+    line.show("step 1, a long one")
+    line.show("step 2")
+    assert [found.rstrip() for found in both.lines()] == ["step 2"]
+    print("saved")
+    print("warning: x", file=sys.stderr)
+    line.show("step 3")
+    assert [found.rstrip() for found in both.lines()] == ["saved", "warning: x", "step 3"]
+    print("not yet", end="")
+    line.show("step 4")  # would cover it
+    print(" done")
+    line.show("step 5" + "." * 100)
+    assert [found.rstrip() for found in both.lines()[2:]] == ["not yet done", "step 5" + "." * 33]
+    line.close()
+    assert sys.stdout is both and sys.stderr is both
+    print("end")
+    assert [found.rstrip() for found in both.lines()] == ["saved", "warning: x", "not yet done", "end"]
+
+
+def test_errors_that_go_to_a_file_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    both, file = watch_both(monkeypatch), Screen(terminal=False)
+    monkeypatch.setattr(sys, "stderr", file)
+    line = BottomLine()
+    line.show("step 1")
+    print("warning", file=sys.stderr)
+    assert file.getvalue() == "warning\n" and both.lines() == ["step 1"]
+    line.close()
+
+
+def test_a_training_on_a_terminal(tmp_path: Path) -> None:
+    """Validations, a warning and saves are whole lines, above a bar; the last step's line stays."""
+    workspace = make_workspace(tmp_path)
+    words = run_words(
+        workspace, "mla", tmp_path / "run", "steps=6", "save_interval=2", f"validation.data={workspace / 'text'}",
+        "validation.interval=2", "validation.samples=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=1",
+        "optimizer.spike_factor=1", "optimizer.spike_window=1", "keep_last=1",
+    )  # fmt: skip
+    ours, theirs = pty.openpty()
+    written: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 1 << 16):
+                written.append(data)
+        except OSError:  # the other end was closed
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *words]
+    subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, check=True, env={**os.environ, "COLUMNS": "70"})
+    os.close(theirs)
+    reader.join()
+    os.close(ours)
+    text = b"".join(written).decode().replace("\r\n", "\n")
+    bars = re.findall(r"\r(step (\d)/6 \[(#*)-*\] \S+ left \| loss [^\r\n]*)", text)
+    assert bars and all(len(bar) <= 69 and len(cells) == 20 * int(step) // 6 for bar, step, cells in bars), text
+    start = text.index("\rstep 1/6")  # before it, libraries say in processes of their own what is not installed
+    assert "/run: from step 0 to 6" in text[:start]
+    lines = [line.rstrip() for line in visible(text[start:])]
+    kinds = {
+        "validation": r"step \d/6 \| validation loss \d\.\d{4} \| \d+\.\ds",
+        "warning": r"warning: step \d: loss .* the median .*: left out \(\d so far\)",
+        "end": r"step 6/6 \| loss \d.* tokens/s \|.* left",
+    }
+    found = [next((kind for kind, form in kinds.items() if re.fullmatch(form, line)), line) for line in lines]
+    assert found[-1] == "end", lines
+    assert found.count("validation") == 3 and "warning" in found and set(found) == set(kinds), text

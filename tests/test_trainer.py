@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -314,3 +315,32 @@ def test_wandb_gets_what_tensorboard_gets(workspace: Path, tmp_path: Path, monke
         for key in {"loss", "grad_norm", "lr", "validation_loss"} & line.keys():
             assert logged[line["step"], key] == line[key]
     assert (3, "validation_loss") in logged
+
+
+def test_deterministic_sets_its_switches_and_takes_them_back(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU the run is bit for bit the one without it; the switches are for a GPU's kernels."""
+    names = "CUBLAS_WORKSPACE_CONFIG", "NVTE_ALLOW_NONDETERMINISTIC_ALGO", "NCCL_ALGO"
+    for name in names[1:]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(names[0], ":16:8")
+    seen: list[tuple[Any, ...]] = []
+    take = loop.train_step
+
+    def recorded(chunks: Any, *rest: Any) -> Any:
+        config = chunks[0].config
+        switches = config.deterministic_mode, config.cross_entropy_loss_fusion
+        seen.append((*switches, torch.are_deterministic_algorithms_enabled(), *map(os.environ.get, names)))
+        return take(chunks, *rest)
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    short = [*SCHEDULE, "steps=2", "optimizer.warmup_steps=0", "optimizer.decay_steps=1"]
+    plain = finetune(workspace, "mla", tmp_path / "plain", *short)
+    assert [found[0] for found in seen] == [False] * 2 and not any(found[2] for found in seen)
+    seen.clear()
+    same = finetune(workspace, "mla", tmp_path / "same", *short, "deterministic=true")
+    assert seen == [(True, False, True, ":4096:8", "0", "Ring")] * 2
+    assert log_text(same) == log_text(plain)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert [os.environ.get(name) for name in names] == [":16:8", None, None]

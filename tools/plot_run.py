@@ -1,4 +1,4 @@
-"""Draw the loss, validation loss, learning rate, gradient norm and speed of fine-tuning runs, one colour each."""
+"""Draw loss, validation loss, learning rate, gradient norm, speed and memory of fine-tuning runs, one colour each."""
 
 from __future__ import annotations
 

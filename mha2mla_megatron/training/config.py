@@ -309,6 +309,14 @@ class FinetuneSettings:
     wandb: str | None = None
     """Weights & Biases project to log to as well, offline under save/wandb unless WANDB_MODE says otherwise."""
 
+    peak_tflops: float | None = None
+    """What one GPU can do, in TFLOP/s, that the log's MFU is a part of. None: the data sheet's for bf16 where the GPU
+    is known and the run is in bf16 (H100, H200, A100, B200); otherwise no MFU."""
+
+    deterministic: bool = False
+    """Use only kernels that give the same bits each time, so that a run on the same GPUs can be repeated exactly; on a
+    CPU all do."""
+
     seed: int = 1234
     """Order of the samples, and where lora begins; from 0 to 4294967295."""
 
@@ -341,6 +349,8 @@ class FinetuneSettings:
             require_one_of(key, getattr(self, key), valid)
         if not 0 <= self.z_loss < math.inf:
             raise UserError(f"z_loss: {self.z_loss} is not a number of at least 0")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise UserError(f"peak_tflops: {self.peak_tflops} is not a positive number")
         if self.fp8 is not None:
             require_one_of("fp8", self.fp8, ("delayed", "current"))
         if self.cuda_graph:

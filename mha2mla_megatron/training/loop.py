@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from mha2mla_megatron.architecture import read_architecture, read_config
+from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
 from mha2mla_megatron.data.dataset import build_dataset, check_data, prepare_cache, sample_batches
@@ -33,7 +33,9 @@ from mha2mla_megatron.training.checkpoint import (
 )
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.determinism import deterministic_algorithms
 from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
+from mha2mla_megatron.training.flops import Utilisation, peak_tflops, training_flops
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
@@ -53,6 +55,11 @@ def finetune(settings: FinetuneSettings) -> None:
 
     Raises UserError for bad settings, an impossible layout or files of another model, before a weight is read.
     """
+    with deterministic_algorithms(settings.deterministic):
+        _finetune(settings)
+
+
+def _finetune(settings: FinetuneSettings) -> None:
     require_keys(settings, "load", "save", "data.train")
     side, weights = locate_checkpoint(Path(str(settings.load)))
     root = Path(str(settings.save))
@@ -118,8 +125,9 @@ def finetune(settings: FinetuneSettings) -> None:
         )
         held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
         guard = SkippedSteps(settings, run, position)
+        log = _open_log(root, settings, step, _utilisation(architecture, settings, dtype, device))
         training = settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device
-        _train(*training, distillation, held_out, graph)
+        _train(*training, distillation, held_out, graph, log)
 
 
 def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
@@ -182,10 +190,23 @@ class _Data:
         return found
 
 
-def _open_log(root: Path, settings: FinetuneSettings, step: int) -> StepLog | None:
+def _utilisation(
+    architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
+) -> Utilisation:
+    length = settings.data.sequence_length
+    peak = settings.peak_tflops
+    if peak is None and device.type == "cuda" and dtype == torch.bfloat16:
+        peak = peak_tflops(torch.cuda.get_device_name(device))
+    return Utilisation(
+        settings.global_batch_size * length * training_flops(architecture, length),
+        None if peak is None else peak * 1e12 * torch.distributed.get_world_size(),
+    )
+
+
+def _open_log(root: Path, settings: FinetuneSettings, step: int, utilisation: Utilisation) -> StepLog | None:
     """The run's log on rank 0. Raises UserError on all where it cannot be opened."""
     opened: list[StepLog] = []
-    on_first_rank(lambda: opened.append(StepLog(root, settings, step)), f"save: {root}: cannot be written")
+    on_first_rank(lambda: opened.append(StepLog(root, settings, step, utilisation)), f"save: {root}: cannot be written")
     return opened[0] if opened else None
 
 
@@ -205,9 +226,9 @@ def _train(
     distillation: Distillation | None,
     held_out: dict[str, Validation],
     graph: StepGraph | None,
+    log: StepLog | None,
 ) -> None:
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    log = _open_log(root, settings, step)
     stop = StopRequest(device)
     model = [chunk.module for chunk in chunks]
     saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async, average)

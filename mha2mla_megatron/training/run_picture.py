@@ -17,6 +17,8 @@ PANELS = {
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
     "tokens/s": ("tokens_per_second",),
+    "MFU": ("mfu",),
+    "peak memory [GiB]": ("peak_memory_gib",),
 }
 """Title of each panel, and the keys of log.jsonl that it shows."""
 

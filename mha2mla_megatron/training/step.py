@@ -43,7 +43,8 @@ class StepResult:
     updated: whether the weights changed, on every rank or on none: not where loss or norm are NaN or infinite, or the
     norm is a spike.
     bad_micro_batches: those of this rank whose loss is. parts: means over the same tokens of what makes up the loss.
-    sources: (mean loss, tokens) of each source of a blend; a mean over no tokens is NaN.
+    sources: (mean loss, tokens) of each source of a blend; a mean over no tokens is NaN. peak_memory: bytes of tensors
+    on this rank's GPU at the worst moment since the start; None without one.
     """
 
     loss: float
@@ -53,6 +54,7 @@ class StepResult:
     bad_micro_batches: tuple[int, ...]
     parts: dict[str, float] = field(default_factory=dict)
     sources: list[tuple[float, int]] = field(default_factory=list)
+    peak_memory: int | None = None
 
 
 def build_training_model(
@@ -75,6 +77,7 @@ def build_training_model(
         cuda_graph_impl="full_iteration" if settings.cuda_graph else "none",
         **_recompute(settings.recompute),
         **_fp8(settings.fp8),
+        **_deterministic(settings.deterministic),
     )
     parallel, count = settings.parallel, settings.parallel.virtual_pipeline_model_parallel_size
     ddp = DistributedDataParallelConfig(
@@ -173,7 +176,11 @@ def train_step(
     bad: tuple[int, ...] = ()
     if not math.isfinite(loss):
         bad = tuple(i for i, part in enumerate(losses) if not math.isfinite(float(part["loss"])))
-    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts, by_source)
+    return StepResult(loss, tokens, float(grad_norm), bool(updated), bad, parts, by_source, _peak_memory(device))
+
+
+def _peak_memory(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def run_micro_batches(
@@ -327,6 +334,11 @@ def _recompute(kind: str) -> dict[str, Any]:
         "selective": {"recompute_granularity": "selective"},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[kind]
+
+
+def _deterministic(wanted: bool) -> dict[str, Any]:
+    """Megatron's own trainer refuses the fused cross entropy in this mode as one that is not deterministic."""
+    return {"deterministic_mode": True, "cross_entropy_loss_fusion": False} if wanted else {}
 
 
 def _fp8(kind: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
+from mha2mla_megatron.training.flops import training_flops
 
 
 @dataclass(frozen=True)
@@ -92,16 +93,5 @@ def make_architecture(shape: Shape, model: str) -> Architecture:
 
 
 def step_flops(shape: Shape, model: str) -> float:
-    """Floating-point operations of one training step that the model itself asks for: 6 for each weight of a matrix
-    and token (2 forward, 4 backward), and attention's two products over half of the S x S pairs, three times."""
-    names = make_architecture(shape, model).tensor_shapes().items()
-    weights = sum(rows * columns for name, (rows, *rest) in names if (columns := _columns(name, rest)))
-    if shape.tied:
-        weights += shape.vocabulary * shape.hidden  # the embedding, as the output layer
-    scores = shape.layers * shape.heads * shape.head_dim * shape.sequence_length
-    return shape.tokens * (6 * weights + 3 * 2 * scores)
-
-
-def _columns(name: str, rest: list[int]) -> int:
-    """Of what is a matrix that a token is multiplied with."""
-    return 0 if not rest or "embed" in name or name.endswith("rope_pairs") else rest[0]
+    """Floating-point operations of one training step that the model itself asks for."""
+    return shape.tokens * training_flops(make_architecture(shape, model), shape.sequence_length)
