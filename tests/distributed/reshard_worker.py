@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 
 from mha2mla_megatron.architecture import parse_architecture
-from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_average, resume_run
+from mha2mla_megatron.training.checkpoint import StepSaver, resume_average, resume_run
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.pieces import fill, state_pieces
 from mha2mla_megatron.training.step import gather_weights, train_step
@@ -34,7 +34,7 @@ def save(name: str, config: dict[str, Any], folder: Path, settings: FinetuneSett
     fill(chunks, optimizer, torch.load(folder / "weights.pt").__getitem__)
     schedule.step(0)
     average = WeightAverage(optimizer, settings.optimizer.ema_decay)
-    prepare_root(folder / name)
+    (folder / name).mkdir(exist_ok=True)
     layout = settings.parallel.sizes(torch.distributed.get_world_size())
     saver = StepSaver(folder / name, _model(chunks), optimizer, schedule, layout, 1, True, average)
     losses = []

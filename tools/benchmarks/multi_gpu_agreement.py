@@ -20,7 +20,7 @@ from shapes import SHAPES, make_architecture, model_name
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.data.dataset import sample_batches
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
-from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root, resume_run
+from mha2mla_megatron.training.checkpoint import StepSaver, resume_run
 from mha2mla_megatron.training.config import DataSettings, FinetuneSettings, OptimizerSettings
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.pieces import Piece, fill, keep_gradients, merge_pieces, state_pieces
@@ -145,7 +145,7 @@ def save_training(folder: str, name: str, **what: Any) -> dict[str, Any]:
     run.losses(0, SAVED)
     gather_weights(run.chunks)
     _write_state(run, root)
-    prepare_root(root)
+    root.mkdir(parents=True, exist_ok=True)
     layout = run.settings.parallel.sizes(torch.distributed.get_world_size())
     saver = StepSaver(root, run.model, run.optimizer, run.schedule, layout, None, False)
     saver.begin(SAVED, {"step": SAVED}).finish()
@@ -156,8 +156,8 @@ def load_training(folder: str, name: str, source: str, processes: int, **what: A
     """Go on from folder/SOURCE, saved by so many processes; the losses, and the tensors that differ, bit for bit."""
     run, root = Run(**what, filled=False), Path(folder) / name
     parts = run.model, run.optimizer, run.schedule
-    values = resume_run(Path(folder) / source, run.architecture, *parts, run.settings.lora)
-    assert values == {"step": SAVED}, values
+    resumed = resume_run(Path(folder) / source, run.architecture, *parts, run.settings.lora)
+    assert resumed is not None and resumed.run == {"step": SAVED}, resumed
     _write_state(run, root)
     result: dict[str, Any] = {"losses": run.losses(SAVED, MORE)}
     torch.distributed.barrier()

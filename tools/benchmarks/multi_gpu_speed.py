@@ -23,7 +23,7 @@ from train_step import random_batches
 from mha2mla_megatron.layout_plan.settings import PlanSettings
 from mha2mla_megatron.layout_plan.stages import plan_stages
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
-from mha2mla_megatron.training.checkpoint import StepSaver, prepare_root
+from mha2mla_megatron.training.checkpoint import StepSaver
 from mha2mla_megatron.training.config import DataSettings
 from mha2mla_megatron.training.host_copies import HostCopies
 from mha2mla_megatron.training.optimizer import build_optimizer
@@ -135,7 +135,7 @@ def save_stall(
     for _ in range(WARMUP):
         run.step()
     plain = [run.step() for _ in range(steps)]
-    prepare_root(root)
+    root.mkdir(parents=True, exist_ok=True)
 
     def saver(in_background: bool) -> StepSaver:
         return StepSaver(root, run.model, run.optimizer, run.schedule, layout, 1, in_background)
