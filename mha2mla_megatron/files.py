@@ -72,6 +72,14 @@ def _locked(scratch: Path, target: Path) -> IO[bytes]:
     return stream
 
 
+def make_writable(folder: Path) -> None:
+    """Make the folder, if it is not there, and write a file in it to see that it can be done. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    probe.write_text("yes")
+    probe.unlink()
+
+
 def require_file(file: Path, key: str = "", hint: str = "") -> None:
     """Raise UserError for an input that is a folder, or that is not there.
 

@@ -16,7 +16,7 @@ from megatron.core.datasets.indexed_dataset import DType
 
 from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
 from mha2mla_megatron.errors import UserError
-from mha2mla_megatron.files import file_sha256, require_file
+from mha2mla_megatron.files import file_sha256, make_writable, require_file
 
 
 class _TokenIds:
@@ -145,10 +145,7 @@ class Padded(torch.utils.data.Dataset):
 def prepare_cache(cache: Path) -> None:
     """Make the folder of the sample indices and see that it can be written. Remove those that a process killed while it
     wrote them left short: Megatron takes what is there. Raises OSError."""
-    cache.mkdir(parents=True, exist_ok=True)
-    probe = cache / ".writable"
-    probe.write_text("yes")
-    probe.unlink()
+    make_writable(cache)
     for file in cache.glob("*.npy"):
         try:
             numpy.load(file, mmap_mode="r")
@@ -259,8 +256,9 @@ def _read_index(key: str, file: Path) -> tuple[numpy.dtype, numpy.ndarray]:
 def _extremes(file: Path, dtype: numpy.dtype) -> tuple[int, int]:
     """The smallest and the largest token of a .bin file; the file is read piece by piece."""
     tokens, piece = numpy.memmap(file, dtype=dtype, mode="r"), 1 << 24
-    pieces = [tokens[start : start + piece] for start in range(0, len(tokens), piece)]
-    return min(int(part.min()) for part in pieces), max(int(part.max()) for part in pieces)
+    parts = (tokens[start : start + piece] for start in range(0, len(tokens), piece))
+    lowest, highest = zip(*((int(part.min()), int(part.max())) for part in parts), strict=True)
+    return min(lowest), max(highest)
 
 
 def _other_ends(file: Path, dtype: numpy.dtype, lengths: numpy.ndarray, eod: int) -> list[int]:

@@ -50,6 +50,7 @@ from mha2mla_megatron.checkpoint.megatron import (
 from mha2mla_megatron.checkpoint.merged import MergedReader
 from mha2mla_megatron.checkpoint.rotation import delete_older, partial_folder, publish_step, remove_leftovers
 from mha2mla_megatron.errors import UserError, first_line
+from mha2mla_megatron.files import make_writable
 from mha2mla_megatron.model.provider import parameters_of, sharded_weights
 from mha2mla_megatron.together import describe_os_error, on_every_rank, on_first_rank
 from mha2mla_megatron.training.config import LoraSettings
@@ -111,9 +112,7 @@ def own_root(root: Path) -> Iterator[None]:
         if taken or not file.exists() or not os.path.samestat(file.stat(), os.fstat(stream.fileno())):
             raise UserError(f"save: {root}: another run is at work in it")
         lock.callback(file.unlink, missing_ok=True)
-        probe = root / ".writable"
-        probe.write_text("yes")
-        probe.unlink()
+        make_writable(root)
         if leftovers := remove_leftovers(root):
             print(f"{root}: removed what an interrupted save or deletion left: {', '.join(leftovers)}", flush=True)
 
