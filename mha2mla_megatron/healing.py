@@ -84,6 +84,14 @@ class Task:
     weights: torch.Tensor
     """Of the tokens' squared errors, 1 on average: [n, S]."""
 
+    tables: tuple[torch.Tensor, torch.Tensor]
+    mask: torch.Tensor | None
+    """`OriginalModel`'s of the layer."""
+
+    def run(self, attention: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+        """The attention's output for some of the inputs."""
+        return run_attention(attention, inputs, self.tables, self.mask)
+
     def split(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Inputs, targets and weights of `count` sequences at a time."""
         return zip(self.inputs.split(count), self.targets.split(count), self.weights.split(count), strict=True)
@@ -110,9 +118,8 @@ class Healer:
         assert layer == self.next_layer, "layers are healed in order"
         task = self._task(layer)
         attention = make_attention(self.original, layout, balanced(tensors, layout), self.model.device)
-        mask = self.model.mask(layer, task.inputs)
-        self._train(attention, task, mask)
-        self._solve_output(attention, task, mask)
+        self._train(attention, task)
+        self._solve_output(attention, task)
         return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
 
     @torch.no_grad()
@@ -122,7 +129,9 @@ class Healer:
         sizes = goal.square().mean(-1)
         weights = (sizes + 0.01 * sizes.median()).reciprocal()  # a padding token's may be 0
         goal -= self.reached  # in place: these are as large as the stored sequences' hidden states
-        return Task(self._map(original.normed, self.reached), goal, weights / weights.mean())
+        inputs = self._map(original.normed, self.reached)
+        tables, mask = self.model.tables(inputs[:1]), self.model.mask(layer, inputs)
+        return Task(inputs, goal, weights / weights.mean(), tables, mask)
 
     def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
         """Go on to the next layer, from what this one puts out with its tensors as they are written."""
@@ -134,21 +143,20 @@ class Healer:
             self.expected = self._map(original.run, self.expected)
             self.reached = self._map(lambda x: original.run(x, attention), self.reached)
 
-    def _train(self, attention: nn.Module, task: Task, mask: torch.Tensor | None) -> None:
+    def _train(self, attention: nn.Module, task: Task) -> None:
         settings = self.settings
-        error = self._relative_error(attention, task, mask)
+        error = self._relative_error(attention, task)
         optimizers = self._optimizers(attention.requires_grad_(True), settings.learning_rate * error**0.5)
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         peaks = [group["lr"] for group in groups]
         order = torch.Generator().manual_seed(settings.seed)
-        tables = self.model.tables(task.inputs[:1])
         for step in range(settings.steps):
             factor = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
             for group, peak in zip(groups, peaks, strict=True):
                 group["lr"] = peak * factor
             index = torch.randint(len(task.inputs), (self.batch,), generator=order).to(task.inputs.device)
             with torch.enable_grad():
-                output = run_attention(attention, task.inputs[index], tables, mask)
+                output = task.run(attention, task.inputs[index])
                 loss = ((output - task.targets[index]).square().mean(-1) * task.weights[index]).mean()
             attention.zero_grad()
             loss.backward()
@@ -157,27 +165,26 @@ class Healer:
         attention.requires_grad_(False)
 
     @torch.no_grad()
-    def _relative_error(self, attention: nn.Module, task: Task, mask: torch.Tensor | None) -> float:
+    def _relative_error(self, attention: nn.Module, task: Task) -> float:
         """Its share in what the attention should put out, both as squares; 1 at most."""
-        tables, error = self.model.tables(task.inputs[:1]), 0.0
+        error = 0.0
         for inputs, targets, weights in task.split(self.batch):
-            errors = run_attention(attention, inputs, tables, mask) - targets
+            errors = task.run(attention, inputs) - targets
             error += (errors.square().mean(-1) * weights).sum().item()
         whole = (task.targets.square().mean(-1) * task.weights).sum().item()
         return error / whole if error < whole else 1.0
 
     @torch.no_grad()
-    def _solve_output(self, attention: nn.Module, task: Task, mask: torch.Tensor | None) -> None:
+    def _solve_output(self, attention: nn.Module, task: Task) -> None:
         """Give o_proj the weight that is best for what the heads put out now."""
         projection: Any = attention.o_proj
         bias = 0.0 if projection.bias is None else projection.bias
         before = projection.weight.double()
         moment = before.new_zeros(before.shape[1], before.shape[1])
         product = torch.zeros_like(before)
-        tables = self.model.tables(task.inputs[:1])
         attention.o_proj = nn.Identity()
         for inputs, targets, weights in task.split(self.batch):
-            heads = run_attention(attention, inputs, tables, mask).flatten(0, 1)
+            heads = task.run(attention, inputs).flatten(0, 1)
             weighted = heads * weights.flatten()[:, None]
             moment += weighted.T @ heads
             product += (targets - bias).flatten(0, 1).T @ weighted
