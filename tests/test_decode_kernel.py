@@ -19,6 +19,7 @@ from mha2mla_megatron.hf.decode_triton_mha2mla import (
 )
 from tests.conftest import ROOT, refused, run_cases_in_eight_processes, run_tool, start_cases
 from tests.decode_kernel_cases import TOLERANCES, Case, make_inputs, relative_error
+from tests.kernel_variants import counted_variants
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -68,6 +69,20 @@ def test_bounds() -> None:
     assert visible_bounds(mask, 3).tolist() == [[1, 3], [0, 4], [0, 0]]
     assert visible_bounds(mask[:1], 2).tolist() == [[1, 3], [1, 3]]
     assert visible_bounds(mask.transpose(0, 2), 1).tolist() == [[0, 4]]
+
+
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of all widths, over a cache that grows: a kernel is compiled for each power of two that holds the latent,
+    or for rotated keys of which 2, 4 or 8 columns can be moved at once and for none; not for each layer and length."""
+    pytest.importorskip("triton")
+    with counted_variants(monkeypatch) as variants:
+        for rope_dim, rank in [(0, 184), *zip(range(2, 42, 2), range(24, 184, 8), strict=True)]:
+            for rows in (100, 101, 112):
+                shape = (2, 9, 1, rows, 3 * rope_dim, (0, rank), (0, rank))
+                inputs, _ = make_inputs(Case(*shape, dtype=torch.bfloat16, mask="static", gap=0))
+                flash_decode(**inputs)
+    counts = {name: len(found) for name, found in variants.items()}
+    assert counts == {"_score_rows": 4, "_average_rows": 4, "_combine_splits": 4}
 
 
 def test_benchmark_on_the_cpu(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from tests.conftest import run_cases_in_eight_processes, start_cases
+from tests.kernel_variants import counted_variants
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -15,6 +16,24 @@ def test_interpreted_kernel() -> None:
     pytest.importorskip("triton")
     out, err = start_cases("fused_attention_cases", 40, 0, TRITON_INTERPRET="1").communicate()
     assert out == "40 cases\n", out + err
+
+
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """33 layers with 0 to d rotated dims: a kernel for each power of two, from 8 on, that holds half of these and each
+    that holds the others, for what can be moved at once (all even, or by four), and for each direction."""
+    pytest.importorskip("triton")
+    from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
+
+    heads, groups, d, rows = 9, 3, 64, 8
+    with counted_variants(monkeypatch) as variants:
+        for r in range(0, d + 1, 2):
+            shape, x = HeadShape(heads, groups, d, r), torch.zeros(rows, heads * d + groups * r + 96)
+            queries, k_rope, _ = x.split([heads * d, groups * r, 96], dim=1)
+            rest = (torch.zeros(4, d), torch.zeros(groups, r // 2, dtype=torch.int64), shape)
+            k_nope = torch.zeros(rows, groups * (d - r))
+            query, key = rotate_and_join(queries, k_rope, k_nope, *rest)
+            rotate_and_split(query, key, queries, k_rope, k_nope, *rest)
+    assert len(variants["_move_heads"]) == 36
 
 
 @pytest.mark.gpu

@@ -10,10 +10,13 @@ import torch
 from transformers import CompileConfig
 
 from mha2mla_megatron.evaluation.cache import stored_bytes
-from mha2mla_megatron.hf.decode_packed_mha2mla import choose_packed_tiles
+from mha2mla_megatron.hf.decode_packed_mha2mla import choose_packed_tiles, flash_decode_packed
 from mha2mla_megatron.hf.latent_cache_mha2mla import LatentQuantizedCache
+from mha2mla_megatron.hf.packed_tokens_mha2mla import PackedTokens
+from mha2mla_megatron.hf.quantise_triton_mha2mla import append_token
 from mha2mla_megatron.hf.static_cache_mha2mla import StaticLatentLayer
 from tests.conftest import run_cases_in_eight_processes, start_cases
+from tests.kernel_variants import counted_variants
 from tests.test_latent_cache import GREEDY, RANKS, TOKENS, decoded, make_model
 from tests.test_quantised_cache import PER_LAYER, SMALL, random_rows
 
@@ -26,6 +29,30 @@ def test_interpreted_kernels(words: tuple[object, ...], line: str) -> None:
     pytest.importorskip("triton")
     out, err = start_cases("packed_kernel_cases", *words, TRITON_INTERPRET="1").communicate()
     assert out == line, out + err
+
+
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 layers of all widths and caches of two lengths: as in tests/test_decode_kernel.py; bytes can be moved 16 at
+    once, and writing a token and averaging depend on both, the power of two and the columns."""
+    pytest.importorskip("triton")
+    length = torch.tensor(70)
+    with counted_variants(monkeypatch) as variants:
+        for rope_dim, rank in [(0, 184), *zip(range(2, 42, 2), range(24, 184, 8), strict=True)]:
+            for capacity in (1000, 2000):
+                q_rope, q_key, k_rope, latents = (
+                    torch.zeros(2, heads, 1, width).bfloat16()
+                    for heads, width in ((9, 3 * rope_dim), (9, rank), (1, 3 * rope_dim), (1, rank))
+                )
+                rope, unrotated = (PackedTokens(new[:, 0], capacity, 4, 32, 64) for new in (k_rope, latents))
+                every = slice(0, rank)
+                flash_decode_packed(q_rope, q_key, rope, unrotated, every, every, length, None, 0.1)
+                for part, new in ((rope, k_rope), (unrotated, latents)):
+                    if part.width:
+                        append_token(part, new[:, 0], length)
+    counts = {name: len(found) for name, found in variants.items()}
+    assert counts == {
+        "_deal_query": 1, "_score_packed": 5, "_average_packed": 8, "_combine_splits": 4, "_append_token": 13
+    }  # fmt: skip
 
 
 PIECES = ([31], [1] * 31, [9, 1, 1, 13, 7], [5, 1, 1, 4] + [1] * 20, [2, 29])

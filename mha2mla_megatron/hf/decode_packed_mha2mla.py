@@ -13,6 +13,8 @@ maximum of its tokens from the start: no reductions and no rescaling in its loop
 
 The window of the newest tokens, unpacked, belongs to the last split.
 
+What differs between a model's layers is no constant of a kernel, as in `decode_triton_mha2mla`.
+
 Everything is float16 in a 16-bit model: the grids are float16, and it holds 3 bits more than bfloat16. Queries are
 divided by 64 on the way, so that a query of bfloat16's range is not the first to overflow. A float32 model's rows are
 float32.
@@ -35,9 +37,11 @@ from .decode_triton_mha2mla import (
     PRECISIONS,
     _combine_splits,
     _jit,
+    _jit_for_any,
     _load_rows,
     _power_of_2,
     _store_split,
+    _vector,
     device_limits,
     tl,
     triton,
@@ -152,8 +156,11 @@ def flash_decode_packed(
     latents = unrotated.codes, unrotated.scale, unrotated.zero, unrotated.window
     mask_batch = 0 if mask is None or mask.shape[0] == 1 else mask.stride(0)
     share = 1.0 if dtype == torch.float32 else QUERY_SHARE
+    rope_vector = _vector(16, g)
+    vector = _vector(16, unrotated.width, keys.start, k, values.start, v)
+    width = unrotated.width // vector
     common = dict(
-        WIDTH=unrotated.width, NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
+        VECTOR=vector, NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
         WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=_COMPILED,
     )  # fmt: skip
     guard = torch.cuda.device(device) if q_key.is_cuda and not torch.compiler.is_compiling() else nullcontext()
@@ -161,38 +168,42 @@ def flash_decode_packed(
         for query, target in zip((q_rope, q_key), dealt, strict=True):
             if query.shape[2]:
                 _deal_query[(batch * m, target.shape[2] // tiles.score_k)](
-                    query, target, COLUMNS=query.shape[2], BLOCK_K=tiles.score_k, SHARE=share, num_warps=1
+                    query, target, query.shape[2], BLOCK_K=tiles.score_k, SHARE=share, num_warps=1
                 )
         block_m = min(64, _power_of_2(max(16, m)))
         _score_packed[(score_tiles, -(-m // block_m), batch)](
             q_rope, q_key, *dealt, q_key if mask is None else mask, length, scores, tops,
-            rope.codes, rope.scale, rope.zero, rope.window, *latents, mask_batch, m, unrotated.blocks, G=g, K=k,
-            K_FIRST=keys.start, ROPE_NBITS=rope.nbits, HAS_MASK=mask is not None, SHARE=share, BLOCK_M=block_m,
-            BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k, STAGES=tiles.score_stages, num_warps=tiles.score_warps,
-            num_stages=tiles.score_stages, **common,
+            rope.codes, rope.scale, rope.zero, rope.window, *latents, mask_batch, m, unrotated.blocks, g // rope_vector,
+            k // vector, keys.start // vector, width, ROPE_VECTOR=rope_vector, HAS_ROPE=g > 0, ROPE_NBITS=rope.nbits,
+            HAS_MASK=mask is not None, SHARE=share, BLOCK_M=block_m, BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k,
+            STAGES=tiles.score_stages, num_warps=tiles.score_warps, num_stages=tiles.score_stages, **common,
         )  # fmt: skip
         _average_packed[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
-            length, scores, tops, partial, logsumexp, *latents, m, unrotated.blocks, scaling * LOG2_E / share, V=v,
-            V_FIRST=values.start, V_TILES=c_tiles, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            SCORE_N=tiles.score_n, STAGES=tiles.stages, WARPS=tiles.warps, num_warps=tiles.warps,
-            num_stages=tiles.stages, **common,
+            length, scores, tops, partial, logsumexp, *latents, m, unrotated.blocks, v // vector,
+            values.start // vector, width, scaling * LOG2_E / share, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n, SCORE_N=tiles.score_n, STAGES=tiles.stages, WARPS=tiles.warps,
+            num_warps=tiles.warps, num_stages=tiles.stages, **common,
         )  # fmt: skip
-        _combine_splits[(batch * m, -(-v // c_block))](partial, logsumexp, out, m, tiles.splits, C=v, BLOCK_C=c_block)
+        combine_vector = _vector(8, v)
+        _combine_splits[(batch * m, -(-v // c_block))](
+            partial, logsumexp, out, m, tiles.splits, v // combine_vector, VECTOR=combine_vector, BLOCK_C=c_block
+        )
     return out
 
 
-@_jit
+@_jit_for_any("mask_batch", "blocks", "g", "k", "k_first", "width")
 def _score_packed(
     q_rope, q_key, dealt_rope, dealt_key, mask, length, scores, tops, rope_codes, rope_scale, rope_zero, rope_window,
-    codes, scale, zero, window, mask_batch, m, blocks,
-    G: tl.constexpr, K: tl.constexpr, K_FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr,
+    codes, scale, zero, window, mask_batch, m, blocks, g, k, k_first, width,
+    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, HAS_ROPE: tl.constexpr, NBITS: tl.constexpr,
     ROPE_NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Scores [b, n GROUP + WINDOW, m] of the packed tokens, then of the window's slots, over G rotated columns and K
+    """Scores [b, n GROUP + WINDOW, m] of the packed tokens, then of the window's slots, over g rotated columns and k
     key columns; -inf where a token is hidden or a slot empty; not yet scaled. The largest
     ones [b, programs, m] of every tile with tokens."""
+    g, k, k_first, width = g * ROPE_VECTOR, k * VECTOR, k_first * VECTOR, width * VECTOR
     batch, packed_rows = tl.program_id(2).to(tl.int64), blocks * GROUP
     rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask += batch * mask_batch
@@ -205,16 +216,14 @@ def _score_packed(
     if tl.program_id(0) < tiles:
         n = tl.program_id(0) * BLOCK_N
         if n < end:
-            if G > 0:
-                PADDED_G: tl.constexpr = (G + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+            if HAS_ROPE:
                 acc = _add_packed_product(
-                    acc, dealt_rope + batch * m * PADDED_G, rope_codes, rope_scale, rope_zero, batch, blocks, n, end,
-                    rows_m, m, G, 0, G, ROPE_NBITS, GROUP, BLOCK_N, BLOCK_K, PRECISION, STAGES, ASM,
+                    acc, dealt_rope, rope_codes, rope_scale, rope_zero, batch, blocks, n, end,
+                    rows_m, m, g, 0, g, ROPE_NBITS, GROUP, BLOCK_N, BLOCK_K, PRECISION, STAGES, ASM,
                 )  # fmt: skip
-            PADDED_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K
             acc = _add_packed_product(
-                acc, dealt_key + batch * m * PADDED_K, codes, scale, zero, batch, blocks, n, end,
-                rows_m, m, K, K_FIRST, WIDTH, NBITS, GROUP, BLOCK_N, BLOCK_K, PRECISION, STAGES, ASM,
+                acc, dealt_key, codes, scale, zero, batch, blocks, n, end,
+                rows_m, m, k, k_first, width, NBITS, GROUP, BLOCK_N, BLOCK_K, PRECISION, STAGES, ASM,
             )  # fmt: skip
             rows_n = n + _dealt_tokens(BLOCK_N)
             seen = rows_n < end
@@ -226,14 +235,14 @@ def _score_packed(
             tl.store(scores + rows_n[:, None] * m + rows_m[None, :], acc, mask=inside)
     else:
         slots = (tl.program_id(0) - tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        if G > 0:
+        if HAS_ROPE:
             acc = _add_window_product(
-                acc, q_rope + batch * m * G, rope_window + batch * WINDOW * G, slots, rows_m, m, WINDOW, G, 0, G,
-                SHARE, BLOCK_K, PRECISION,
+                acc, q_rope + batch * m * g, rope_window + batch * WINDOW * g, slots, rows_m, m, g, 0, g,
+                WINDOW, SHARE, BLOCK_K, PRECISION,
             )  # fmt: skip
         acc = _add_window_product(
-            acc, q_key + batch * m * K, window + batch * WINDOW * WIDTH, slots, rows_m, m, WINDOW, K, K_FIRST,
-            WIDTH, SHARE, BLOCK_K, PRECISION,
+            acc, q_key + batch * m * k, window + batch * WINDOW * width, slots, rows_m, m, k, k_first, width,
+            WINDOW, SHARE, BLOCK_K, PRECISION,
         )  # fmt: skip
         seen = _seen_slots(slots, tokens, end, mask, WINDOW, HAS_MASK)
         acc = tl.where(seen[:, None], acc, float("-inf"))
@@ -242,17 +251,18 @@ def _score_packed(
         tl.store(scores + (packed_rows + slots)[:, None] * m + rows_m[None, :], acc, mask=inside)
 
 
-@_jit
+@_jit_for_any("blocks", "v", "v_first", "width")
 def _average_packed(
-    length, scores, tops, context, logsumexp, codes, scale, zero, window, m, blocks, factor,
-    V: tl.constexpr, V_FIRST: tl.constexpr, V_TILES: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr,
-    GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCORE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
-    ASM: tl.constexpr,
+    length, scores, tops, context, logsumexp, codes, scale, zero, window, m, blocks, v, v_first, width, factor,
+    VECTOR: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SCORE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Context over one split of one sequence's tokens, for BLOCK_M query rows and BLOCK_C value columns."""
-    tile, split, batch = tl.program_id(0) % V_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows_m = (tl.program_id(0) // V_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Context over one split of one sequence's tokens, for BLOCK_M query rows and BLOCK_C of v value columns."""
+    v, v_first, width = v * VECTOR, v_first * VECTOR, width * VECTOR
+    v_tiles = tl.cdiv(v, BLOCK_C)
+    tile, split, batch = tl.program_id(0) % v_tiles, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows_m = (tl.program_id(0) // v_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = (rows_m < m)[None, :]
     factor = tl.cast(factor, tl.float32)  # torch.compile passes 64 bits
     packed_rows = blocks * GROUP
@@ -275,7 +285,7 @@ def _average_packed(
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         rows_n = n + tl.arange(0, BLOCK_N)
         values = _load_packed(
-            codes, scale, zero, batch, blocks, n, end, V_FIRST + column, column < V, WIDTH, NBITS, GROUP, BLOCK_N,
+            codes, scale, zero, batch, blocks, n, end, v_first + column, column < v, width, NBITS, GROUP, BLOCK_N,
             window.dtype.element_ty, ASM,
         )  # fmt: skip
         at = scores + rows_n[:, None] * m + rows_m[None, :]
@@ -287,7 +297,7 @@ def _average_packed(
     # The window, in the last split's program alone.
     for slot in tl.range(0, tl.where(is_last, WINDOW, 0), BLOCK_N, num_stages=1):
         slots = slot + tl.arange(0, BLOCK_N)
-        values = _load_slots(window + batch * WINDOW * WIDTH, slots, V_FIRST + column, column < V, WINDOW, WIDTH)
+        values = _load_slots(window + batch * WINDOW * width, slots, v_first + column, column < v, width, WINDOW)
         at = scores + (packed_rows + slots)[:, None] * m + rows_m[None, :]
         part = tl.load(at, mask=(slots < WINDOW)[:, None] & valid_m, other=float("-inf"))
         weights = tl.exp2(part * factor - top[None, :])
@@ -295,8 +305,8 @@ def _average_packed(
         acc = tl.dot(tl.trans(_deal(values, WARPS)), weights.to(values.dtype), acc, input_precision=PRECISION)
 
     acc = _collect(acc, WARPS)
-    row = (batch * tl.num_programs(1) + split) * m
-    _store_split(context, logsumexp, acc, top, tl.sum(total, axis=0), row, rows_m, column, m, tile == 0, V)
+    first = (batch * tl.num_programs(1) + split) * m
+    _store_split(context, logsumexp, acc, top, tl.sum(total, axis=0), first, rows_m, column, m, tile == 0, v)
 
 
 @_jit
@@ -349,21 +359,21 @@ def _seen_slots(slots, tokens, packed, mask, WINDOW: tl.constexpr, HAS_MASK: tl.
 
 
 @_jit
-def _load_query(query, rows_m, m, column, COLUMNS: tl.constexpr, SHARE: tl.constexpr, DTYPE: tl.constexpr):
-    return (_load_rows(query, COLUMNS, rows_m, m, column, COLUMNS).to(tl.float32) * SHARE).to(DTYPE)
+def _load_query(query, rows_m, m, column, columns, SHARE: tl.constexpr, DTYPE: tl.constexpr):
+    return (_load_rows(query, columns, rows_m, m, column, columns).to(tl.float32) * SHARE).to(DTYPE)
 
 
 @_jit
-def _load_slots(window, slots, column, inside, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
+def _load_slots(window, slots, column, inside, width, WINDOW: tl.constexpr):
     return tl.load(
-        window + slots[:, None] * WIDTH + column[None, :], mask=(slots < WINDOW)[:, None] & inside[None, :], other=0.0
+        window + slots[:, None] * width + column[None, :], mask=(slots < WINDOW)[:, None] & inside[None, :], other=0.0
     )
 
 
 @_jit
 def _load_packed(
-    codes, scale, zero, batch, blocks, first, end, column, inside,
-    WIDTH: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
+    codes, scale, zero, batch, blocks, first, end, column, inside, width,
+    NBITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
     ASM: tl.constexpr,
 ):  # fmt: skip
     """Tokens first to first + BLOCK_N of some columns as floats [BLOCK_N, columns]; 0 from `end` on."""
@@ -371,16 +381,16 @@ def _load_packed(
     if NBITS == 16:
         row = tl.arange(0, BLOCK_N)
         valid = (first + row < end)[:, None] & inside[None, :]
-        x = tl.load(codes + (at + row)[:, None] * WIDTH + column[None, :], mask=valid, other=0.0).to(DTYPE)
+        x = tl.load(codes + (at + row)[:, None] * width + column[None, :], mask=valid, other=0.0).to(DTYPE)
     else:
         PACK: tl.constexpr = 8 // NBITS
         SUB: tl.constexpr = min(GROUP, BLOCK_N)  # tokens of this tile that share a grid
         row = tl.arange(0, BLOCK_N // PACK)
         valid = (first + row * PACK < end)[:, None] & inside[None, :]
-        packed = tl.load(codes + (at // PACK + row)[:, None] * WIDTH + column[None, :], mask=valid, other=0)
+        packed = tl.load(codes + (at // PACK + row)[:, None] * width + column[None, :], mask=valid, other=0)
         grid = tl.arange(0, BLOCK_N // SUB)
         valid = (first + grid * SUB < end)[:, None] & inside[None, :]
-        grid_at = ((at + grid * SUB) // GROUP)[:, None] * WIDTH + column[None, :]
+        grid_at = ((at + grid * SUB) // GROUP)[:, None] * width + column[None, :]
         step = tl.load(scale + grid_at, mask=valid, other=0.0).to(DTYPE)
         lowest = tl.load(zero + grid_at, mask=valid, other=0.0).to(DTYPE)
         levels = tl.reshape(_levels(packed, NBITS, DTYPE, ASM), (BLOCK_N // SUB, SUB, column.shape[0]))
@@ -424,20 +434,21 @@ def _codes(
 
 @_jit
 def _add_packed_product(
-    acc, query, codes, scale, zero, batch, blocks, n, end, rows_m, m,
-    COLUMNS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    acc, query, codes, scale, zero, batch, blocks, n, end, rows_m, m, columns, first, width,
+    NBITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_N, BLOCK_M] plus packed tokens, in the order of `_dealt_tokens`, times query rows."""
     DTYPE: tl.constexpr = query.dtype.element_ty
-    PADDED: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K * BLOCK_K
-    for k in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+    padded = tl.cdiv(columns, BLOCK_K) * BLOCK_K
+    query += batch * m * padded
+    for k in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
         keys = _load_packed(
-            codes, scale, zero, batch, blocks, n, end, FIRST + column, column < COLUMNS, WIDTH, NBITS, GROUP, BLOCK_N,
+            codes, scale, zero, batch, blocks, n, end, first + column, column < columns, width, NBITS, GROUP, BLOCK_N,
             DTYPE, ASM,
         )  # fmt: skip
-        queries = _load_rows(query, PADDED, rows_m, m, column, PADDED)
+        queries = _load_rows(query, padded, rows_m, m, column, padded)
         acc = tl.dot(_deal_keys(keys), tl.trans(queries), acc, input_precision=PRECISION)
         # Never true, and gone in the end; but Triton, seeing acc used, waits for the product here. If it leaves that to
         # the next step, the assembler makes every instruction wait for the one before.
@@ -460,29 +471,28 @@ def _dealt_tokens(BLOCK_N: tl.constexpr):
     return row % (BLOCK_N // 2) // 16 * 32 + row % 8 * 4 + row // (BLOCK_N // 2) * 2 + row // 8 % 2
 
 
-@_jit
-def _deal_query(query, dealt, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, SHARE: tl.constexpr):
+@_jit_for_any("columns")
+def _deal_query(query, dealt, columns, BLOCK_K: tl.constexpr, SHARE: tl.constexpr):
     """One row of a query times SHARE, BLOCK_K columns of it in the order of `_deal_keys`, zeros behind the last."""
-    PADDED: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K * BLOCK_K
+    padded = tl.cdiv(columns, BLOCK_K) * BLOCK_K
     at = tl.arange(0, BLOCK_K)
     column = tl.program_id(1) * BLOCK_K + at % 8 // 2 * (BLOCK_K // 4) + at // 8 * 2 + at % 2
     row = tl.program_id(0).to(tl.int64)
-    x = tl.load(query + row * COLUMNS + column, mask=column < COLUMNS, other=0.0).to(tl.float32) * SHARE
-    tl.store(dealt + row * PADDED + tl.program_id(1) * BLOCK_K + at, x.to(dealt.dtype.element_ty))
+    x = tl.load(query + row * columns + column, mask=column < columns, other=0.0).to(tl.float32) * SHARE
+    tl.store(dealt + row * padded + tl.program_id(1) * BLOCK_K + at, x.to(dealt.dtype.element_ty))
 
 
 @_jit
 def _add_window_product(
-    acc, query, window, slots, rows_m, m,
-    WINDOW: tl.constexpr, COLUMNS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    acc, query, window, slots, rows_m, m, columns, first, width,
+    WINDOW: tl.constexpr, SHARE: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_N, BLOCK_M] plus the window's slots times query rows, over all columns."""
     DTYPE: tl.constexpr = window.dtype.element_ty
-    for k in tl.range(0, COLUMNS, BLOCK_K, num_stages=1):  # few rows: not worth memory
+    for k in tl.range(0, columns, BLOCK_K, num_stages=1):  # few rows: not worth memory
         column = k + tl.arange(0, BLOCK_K)
-        keys = _load_slots(window, slots, FIRST + column, column < COLUMNS, WINDOW, WIDTH)
-        queries = _load_query(query, rows_m, m, column, COLUMNS, SHARE, DTYPE)
+        keys = _load_slots(window, slots, first + column, column < columns, width, WINDOW)
+        queries = _load_query(query, rows_m, m, column, columns, SHARE, DTYPE)
         acc = tl.dot(keys, tl.trans(queries), acc, input_precision=PRECISION)
     return acc
 

@@ -14,6 +14,11 @@ Two kernels. `_score_rows`, a plain product that streams columns, writes float32
 by the second. Shared ones are scored and averaged by the second from one tile in shared memory; where they are too wide
 for that, the first kernel scores them too, and they are read twice.
 
+Layers of one model may differ in all widths, and a cache grows, so widths, strides and lengths are arguments, not
+constants, and what is compiled for one layer serves the others: a kernel takes half a second to compile, and constants
+would make it 30 layers times the kernels. What the compiler has to know is how many columns a load may move at once:
+widths and strides come as multiples of that constant.
+
 (Rotated columns scored in the second kernel would save the scores' way through memory, a tenth of a row, but two chains
 of matrix instructions in its loop read wrong addresses with Triton 3.6.)
 
@@ -24,6 +29,7 @@ of the unrotated part, k and v widths of its key and value columns.
 # pyright: reportInvalidTypeForm=false
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,6 +69,24 @@ class Tiles:
 
 def _jit(function: Any) -> Any:
     return function if triton is None else triton.jit(function)
+
+
+def _jit_for_any(*sizes: str) -> Any:
+    """`_jit`, compiled once for all values of the integers of these names."""
+    return lambda function: function if triton is None else triton.jit(function, do_not_specialize=sizes)
+
+
+def _vector(most: int, *sizes: int) -> int:
+    """Columns that a load may move at once: a power of two, at most `most`, that divides these widths and strides."""
+    return math.gcd(most, *sizes)
+
+
+def _row_layout(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """x [b, t, w] with contiguous rows at equal distances; rows from one sequence to the next, and elements from one
+    row to the next."""
+    if x.stride(2) != 1 or x.stride(1) < 1 or x.stride(0) % x.stride(1):
+        x = x.contiguous()
+    return x, x.stride(0) // x.stride(1), x.stride(1)
 
 
 def has_triton(x: torch.Tensor) -> bool:
@@ -168,12 +192,14 @@ def flash_decode(
     batch, heads, length, k = q_key.shape
     m, t, g, v = heads * length, unrotated.shape[1], k_rope.shape[-1], values.stop - values.start
     q_rope, q_key = q_rope.reshape(batch, m, g).contiguous(), q_key.reshape(batch, m, k).contiguous()
-    k_rope, unrotated = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_rope, unrotated))
+    k_rope, rope_rows, rope_row = _row_layout(k_rope)
+    unrotated, rows, row = _row_layout(unrotated)
     device, element_size = unrotated.device, unrotated.element_size()
     if tiles is None:
         tiles = choose_tiles(batch, m, t, v, keys == values, element_size, *device_limits(device.index))
     v_tiles, v_block = -(-v // tiles.block_c), min(1024, _power_of_2(v))
     block_m, precision = min(64, _power_of_2(max(16, m))), PRECISIONS[unrotated.dtype]
+    rope_vector, vector = _vector(8, g, rope_row), _vector(8, k, v, row)
     scores = torch.empty(batch, t, m, dtype=torch.float32, device=device)
     partial = torch.empty(batch, tiles.splits, m, v, dtype=torch.float32, device=device)
     logsumexp = torch.empty(batch, tiles.splits, m, dtype=torch.float32, device=device)
@@ -182,37 +208,41 @@ def flash_decode(
     if mask is not None:
         mask = mask if mask.stride(-1) == 1 else mask.contiguous()
         bounds = visible_bounds(mask, batch)
-    strides = (
-        k_rope.stride(0), k_rope.stride(1), unrotated.stride(0), unrotated.stride(1),
-        0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2),
-    )  # fmt: skip
+    mask_strides = (0 if mask is None or mask.shape[0] == 1 else mask.stride(0), 0 if mask is None else mask.stride(2))
     # Triton launches on the current device, which is not always the tensors' (a compiled graph sees to that itself).
     guard = torch.cuda.device(device) if unrotated.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
         _score_rows[(-(-t // 128), -(-m // block_m), batch)](
-            q_rope, q_key, k_rope, unrotated[..., keys], unrotated if mask is None else mask, bounds, scores, *strides,
-            m, length, t, G=g, K=0 if tiles.scores_values else k, HAS_MASK=mask is not None, PRECISION=precision,
-            BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=128 // element_size, STAGES=4, num_warps=4, num_stages=4,
+            q_rope, q_key, k_rope, unrotated[..., keys], unrotated if mask is None else mask, bounds, scores,
+            rope_rows, rope_row // rope_vector, rows, row // vector, *mask_strides,
+            m, length, t, g // rope_vector, k // vector, ROPE_VECTOR=rope_vector, VECTOR=vector, HAS_ROPE=g > 0,
+            HAS_KEYS=k > 0 and not tiles.scores_values, HAS_MASK=mask is not None, ONE_QUERY=length == 1,
+            PRECISION=precision, BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=128 // element_size, STAGES=4, num_warps=4,
+            num_stages=4,
         )  # fmt: skip
         _average_rows[(v_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
-            q_key, unrotated[..., values], bounds, scores, partial, logsumexp, unrotated.stride(0), unrotated.stride(1),
-            m, t, scaling * LOG2_E, V=v, V_TILES=v_tiles, HAS_BOUNDS=mask is not None,
+            q_key, unrotated[..., values], bounds, scores, partial, logsumexp, rows, row // vector, m, t, v // vector,
+            scaling * LOG2_E, VECTOR=vector, HAS_BOUNDS=mask is not None,
             SCORES_VALUES=tiles.scores_values, PRECISION=precision, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
-        _combine_splits[(batch * m, -(-v // v_block))](partial, logsumexp, out, m, tiles.splits, C=v, BLOCK_C=v_block)
+        _combine_splits[(batch * m, -(-v // v_block))](
+            partial, logsumexp, out, m, tiles.splits, v // vector, VECTOR=vector, BLOCK_C=v_block
+        )
     return out
 
 
-@_jit
+@_jit_for_any("rope_rows", "rope_row", "rows", "row", "mask_batch", "mask_query", "queries", "t", "g", "k")
 def _score_rows(
-    q_rope, q_key, k_rope, keys, mask, bounds, scores,
-    k_rope_batch, k_rope_row, keys_batch, keys_row, mask_batch, mask_query, m, queries, t,
-    G: tl.constexpr, K: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    q_rope, q_key, k_rope, keys, mask, bounds, scores, rope_rows, rope_row, rows, row, mask_batch, mask_query,
+    m, queries, t, g, k,
+    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_KEYS: tl.constexpr,
+    HAS_MASK: tl.constexpr, ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Scores [b, t, m] of BLOCK_N rows over G rotated columns and K others, -inf where a query does not see the row;
+    """Scores [b, t, m] of BLOCK_N rows over g rotated columns and k others, -inf where a query does not see the row;
     not yet scaled."""
+    g, k, rope_row, row = g * ROPE_VECTOR, k * VECTOR, rope_row * ROPE_VECTOR, row * VECTOR
     batch, n = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_N
     begin, end = 0, t
     if HAS_MASK:
@@ -221,18 +251,18 @@ def _score_rows(
         rows_n = n + tl.arange(0, BLOCK_N)
         rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        if G > 0:
+        if HAS_ROPE:
             acc = _add_product(
-                acc, q_rope + batch * m * G, k_rope + batch * k_rope_batch, k_rope_row, rows_n, rows_m, end, m, G,
+                acc, q_rope + batch * m * g, k_rope + batch * rope_rows * rope_row, rope_row, rows_n, rows_m, end, m, g,
                 BLOCK_K, PRECISION, STAGES,
             )  # fmt: skip
-        if K > 0:
+        if HAS_KEYS:
             acc = _add_product(
-                acc, q_key + batch * m * K, keys + batch * keys_batch, keys_row, rows_n, rows_m, end, m, K, BLOCK_K,
+                acc, q_key + batch * m * k, keys + batch * rows * row, row, rows_n, rows_m, end, m, k, BLOCK_K,
                 PRECISION, STAGES,
             )  # fmt: skip
         inside = (rows_n < end)[:, None] & (rows_m < m)[None, :]
-        if HAS_MASK and queries == 1:
+        if HAS_MASK and ONE_QUERY:
             seen = tl.load(mask + batch * mask_batch + rows_n, mask=rows_n < end, other=0).to(tl.int1)
             acc = tl.where(seen[:, None], acc, float("-inf"))
         elif HAS_MASK:
@@ -243,33 +273,35 @@ def _score_rows(
 
 @_jit
 def _add_product(
-    acc, query, key, key_row, rows_n, rows_m, end, m,
-    COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    acc, query, key, key_row, rows_n, rows_m, end, m, columns,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """acc [BLOCK_N, BLOCK_M] plus key rows times query rows, over all columns."""
-    for k in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+    for k in tl.range(0, columns, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
-        keys = _load_rows(key, key_row, rows_n, end, column, COLUMNS)
-        queries = _load_rows(query, COLUMNS, rows_m, m, column, COLUMNS)
+        keys = _load_rows(key, key_row, rows_n, end, column, columns)
+        queries = _load_rows(query, columns, rows_m, m, column, columns)
         acc = tl.dot(keys, tl.trans(queries), acc, input_precision=PRECISION)
     return acc
 
 
 @_jit
-def _load_rows(pointer, stride, rows, end, columns, COLUMNS: tl.constexpr):
-    mask = (rows < end)[:, None] & (columns < COLUMNS)[None, :]
-    return tl.load(pointer + rows[:, None] * stride + columns[None, :], mask=mask, other=0.0)
+def _load_rows(pointer, stride, rows, end, column, columns):
+    mask = (rows < end)[:, None] & (column < columns)[None, :]
+    return tl.load(pointer + rows[:, None] * stride + column[None, :], mask=mask, other=0.0)
 
 
-@_jit
+@_jit_for_any("rows", "row", "t", "v")
 def _average_rows(
-    q_values, values, bounds, scores, context, logsumexp, values_batch, values_row, m, t, scale,
-    V: tl.constexpr, V_TILES: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_VALUES: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    q_values, values, bounds, scores, context, logsumexp, rows, row, m, t, v, scale,
+    VECTOR: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_VALUES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C value columns."""
-    tile, split, batch = tl.program_id(0) % V_TILES, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    rows_m = (tl.program_id(0) // V_TILES) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C of v value columns."""
+    v, row = v * VECTOR, row * VECTOR
+    v_tiles = tl.cdiv(v, BLOCK_C)
+    tile, split, batch = tl.program_id(0) % v_tiles, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows_m = (tl.program_id(0) // v_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid_m = (rows_m < m)[None, :]
     begin, end = 0, t
     if HAS_BOUNDS:
@@ -281,23 +313,23 @@ def _average_rows(
     end = tl.minimum(end, begin + length)
 
     scores += batch * t * m
-    values += batch * values_batch
+    values += batch * rows * row
     column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     if SCORES_VALUES:
-        q = tl.trans(_load_rows(q_values + batch * m * V, V, rows_m, m, column, V))
+        q = tl.trans(_load_rows(q_values + batch * m * v, v, rows_m, m, column, v))
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_C, BLOCK_M], tl.float32)
     for n in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
         rows_n = n + tl.arange(0, BLOCK_N)
-        rows = _load_rows(values, values_row, rows_n, end, column, V)
+        cached = _load_rows(values, row, rows_n, end, column, v)
         at = scores + rows_n[:, None] * m + rows_m[None, :]
         part = tl.load(at, mask=(rows_n < end)[:, None] & valid_m, other=float("-inf"))
         if SCORES_VALUES:
-            part = tl.dot(rows, q, part, input_precision=PRECISION)
-        acc, top, total = _fold_rows(rows, part * scale, acc, top, total, PRECISION)
-    row = (batch * tl.num_programs(1) + split) * m
-    _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, tile == 0, V)
+            part = tl.dot(cached, q, part, input_precision=PRECISION)
+        acc, top, total = _fold_rows(cached, part * scale, acc, top, total, PRECISION)
+    first = (batch * tl.num_programs(1) + split) * m
+    _store_split(context, logsumexp, acc, top, total, first, rows_m, column, m, tile == 0, v)
 
 
 @_jit
@@ -314,20 +346,21 @@ def _fold_rows(values, part, acc, top, total, PRECISION: tl.constexpr):
 
 
 @_jit
-def _store_split(context, logsumexp, acc, top, total, row, rows_m, column, m, first_tile, C: tl.constexpr):
-    """A split's context and, from the first tile of columns, the log of its sum of weights."""
+def _store_split(context, logsumexp, acc, top, total, first, rows_m, column, m, first_tile, c):
+    """A split's context of c columns and, from the first tile of columns, the log of its sum of weights."""
     seen, valid_m = total > 0, rows_m < m
     acc = acc / tl.where(seen, total, 1.0)[None, :]
-    at = context + (row + rows_m[None, :]) * C + column[:, None]
-    tl.store(at, acc, mask=valid_m[None, :] & (column < C)[:, None])
+    at = context + (first + rows_m[None, :]) * c + column[:, None]
+    tl.store(at, acc, mask=valid_m[None, :] & (column < c)[:, None])
     if first_tile:
         weight = tl.where(seen, top + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
-        tl.store(logsumexp + row + rows_m, weight, mask=valid_m)
+        tl.store(logsumexp + first + rows_m, weight, mask=valid_m)
 
 
-@_jit
-def _combine_splits(partial, logsumexp, out, m, splits, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The splits' contexts, each weighted by its share of the softmax."""
+@_jit_for_any("m", "splits", "c")
+def _combine_splits(partial, logsumexp, out, m, splits, c, VECTOR: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The splits' contexts of c columns, each weighted by its share of the softmax."""
+    c = c * VECTOR
     row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = (row // m) * splits * m + row % m
     top, total, acc = float("-inf"), 0.0, tl.zeros([BLOCK_C], tl.float32)
@@ -337,8 +370,8 @@ def _combine_splits(partial, logsumexp, out, m, splits, C: tl.constexpr, BLOCK_C
         new_top = tl.maximum(top, score)
         safe_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         weight, decay = tl.exp2(score - safe_top), tl.exp2(top - safe_top)
-        acc = acc * decay + weight * tl.load(partial + at * C + column, mask=column < C, other=0.0)
+        acc = acc * decay + weight * tl.load(partial + at * c + column, mask=column < c, other=0.0)
         total = total * decay + weight
         top = new_top
     acc = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * C + column, acc.to(out.dtype.element_ty), mask=column < C)
+    tl.store(out + row * c + column, acc.to(out.dtype.element_ty), mask=column < c)

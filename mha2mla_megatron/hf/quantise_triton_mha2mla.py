@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .decode_triton_mha2mla import _jit, _power_of_2, has_triton, tl
+from .decode_triton_mha2mla import _jit, _jit_for_any, _power_of_2, _vector, has_triton, tl
 from .quantise_mha2mla import REFITS, START_RANGES
 
 if TYPE_CHECKING:
@@ -34,28 +34,29 @@ def append_token(tokens: PackedTokens, new: torch.Tensor, count: torch.Tensor) -
     """Store new [b, 1, w] behind `count` others, int64 scalar on the device."""
     batch, _, width = new.shape
     new = new.contiguous()
-    block = min(max(16, 4096 // tokens.group_size), _power_of_2(width))
+    block, vector = min(max(16, 4096 // tokens.group_size), _power_of_2(width)), _vector(16, width)
     guard = torch.cuda.device(new.device) if new.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
         _append_token[(-(-width // block), batch)](
-            new, count, tokens.codes, tokens.scale, tokens.zero, tokens.window, tokens.blocks, WIDTH=width,
-            NBITS=tokens.nbits, GROUP=tokens.group_size, RESIDUAL=tokens.residual_length,
+            new, count, tokens.codes, tokens.scale, tokens.zero, tokens.window, tokens.blocks, width // vector,
+            VECTOR=vector, NBITS=tokens.nbits, GROUP=tokens.group_size, RESIDUAL=tokens.residual_length,
             WINDOW=tokens.window.shape[1], HAS_BLOCKS=tokens.blocks > 0, WHOLE=START_RANGES[0], PART=START_RANGES[1],
             REFITS=REFITS, ROUND=ROUND, BLOCK=block, num_warps=4,
         )  # fmt: skip
 
 
-@_jit
+@_jit_for_any("blocks", "width")
 def _append_token(
-    new, count, codes, scale, zero, window, blocks,
-    WIDTH: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
+    new, count, codes, scale, zero, window, blocks, width,
+    VECTOR: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_BLOCKS: tl.constexpr, WHOLE: tl.constexpr, PART: tl.constexpr, REFITS: tl.constexpr, ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    width = width * VECTOR
     batch = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    window += batch * WINDOW * WIDTH
+    inside = column < width
+    window += batch * WINDOW * width
     tokens = tl.load(count).to(tl.int32)
     if HAS_BLOCKS:
         full = tokens - RESIDUAL
@@ -64,34 +65,34 @@ def _append_token(
             at = batch * blocks + block
             if NBITS == 16:
                 row = tl.arange(0, GROUP)
-                x = _group(window, block * GROUP + row, column, inside, WINDOW, WIDTH)
-                at_code = codes + (at * GROUP + row)[:, None] * WIDTH + column[None, :]
+                x = _group(window, block * GROUP + row, column, inside, width, WINDOW)
+                at_code = codes + (at * GROUP + row)[:, None] * width + column[None, :]
                 tl.store(at_code, _to_half(x).to(tl.float16), mask=inside[None, :])
             else:
                 step, lowest = _fit_grid(
-                    _group(window, block * GROUP + tl.arange(0, GROUP), column, inside, WINDOW, WIDTH),
+                    _group(window, block * GROUP + tl.arange(0, GROUP), column, inside, width, WINDOW),
                     NBITS, GROUP, WHOLE, PART, REFITS, ROUND,
                 )  # fmt: skip
-                tl.store(scale + at * WIDTH + column, step.to(tl.float16), mask=inside)
-                tl.store(zero + at * WIDTH + column, lowest.to(tl.float16), mask=inside)
+                tl.store(scale + at * width + column, step.to(tl.float16), mask=inside)
+                tl.store(zero + at * width + column, lowest.to(tl.float16), mask=inside)
                 PACK: tl.constexpr = 8 // NBITS
                 row = tl.arange(0, GROUP // PACK)
                 packed = tl.zeros([GROUP // PACK, BLOCK], tl.int32)
                 for i in tl.static_range(PACK):
-                    x = _group(window, block * GROUP + row * PACK + i, column, inside, WINDOW, WIDTH)
+                    x = _group(window, block * GROUP + row * PACK + i, column, inside, width, WINDOW)
                     packed |= _codes(x, step[None, :], lowest[None, :], NBITS, ROUND).to(tl.int32) << (i * NBITS)
-                at_code = codes + (at * (GROUP // PACK) + row)[:, None] * WIDTH + column[None, :]
+                at_code = codes + (at * (GROUP // PACK) + row)[:, None] * width + column[None, :]
                 tl.store(at_code, packed.to(tl.uint8), mask=inside[None, :])
             tl.debug_barrier()  # the new token's slot may be one of those just read
-    token = tl.load(new + batch * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    token = tl.load(new + batch * width + column, mask=inside, other=0.0).to(tl.float32)
     if window.dtype.element_ty == tl.float16:
         token = _to_half(token)
-    tl.store(window + (tokens % WINDOW) * WIDTH + column, token.to(window.dtype.element_ty), mask=inside)
+    tl.store(window + (tokens % WINDOW) * width + column, token.to(window.dtype.element_ty), mask=inside)
 
 
 @_jit
-def _group(window, position, column, inside, WINDOW: tl.constexpr, WIDTH: tl.constexpr):
-    at = window + (position % WINDOW)[:, None] * WIDTH + column[None, :]
+def _group(window, position, column, inside, width, WINDOW: tl.constexpr):
+    at = window + (position % WINDOW)[:, None] * width + column[None, :]
     return tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32)
 
 

@@ -3,10 +3,14 @@
 Shape letters: S sequence, B batch, T = S B rows, H query heads, G key/value heads, d head dim, r rotary dims kept per
 head. In plain torch this is a table of angles for each head, six elementwise operations over queries and over keys and
 one concatenation; here everything is read once and written once, and the rotation is in float32.
+
+Layers of one model may differ in r and in all strides, and compiling takes a second: these are arguments, given as
+multiples of constants, which say how many elements may be moved at once.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +85,10 @@ def _launch(
     rope, nope = (queries if part is None else part for part in (k_rope, k_nope))
     block = max(1, 4096 // triton.next_power_of_2(shape.head_dim))
     grid = (triton.cdiv(rows, block), shape.query_heads + shape.key_heads)
+    half, strides = shape.rope_dim // 2, (queries.stride(0), rope.stride(0), nope.stride(0))
+    half_vector = math.gcd(2, half, shape.head_dim, *strides)  # larger ones change nothing: a thread has few pairs
+    nope_vector = math.gcd(8, shape.nope_dim, shape.head_dim, *strides)
+    widest = max(half_vector, nope_vector)
     move: Any = _move_heads
     move[grid](
         queries,
@@ -92,23 +100,24 @@ def _launch(
         pairs,
         rows,
         rows // len(angles),
-        # Known as the kernel is compiled, so that whole vectors are moved where they are aligned.
-        queries_stride=queries.stride(0),
-        rope_stride=rope.stride(0),
-        nope_stride=nope.stride(0),
+        half // half_vector,
+        shape.nope_dim // nope_vector,
+        *(stride // widest for stride in strides),
+        half_vector=half_vector,
+        nope_vector=nope_vector,
         angle_stride=angles.stride(0),
         query_heads=shape.query_heads,
         key_heads=shape.key_heads,
-        r=shape.rope_dim,
         d=shape.head_dim,
-        half_block=max(1, triton.next_power_of_2(shape.rope_dim // 2)),
-        nope_block=max(1, triton.next_power_of_2(shape.nope_dim)),
+        rotates=half > 0,
+        half_block=max(8, triton.next_power_of_2(half)),
+        nope_block=max(8, triton.next_power_of_2(shape.nope_dim)),
         block=block,
         backward=backward,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["half", "nope", "queries_stride", "rope_stride", "nope_stride"])
 def _move_heads(
     queries,
     k_rope,
@@ -119,20 +128,27 @@ def _move_heads(
     pairs,
     rows,
     batch,
-    queries_stride: tl.constexpr,
-    rope_stride: tl.constexpr,
-    nope_stride: tl.constexpr,
+    half,
+    nope,
+    queries_stride,
+    rope_stride,
+    nope_stride,
+    half_vector: tl.constexpr,
+    nope_vector: tl.constexpr,
     angle_stride: tl.constexpr,
     query_heads: tl.constexpr,
     key_heads: tl.constexpr,
-    r: tl.constexpr,
     d: tl.constexpr,
+    rotates: tl.constexpr,
     half_block: tl.constexpr,
     nope_block: tl.constexpr,
     block: tl.constexpr,
     backward: tl.constexpr,
 ):
     """One head of a block of rows, between its parts and its place in query or key."""
+    half, nope = half * half_vector, nope * nope_vector
+    widest: tl.constexpr = max(half_vector, nope_vector)
+    queries_stride, rope_stride, nope_stride = queries_stride * widest, rope_stride * widest, nope_stride * widest
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)[:, None]
     head = tl.program_id(1)
     is_query = head < query_heads
@@ -140,15 +156,14 @@ def _move_heads(
     if is_query:
         whole = query + row * (query_heads * d) + head * d
         rope_part = queries + row * queries_stride + head * d
-        nope_part = rope_part + r
+        nope_part = rope_part + (d - nope)
     else:
         whole = key + row * (key_heads * d) + group * d
-        rope_part = k_rope + row * rope_stride + group * r
-        nope_part = k_nope + row * nope_stride + group * (d - r)
+        rope_part = k_rope + row * rope_stride + group * 2 * half
+        nope_part = k_nope + row * nope_stride + group * nope
     inside = row < rows
 
-    if r > 0:
-        half: tl.constexpr = r // 2
+    if rotates:
         dim = tl.arange(0, half_block)[None, :]
         valid = inside & (dim < half)
         pair = tl.load(pairs + group * half + dim, mask=dim < half, other=0)
@@ -166,10 +181,10 @@ def _move_heads(
         tl.store(to + dim, first * cos - second * sin, mask=valid)
         tl.store(to + half + dim, second * cos + first * sin, mask=valid)
 
-    if d > r:
-        dim = tl.arange(0, nope_block)[None, :]
-        valid = inside & (dim < d - r)
-        if backward:
-            tl.store(nope_part + dim, tl.load(whole + r + dim, mask=valid), mask=valid)
-        else:
-            tl.store(whole + r + dim, tl.load(nope_part + dim, mask=valid), mask=valid)
+    dim = tl.arange(0, nope_block)[None, :]
+    valid = inside & (dim < nope)
+    whole += d - nope
+    if backward:
+        tl.store(nope_part + dim, tl.load(whole + dim, mask=valid), mask=valid)
+    else:
+        tl.store(whole + dim, tl.load(nope_part + dim, mask=valid), mask=valid)
