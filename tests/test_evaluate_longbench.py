@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -187,7 +188,9 @@ def test_cache_bytes(tmp_path: Path, data: Path) -> None:
     found = {}
     for name, more in {"original": [], "mla": [], "int4": ["cache=int4", "cache_options.residual_length=8"]}.items():
         folder, out = tmp_path / ("original" if name == "original" else "mla"), tmp_path / f"out_{name}"
+        start = time.perf_counter()
         done = run_tool("evaluate_longbench", folder, data, out, *words, *more)
+        took = time.perf_counter() - start
         results = json.loads((out / "results.json").read_text())
         lines = [json.loads(line) for line in (out / "journal" / "0.jsonl").read_text().splitlines()]
         held = {(line["task"], line["index"]): (line["cache_bytes"], line["cached_tokens"]) for line in lines}
@@ -201,7 +204,13 @@ def test_cache_bytes(tmp_path: Path, data: Path) -> None:
         assert found[name] == sum(b for b, _ in held.values()) / sum(t for _, t in held.values())
         own = [pair for (task, _), pair in held.items() if task == "trec"]
         assert results["tasks"]["trec"]["cache_bytes_per_token"] == sum(b for b, _ in own) / sum(t for _, t in own)
-        assert f"\n{found[name]:.6g} cache bytes/token\n" in done.stdout
+        rates = {entry["decode_tokens_per_second"] for entry in (results, *results["tasks"].values())}
+        assert f"\n{found[name]:.6g} cache bytes/token, {results['decode_tokens_per_second']:.4g} " in done.stdout
+        # One prompt at a time, and no end before the last token; the mean of the tasks' rates is between them.
+        assert all(line["decoded_tokens"] == TASKS[line["task"]].max_new_tokens - 1 for line in lines)
+        seconds = [line["decode_seconds"] for line in lines]
+        assert results["decode_tokens_per_second"] == sum(line["decoded_tokens"] for line in lines) / sum(seconds)
+        assert min(seconds) > 0 and sum(seconds) < took and len(rates) == 3
     # float32: 3 layers of 2 groups of keys and values of 16; of 2 rotated dims for each group and 12 latents.
     assert found["original"] == 3 * 2 * 2 * 16 * 4 and found["mla"] == 3 * (2 * 2 + 12) * 4
     assert found["int4"] < 0.7 * found["mla"]

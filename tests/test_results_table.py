@@ -14,13 +14,18 @@ from tests.test_evaluate_choices import PIQA, write
 
 
 def longbench(
-    folder: Path, model: str, scores: dict[str, list[float]], data: str = "d", cost: float | None = None
+    folder: Path,
+    model: str,
+    scores: dict[str, list[float]],
+    data: str = "d",
+    cost: float | None = None,
+    rate: float | None = None,
 ) -> Path:
     """What evaluate_longbench.py leaves, as far as the table reads it."""
     folder.mkdir()
     tasks = {task: {"data_sha256": data, "scores": values} for task, values in scores.items()}
     results: dict[str, Any] = {"model": model, "settings": {"cache": None}, "tasks": tasks, "averages": {}}
-    results |= {} if cost is None else {"cache_bytes_per_token": cost}
+    results |= {} if cost is None else {"cache_bytes_per_token": cost, "decode_tokens_per_second": rate}
     (folder / "results.json").write_text(json.dumps(results))
     return folder
 
@@ -73,7 +78,8 @@ def test_longbench_runs_by_hand(tmp_path: Path) -> None:
 
 
 def test_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bytes a token and their share of the first run's, in all three forms; from all three tools' results."""
+    """Bytes a token and their share of the first run's, in all three forms; from all three tools' results. Decoded
+    tokens a second, from LongBench's."""
     from matplotlib.figure import Figure
 
     labels: list[str] = []
@@ -81,12 +87,14 @@ def test_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Figure, "savefig", lambda self, file, **_: labels.extend(self.axes[0].get_legend_handles_labels()[1])
     )
     scores = {"lcc": [1.0, 2.0]}
-    a, b = longbench(tmp_path / "a", "orig", scores, cost=46080.0), longbench(tmp_path / "b", "mla", scores, cost=14400)
+    a = longbench(tmp_path / "a", "orig", scores, cost=46080.0, rate=304.26)
+    b = longbench(tmp_path / "b", "mla", scores, cost=14400, rate=1234.56)
     c, old = longbench(tmp_path / "c", "int4", scores, cost=4233.625), longbench(tmp_path / "old", "old", scores)
     words = [f"latex={tmp_path / 't.tex'}", f"png={tmp_path / 't.png'}"]
     done = run_tool("results_table", a, b, c, old, *words)
     assert cells(done.stdout)["cache bytes/token"] == ["46080", "14400 (31.25 %)", "4233.62 (9.19 %)", "-"]
     assert done.stdout.splitlines()[2].startswith("| cache bytes/token |")
+    assert done.stdout.splitlines()[3] == "| decode tokens/s | 304.3 | 1235 (405.76 %) | - | - |"
     assert (
         r"cache bytes/token & 46080 & 14400 (31.25 \%) & 4233.62 (9.19 \%) & - \\" in (tmp_path / "t.tex").read_text()
     )
@@ -97,7 +105,7 @@ def test_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "old",
     ]
     assert cells(run_tool("results_table", old, a).stdout)["cache bytes/token"] == ["-", "46080"]
-    assert "cache bytes/token" not in cells(run_tool("results_table", old).stdout)
+    assert {"cache bytes/token", "decode tokens/s"}.isdisjoint(cells(run_tool("results_table", old).stdout))
 
     run = details(tmp_path / "lighteval", "2026", "piqa_cf", [{"acc": 1}])
     (run / "cost.json").write_text('{"cache_bytes_per_token": 768.0}')

@@ -18,8 +18,8 @@ from mha2mla_megatron.evaluation.longbench.scores import AVERAGES
 from mha2mla_megatron.evaluation.means import Mean, mean, weighted
 from mha2mla_megatron.evaluation.table import format_markdown
 
-COST = "cache bytes/token"
-"""What the table calls it."""
+COST, RATE = "cache bytes/token", "decode tokens/s"
+"""What the table calls them."""
 
 COST_FILE = "cost.json"
 """Beside lighteval's results."""
@@ -41,7 +41,9 @@ class Run:
     """Name -> the weights of tasks."""
 
     cache_bytes_per_token: float | None = None
-    """None where the results do not say it."""
+    """None where the results do not say it, as the next."""
+
+    decode_tokens_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,8 @@ def draw(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]], file: 
     figure = Figure(figsize=(8, 1 + 0.25 * len(table) * (len(runs) + 0.5)), layout="constrained")
     axes, height = figure.subplots(), 0.8 / len(runs)
     labels = [
-        run.name if cost is None else f"{run.name}, {cost} {COST}" for run, cost in zip(runs, _costs(runs), strict=True)
+        run.name if cost is None else f"{run.name}, {cost} {COST}"
+        for run, cost in zip(runs, _of_first([run.cache_bytes_per_token for run in runs]), strict=True)
     ]
     for number, label in enumerate(labels):
         shown = [(place, row[number]) for place, row in enumerate(table.values())]
@@ -148,11 +151,10 @@ def draw(runs: Sequence[Run], table: Mapping[str, Sequence[Cell | None]], file: 
     figure.savefig(file, dpi=130, format="png")
 
 
-def _costs(runs: Sequence[Run]) -> list[str | None]:
-    """Each run's cached bytes per token and behind them their share of the first run's; None where not known."""
-    sizes = [run.cache_bytes_per_token for run in runs]
-    shares = ["", *(f" ({100 * size / sizes[0]:.2f} %)" if size and sizes[0] else "" for size in sizes[1:])]
-    return [None if size is None else f"{size:.6g}{share}" for size, share in zip(sizes, shares, strict=True)]
+def _of_first(costs: Sequence[float | None], digits: int = 6) -> list[str | None]:
+    """Each run's number and behind it its share of the first run's; None where not known."""
+    shares = ["", *(f" ({100 * cost / costs[0]:.2f} %)" if cost and costs[0] else "" for cost in costs[1:])]
+    return [None if cost is None else f"{cost:.{digits}g}{share}" for cost, share in zip(costs, shares, strict=True)]
 
 
 def _rows(
@@ -170,10 +172,14 @@ def _rows(
             return "-"
         return number(cell.score) + (f" ({number(cell.difference, '+')})" if cell.difference is not None else "")
 
-    scores = [(escape(name), *map(text, cells)) for name, cells in table.items()]
-    costs = _costs(runs)
-    known = any(cost is not None for cost in costs)
-    return [(COST, *(escape(cost or "-") for cost in costs)), *scores] if known else scores
+    costs = {
+        COST: _of_first([run.cache_bytes_per_token for run in runs]),
+        RATE: _of_first([run.decode_tokens_per_second for run in runs], 4),
+    }
+    return [
+        *((name, *(escape(cost or "-") for cost in own)) for name, own in costs.items() if any(own)),
+        *((escape(name), *map(text, cells)) for name, cells in table.items()),
+    ]
 
 
 def _differences(first: Run, other: Run, task: str) -> list[float]:
@@ -193,7 +199,8 @@ def _longbench(found: dict[str, Any]) -> Run:
         for task, entry in found["tasks"].items()
     }
     cache = found["settings"]["cache"]
-    return Run(found["model"] + (f" ({cache})" if cache else ""), scores, AVERAGES, _cost(found))
+    rate = found.get("decode_tokens_per_second")
+    return Run(found["model"] + (f" ({cache})" if cache else ""), scores, AVERAGES, _cost(found), rate)
 
 
 def _choices(found: dict[str, Any], one: dict[str, Any]) -> Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,13 @@ class Answer(NamedTuple):
 
     cached_tokens: int
     """Padding included, for it is stored, too."""
+
+    decoded_tokens: int
+    """Tokens after the first, which comes from the prompt's pass; padding behind the answer included, as it takes the
+    same time."""
+
+    decode_seconds: float
+    """An equal part of what the batch took for them."""
 
 
 class Generator:
@@ -78,7 +86,7 @@ class Generator:
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
             mask[row, longest - len(prompt) :] = 1
         more: dict[str, Any] = {}
-        finite = _Finite()
+        steps = _Steps(self.model.device)
         if self.cache is not None:
             more["past_key_values"] = make_cache(self.name, self.model.config, self.cache, self.options)
         with torch.inference_mode():
@@ -94,35 +102,59 @@ class Generator:
                 top_k=None,
                 eos_token_id=ends or None,
                 pad_token_id=0,
-                logits_processor=[finite],
+                logits_processor=[steps],
                 return_dict_in_generate=True,
                 use_cache=True,
                 **more,
             )
-        if not finite.holds:
+        decoded, seconds = steps.decoding()
+        if not steps.finite:
             raise UserError(f"{self.name}: gives logits that are not finite, dtype {self.model.dtype}")
         held, tokens = stored_bytes(made.past_key_values) / len(prompts), made.past_key_values.get_seq_length()
         texts = (
             self.tokenizer.decode(_until(row, ends), skip_special_tokens=True)
             for row in made.sequences[:, longest:].tolist()
         )
-        return [Answer(text, held, tokens) for text in texts]
+        return [Answer(text, held, tokens, decoded, seconds / len(prompts)) for text in texts]
 
 
-class _Finite:
-    """A logits processor that changes nothing, and sees whether every row has a largest logit that is a number."""
+class _Steps:
+    """A logits processor that changes nothing. It sees whether every row has a largest logit that is a number, and the
+    time from the first step's logits on."""
 
-    def __init__(self) -> None:
-        self._seen: torch.Tensor | None = None
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._count = device, 0
+        self._finite: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        now = scores.amax(-1).isfinite().all()  # stays on the device: a look at each step would wait for the GPU
-        self._seen = now if self._seen is None else self._seen & now
+        # Stays on the device: a look at each step would wait for the GPU.
+        now = scores.amax(-1).isfinite().all()
+        self._finite = now if self._finite is None else self._finite & now
+        if self._count == 0:
+            self._first = self._now()
+        self._count += 1
         return scores
 
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def decoding(self) -> tuple[int, float]:
+        """(steps after the first, their seconds); waits for the GPU."""
+        if self._count < 2:
+            return 0, 0.0
+        end = self._now()
+        if isinstance(end, float):
+            return self._count - 1, end - self._first
+        end.synchronize()
+        return self._count - 1, self._first.elapsed_time(end) / 1000
+
     @property
-    def holds(self) -> bool:
-        return self._seen is None or bool(self._seen)
+    def finite(self) -> bool:
+        return self._finite is None or bool(self._finite)
 
 
 def _until(tokens: list[int], ends: Sequence[int]) -> list[int]:

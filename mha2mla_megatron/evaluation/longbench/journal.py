@@ -25,7 +25,10 @@ def read_journals(folder: Path) -> dict[tuple[str, int], Answer]:
     """(task, index) -> answer, of all files in the folder. Raises UserError, naming the line, for damaged ones."""
 
     def parse(row: dict[str, Any]) -> Prediction:
-        answer = Answer(str(row["pred"]), float(row["cache_bytes"]), int(row["cached_tokens"]))
+        answer = Answer(
+            str(row["pred"]), float(row["cache_bytes"]), int(row["cached_tokens"]), int(row["decoded_tokens"]),
+            float(row["decode_seconds"]),
+        )  # fmt: skip
         return Prediction(str(row["task"]), int(row["index"]), answer)
 
     lines = (line for file in sorted(folder.glob("*.jsonl")) for line in read_lines(file, parse, "a prediction"))
@@ -36,7 +39,8 @@ def append(file: Path, predictions: Sequence[Prediction]) -> None:
     """Write the predictions to the disk, all in one piece. Raises UserError where that fails."""
     rows = (
         {"task": task, "index": index, "pred": answer.text, "cache_bytes": answer.cache_bytes,
-         "cached_tokens": answer.cached_tokens}
+         "cached_tokens": answer.cached_tokens, "decoded_tokens": answer.decoded_tokens,
+         "decode_seconds": answer.decode_seconds}
         for task, index, answer in predictions
     )  # fmt: skip
     append_lines(file, list(rows))

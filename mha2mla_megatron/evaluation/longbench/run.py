@@ -141,15 +141,17 @@ def format_results(results: dict[str, Any]) -> str:
             str(len(entry["scores"])),
             *cells(entry),
             f"{entry['cache_bytes_per_token']:.6g}",
+            _rate_text(entry),
         )
         for name, entry in results["tasks"].items()
     ]
-    header = ("group", "task", "metric", "samples", "score", "std. error", "cache bytes/token")
+    header = ("group", "task", "metric", "samples", "score", "std. error", "cache bytes/token", "decode tokens/s")
     tables = [format_markdown(header, tasks, text_columns=3)]
     if results["averages"]:
         averages = [(name, *cells(entry)) for name, entry in results["averages"].items()]
         tables.append(format_markdown(("average", "score", "std. error"), averages))
-    return "\n\n".join([*tables, f"{results['cache_bytes_per_token']:.6g} cache bytes/token"])
+    cost = f"{results['cache_bytes_per_token']:.6g} cache bytes/token, {_rate_text(results)} decode tokens/s"
+    return "\n\n".join([*tables, cost])
 
 
 def _encode(
@@ -226,7 +228,7 @@ def _write_results(
         means[task.name] = mean(scores)
         entries[task.name] = {
             **_entry(means[task.name]),
-            "cache_bytes_per_token": _bytes_per_token(given[task.name]),
+            **_cost(given[task.name]),
             "data_sha256": found.sha256,
             "scores": scores,
         }
@@ -241,7 +243,7 @@ def _write_results(
         "model": model,
         "data": data,
         "settings": to_dict(settings),
-        "cache_bytes_per_token": _bytes_per_token([answer for own in given.values() for answer in own]),
+        **_cost([answer for own in given.values() for answer in own]),
         "tasks": entries,
         "averages": {name: _entry(value) for name, value in averages.items() if value is not None},
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers")},
@@ -252,9 +254,20 @@ def _write_results(
     return results
 
 
-def _bytes_per_token(answers: Sequence[Answer]) -> float:
-    """The mean over all cached tokens."""
-    return sum(answer.cache_bytes for answer in answers) / sum(answer.cached_tokens for answer in answers)
+def _cost(answers: Sequence[Answer]) -> dict[str, float | None]:
+    """Means over all cached tokens and all decoded ones; these take a process's time, so its rate, at its batch size.
+    None where every answer was one token."""
+    seconds = sum(answer.decode_seconds for answer in answers)
+    return {
+        "cache_bytes_per_token": sum(answer.cache_bytes for answer in answers)
+        / sum(answer.cached_tokens for answer in answers),
+        "decode_tokens_per_second": sum(answer.decoded_tokens for answer in answers) / seconds if seconds else None,
+    }
+
+
+def _rate_text(entry: dict[str, Any]) -> str:
+    rate = entry["decode_tokens_per_second"]
+    return "-" if rate is None else f"{rate:.4g}"
 
 
 def _entry(value: Mean) -> dict[str, Any]:
