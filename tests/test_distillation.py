@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from mha2mla_megatron.data.dataset import build_dataset
 from mha2mla_megatron.training import loop, step_graph
 from mha2mla_megatron.training.run_picture import plot_runs
-from tests.conftest import ROOT, refused, run_tool
+from tests.conftest import ROOT, make_llama, refused, run_tool
 from tests.distributed.losses_worker import TEMPERATURE, split_losses
 from tests.finetune_cases import (
     BATCH,
@@ -42,6 +42,9 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 compa
 
 SCHEDULE = ("steps=4", "save_interval=2", "optimizer.warmup_steps=2", "optimizer.decay_steps=1")
 WEIGHT, HELD_OUT = 0.7, 5
+MATCHED = 0.6
+"""Weight of attention outputs."""
+BIASED = ("partial_rope.qk_rope_head_dim=8", "low_rank.method=split", "low_rank.kv_lora_rank=12")
 
 
 @pytest.fixture(scope="module")
@@ -173,12 +176,14 @@ def test_validation_is_the_loss_of_transformers(workspace: Path, distilled: Path
     assert found[1]["validation_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_weight_0_and_validation_change_no_bit(workspace: Path, plain: Path, tmp_path: Path) -> None:
-    words = [*teacher(workspace, weight=0), *validation(workspace)]
+@pytest.mark.parametrize("matched", [0, MATCHED])
+def test_weight_0_and_validation_change_no_bit(workspace: Path, plain: Path, tmp_path: Path, matched: float) -> None:
+    words = [*teacher(workspace, weight=0), *validation(workspace), f"distillation.attention_weight={matched}"]
     root = finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words)
     lines = (root / "log.jsonl").read_text().splitlines(keepends=True)
     (root / "log.jsonl").write_text("".join(line for line in lines if "validation_loss" not in line))
     assert log_text(root) == log_text(plain) and all(line["kl"] > 0.1 for line in read_log(root))
+    assert all(line["attention_loss"] > 0.1 if matched else "attention_loss" not in line for line in read_log(root))
     before, after = checkpoint_tensors(plain, 4), checkpoint_tensors(root, 4)
     assert before.keys() == after.keys()  # the teacher is not saved
     assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
@@ -226,6 +231,112 @@ def test_a_changing_weight_resumes_bit_for_bit(workspace: Path, tmp_path: Path) 
     assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
 
 
+def attention_outputs(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(what each layer's attention adds to the residual stream [layers, b, s, h], logits) of a transformers model."""
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.self_attn.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
+        for layer in model.model.layers
+    ]
+    logits = model(tokens).logits
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(outputs), logits
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace with an original and a converted model whose attention outputs have biases."""
+    root = tmp_path_factory.mktemp("biased")
+    original = make_llama(root / "original", bias=True, num_hidden_layers=3)
+    run_tool("convert_mha_to_mla", original, root / "mla", *BIASED)
+    for model in ("original", "mla"):
+        run_tool("convert_hf_to_megatron", root / model, root / f"{model}-megatron")
+    write_tokens(root / "text")
+    (root / "settings.yaml").write_text("")
+    return root
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_matching_of_attention_outputs_is_that_of_transformers(biased: Path, tmp_path: Path, recompute: str) -> None:
+    """All parts of the loss and the gradient norm of five steps, of two micro batches, some tokens of which have no
+    loss; w is another in each. The weights stay."""
+    words = [*changing(biased, 0.9, 0.3), "distillation.decay_steps=3", f"distillation.attention_weight={MATCHED}"]
+    words += ["optimizer.lr=0", "data.eod_mask_loss=true", f"recompute={recompute}"]
+    root = finetune(biased, "mla", tmp_path / "run", *SCHEDULE, "steps=5", *words)
+    model, other = (
+        AutoModelForCausalLM.from_pretrained(biased / name, trust_remote_code=True, dtype=torch.float32)
+        for name in ("mla", "original")
+    )
+    dataset: Any = build_dataset(
+        str(biased / "text"), LENGTH, 5 * BATCH, 1234, True, EOD, VOCABULARY, tmp_path / "cache"
+    )
+    for step, (line, w) in enumerate(zip(steps_of(root), (0.9, 0.9, 0.7, 0.5, 0.3), strict=True)):
+        rows = [dataset[step * BATCH + index] for index in range(BATCH)]
+        tokens, labels, mask = (torch.stack([row[key] for row in rows]) for key in ("tokens", "labels", "loss_mask"))
+        assert 0 < mask.mean() < 1
+        model.zero_grad()
+        ours, logits = attention_outputs(model, tokens)
+        with torch.no_grad():
+            theirs, taught = attention_outputs(other, tokens)
+        lm = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (logits, taught))
+        kl = TEMPERATURE**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+        matched = ((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean(0)
+        lm, kl, matched = ((part * mask).sum() / mask.sum() for part in (lm, kl, matched))
+        loss = (1 - w) * lm + w * (kl + MATCHED * matched)
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+        assert matched > 0.1, "nothing to compare"
+        found = [line[key] for key in ("lm_loss", "kl", "attention_loss", "loss")]
+        assert found == pytest.approx([part.item() for part in (lm, kl, matched, loss)], rel=1e-5)  # float32
+        assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_recomputed_layers_match_as_others(biased: Path, tmp_path: Path) -> None:
+    words = [*teacher(biased), f"distillation.attention_weight={MATCHED}"]
+    kept, again = (
+        finetune(biased, "mla", tmp_path / recompute, *SCHEDULE, *words, f"recompute={recompute}")
+        for recompute in ("none", "full")
+    )
+    assert log_text(again) == log_text(kept)
+    before, after = checkpoint_tensors(kept, 4), checkpoint_tensors(again, 4)
+    assert [name for name, tensor in before.items() if not torch.equal(after[name], tensor)] == []
+
+
+def test_a_layer_of_the_teacher_that_adds_nothing_has_no_term(workspace: Path, tmp_path: Path) -> None:
+    """It would be divided by 0."""
+    folder = shutil.copytree(workspace / "original", tmp_path / "original")
+    other = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        other.model.layers[1].self_attn.o_proj.weight.zero_()
+    other.save_pretrained(folder)
+    run_tool("convert_hf_to_megatron", folder, tmp_path / "original-megatron")
+    words = [*teacher(tmp_path), f"distillation.attention_weight={MATCHED}", "optimizer.lr=0", "steps=1"]
+    words += ["optimizer.warmup_steps=0"]
+    (line,) = steps_of(finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words))
+    tokens, _ = samples(workspace / "text", tmp_path / "cache", BATCH)
+    model = AutoModelForCausalLM.from_pretrained(workspace / "mla", trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        (ours, _), (theirs, _) = attention_outputs(model, tokens), attention_outputs(other, tokens)
+    terms = (ours - theirs).square().sum(-1) / theirs.square().sum(-1)
+    assert not terms[1].isfinite().any()
+    assert line["attention_loss"] == pytest.approx(terms[[0, 2, 3]].mean().item() * 3 / 4, rel=1e-5)
+    assert 0 < line["grad_norm"] < 1e3  # neither NaN nor infinite
+
+
+def test_losses_of_sources_have_what_layers_add(workspace: Path, tmp_path: Path) -> None:
+    """Their mean over all tokens is the loss."""
+    blend = f"data.train={{{workspace / 'text'}: 0.6, {workspace / 'heldout'}: 0.4}}"
+    words = [*teacher(workspace, weight=1), f"distillation.attention_weight={MATCHED}", blend]
+    for line in steps_of(finetune(workspace, "mla", tmp_path / "run", *SCHEDULE, *words)):
+        assert line["attention_loss"] > 0.1
+        assert line["loss"] == pytest.approx(line["kl"] + MATCHED * line["attention_loss"], rel=1e-6)
+        seen = line["sources"].values()
+        total = sum(source["loss"] * source["tokens"] for source in seen) / sum(source["tokens"] for source in seen)
+        assert total == pytest.approx(line["loss"], rel=1e-6)
+
+
 class Inputs(TorchDispatchMode):
     """In the place of a CUDA graph: notes scalars in float64 that it reads, not on the host, and did not make."""
 
@@ -261,6 +372,7 @@ def test_a_graph_reads_the_weight_of_each_step(
     monkeypatch.setattr(step_graph, "capture", capture)
     monkeypatch.setattr(loop, "graph_of", lambda *_: step_graph.StepGraph())
     words = [*SCHEDULE, "steps=6", "distillation.decay_steps=4", *changing(workspace, 0.9, 0.1)]
+    words.append(f"distillation.attention_weight={MATCHED}")
     finetune(workspace, "mla", tmp_path / "run", *words)
     assert graph.at_replay == [[pytest.approx(w)] for w in (0.5, 0.3, 0.1)]
 
@@ -268,9 +380,10 @@ def test_a_graph_reads_the_weight_of_each_step(
 @pytest.mark.parametrize(("model", "dtype"), [("original", "float32"), ("mla", "bfloat16")])
 def test_a_model_learns_nothing_from_itself(workspace: Path, tmp_path: Path, model: str, dtype: str) -> None:
     words = [*teacher(workspace, model, weight=1, temperature=TEMPERATURE), f"dtype={dtype}"]
+    words.append("distillation.attention_weight=1")
     root = finetune(workspace, model, tmp_path / "run", *SCHEDULE, "steps=3", "optimizer.weight_decay=0", *words)
     for line in steps_of(root):
-        assert (line["loss"], line["kl"], line["grad_norm"]) == (0, 0, 0) and line["lm_loss"] > 1
+        assert [line[key] for key in ("loss", "kl", "attention_loss", "grad_norm")] == [0] * 4 and line["lm_loss"] > 1
 
 
 def test_resumed_equals_unbroken_bit_for_bit(workspace: Path, distilled: Path, tmp_path: Path) -> None:
@@ -303,9 +416,19 @@ BAD_WORDS = {
     ),
     "temperature": (["distillation.teacher=x", "distillation.temperature=0"], ["distillation.temperature", "0.0"]),
     "heat": (["distillation.teacher=x", "distillation.temperature=1e6"], ["temperature", "1000000.0", "0.01 and 100"]),
-    "pipeline": (
-        ["distillation.teacher=x", "parallel.pipeline_model_parallel_size=2"],
-        ["distillation.teacher", "pipeline_model_parallel_size 2"],
+    "attention": (
+        ["distillation.teacher=x", "distillation.attention_weight=-1"], ["distillation.attention_weight", "-1.0"]
+    ),
+    "attention alone": (
+        ["distillation.attention_weight=1"], ["distillation.attention_weight", "1.0", "distillation.teacher"]
+    ),
+    "layers": (
+        ["distillation.teacher={tmp}/teacher", "distillation.attention_weight=1"],
+        ["distillation.attention_weight: 1.0", "num_hidden_layers 4", "{tmp}/teacher has 3", "valid: 0"],
+    ),
+    "width": (
+        ["distillation.teacher={tmp}/teacher", "distillation.attention_weight=1"],
+        ["distillation.attention_weight: 1.0", "hidden_size 64", "{tmp}/teacher has 32", "valid: 0"],
     ),
     "vocabulary": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "257", "256"]),
     "context": (["distillation.teacher={tmp}/teacher"], ["distillation.teacher", "sequence_length", "16"]),
@@ -320,7 +443,10 @@ BAD_WORDS = {
 @pytest.mark.parametrize("case", BAD_WORDS)
 def test_bad_settings_are_refused(tmp_path: Path, workspace: Path, case: str) -> None:
     words, named = BAD_WORDS[case]
-    changes = {"vocabulary": {"vocab_size": 257}, "context": {"max_position_embeddings": 16}, "damaged": {}}
+    changes = {
+        "vocabulary": {"vocab_size": 257}, "context": {"max_position_embeddings": 16}, "damaged": {},
+        "layers": {"num_hidden_layers": 3}, "width": {"hidden_size": 32},
+    }  # fmt: skip
     if case in changes:
         wrong = shutil.copytree(workspace / "original-megatron", tmp_path / "teacher")
         config = json.loads((wrong / "hf" / "config.json").read_text())
@@ -351,6 +477,22 @@ def test_a_run_of_any_name_has_its_line_in_the_legend(
     monkeypatch.chdir(tmp_path)
     plot_runs([Path(name)], tmp_path / "picture.png", overwrite=False)
     assert {text.replace("\\$", "$").strip("\N{ZERO WIDTH SPACE}") for text in shown} == {name}
+
+
+def test_all_parts_of_the_loss_are_drawn(tmp_path: Path) -> None:
+    parts = ("loss", "lm_loss", "kl", "attention_loss", "z_loss")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(parts, 1.0)}) + "\n")
+    drawn: list[str] = []
+    plot = Axes.plot
+
+    def recorded(axes: Axes, *points: Any, label: str, **settings: Any) -> Any:
+        drawn.append(label)
+        return plot(axes, *points, label=label, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "plot", recorded)
+        plot_runs([tmp_path], tmp_path / "picture.png", overwrite=False)
+    assert [label.removeprefix(f"{tmp_path}").removeprefix(": ") for label in drawn] == ["", *parts[1:]]
 
 
 def test_plot(workspace: Path, plain: Path, distilled: Path, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def test_a_graph_trains_like_single_kernels(tmp_path: Path, model: str, teacher:
     words = []
     if teacher:  # and a weight that is another in each step: a graph that kept that of its capture shows in the loss
         words = [f"distillation.teacher={workspace / teacher}-megatron", "distillation.weight=1"]
-        words += ["distillation.final_weight=0", "distillation.decay_steps=10"]
+        words += ["distillation.final_weight=0", "distillation.decay_steps=10", "distillation.attention_weight=0.5"]
     words += ["implementation=transformer_engine", "steps=10", "save_interval=5", "optimizer.warmup_steps=1"]
     expected = losses(finetune(workspace, model, tmp_path / "plain", *words, own_process=True))
     graphed = losses(finetune(workspace, model, tmp_path / "graph", *words, "cuda_graph=true", own_process=True))

@@ -172,8 +172,9 @@ def test_our_losses_take_what_is_planned(empty: Path, dtype: str, taught: bool) 
     (student,) = build_training_model(architecture, settings, getattr(torch, dtype), device)
     distillation = None
     if taught:
-        distillation = Distillation(architecture, settings, getattr(torch, dtype), device)
-        assert stage["teacher"] == sum(part.nbytes for part in distillation.model.parameters())
+        distillation = Distillation(architecture, [student], settings, getattr(torch, dtype), device)
+        (student,) = distillation.chunks
+        assert stage["teacher"] == sum(part.nbytes for part in student.teacher.parameters())
     batch = random_batch(samples, length, config["vocab_size"])
     planned = sum(stage[key] for key in ("attention", "mlp", "output", "working"))
     assert planned == pytest.approx(peak(batch, student, device, distillation, settings), rel=0.02)
@@ -378,7 +379,7 @@ def test_bad_input_is_refused(empty: Path, tmp_path: Path) -> None:
 
 
 PP2, TP8 = "parallel.pipeline_model_parallel_size=2", "parallel.tensor_model_parallel_size=8"
-LATENT = "recompute=latent"
+LATENT, TEACHER = "recompute=latent", f"distillation.teacher={EXAMPLES / 'llama-2-13b'}"
 MLA = ("partial_rope.qk_rope_head_dim=16", "low_rank.d_kv=64")
 REFUSED = {
     "latent, original": ((LATENT,), "recompute: latent needs a converted model"),
@@ -396,7 +397,14 @@ REFUSED = {
     "uneven stages": ((PP2, "parallel.pipeline_model_parallel_layout=Et*3|t*3L"), "6 layers t, the model has"),
     "sequence": (("parallel.context_parallel_size=8", "data.sequence_length=24"), "give a multiple of 16"),
     "no teacher": (("distillation.teacher=nowhere",), "distillation.teacher: nowhere: not a Hugging Face model folder"),
-    "teacher, pipeline": (("distillation.teacher=nowhere", PP2), "distillation.teacher: not possible with"),
+    "teacher, stages": (
+        (TEACHER, PP2, "parallel.pipeline_model_parallel_layout=Et*16|t*16L"),
+        "distillation.teacher: parallel.pipeline_model_parallel_layout: Et*16|t*16L has 32 layers t, the model has",
+    ),
+    "attention": (
+        (TEACHER, "distillation.attention_weight=1"),
+        "distillation.attention_weight: 1.0 needs a teacher with the model's num_hidden_layers 32",
+    ),
 }  # fmt: skip
 """What -> settings of a Llama-2-7B, and what is said."""
 

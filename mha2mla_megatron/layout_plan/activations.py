@@ -55,6 +55,9 @@ class ForwardPass:
     """How many models' logits our own loss is made of: 2 with a teacher, 1 with z_loss alone; 0: the loss is
     Megatron's."""
 
+    matched: bool
+    """Attention outputs follow a teacher's: its own wait in each layer, and what draws the student's to them."""
+
     @property
     def positions(self) -> int:
         """s."""
@@ -89,12 +92,13 @@ class ForwardPass:
 
     def saved(self, layers: Iterable[int]) -> dict[str, int]:
         """Kept by these layers: `attention`, `mlp`, and, where they are recomputed whole, only `layer_inputs`: hidden
-        states and the angles [s, d], in float32, that all layers read."""
+        states and the angles [s, d], in float32, that all layers read; and what a teacher's attention gave."""
         layers = list(layers)
+        matched = self.matched * len(layers) * self.hidden
         if self.recompute == "full":
             angles = self.positions * self.architecture.head_dim * FLOAT32 if layers else 0
-            return {"attention": 0, "mlp": 0, "layer_inputs": len(layers) * self.hidden + angles}
-        attention = sum(self._attention(layer, self.recompute == "selective") for layer in layers)
+            return {"attention": matched, "mlp": 0, "layer_inputs": len(layers) * self.hidden + angles}
+        attention = matched + sum(self._attention(layer, self.recompute == "selective") for layer in layers)
         return {"attention": attention, "mlp": sum(map(self._mlp, layers)), "layer_inputs": 0}
 
     @cached_property

@@ -69,10 +69,14 @@ class StagePlan:
 def plan_stages(
     architecture: Architecture, settings: PlanSettings, teacher: Architecture | None = None
 ) -> list[StagePlan]:
-    """Every pipeline stage of a layout that divides the model. teacher: that of settings.distillation, if there is one;
-    it has no pipeline."""
+    """Every pipeline stage of a layout that divides the model, and the teacher of settings.distillation, if there is
+    one."""
     parallel = settings.parallel
     work = _forward_pass(architecture, settings)
+    taught = None
+    if teacher is not None:
+        taught = _forward_pass(teacher, dataclasses.replace(settings, recompute="none", fp8=None))
+    beside = 0 if taught is None else taught.hidden  # travels with the model's hidden states
     element, half = work.element_size, work.element_size < FLOAT32
     adapters = lora_shapes(architecture, settings.lora)
     factors = lr_factors(architecture, settings.optimizer.lr_scale, adapters)
@@ -84,9 +88,9 @@ def plan_stages(
         trained = {name: shape for name, shape in parameters.items() if factors[tied.get(name, name)] > 0}
         chunks = stage_chunks(architecture, parallel)[stage]
         number, updated = count(parameters), count(trained)
-        kept = [_kept(work, chunk) for chunk in chunks]
+        kept = [_kept(work, chunk, 0 if chunk.first else beside) for chunk in chunks]
         sizes = [sum(of.values()) for of in kept]
-        outputs = [0 if chunk.last else work.hidden for chunk in chunks]
+        outputs = [0 if chunk.last else work.hidden + beside for chunk in chunks]
         largest = max(map(math.prod, parameters.values()))
         if adapters:  # the sum of a matrix and its update, and the gradient of that
             updated_weights = (shape for name, shape in parameters.items() if adapter_names(name)[0] in adapters)
@@ -106,14 +110,13 @@ def plan_stages(
             "parameters": number * element + (fp8_copies(parameters) if work.fp8 else 0),
             "gradients": updated * FLOAT32,
             "optimizer": math.ceil(updated / settings.replicas) * shared * FLOAT32,
-            "teacher": 0 if teacher is None else count(stage_parameters(teacher, parallel)[0]) * element,
+            "teacher": 0 if teacher is None else count(stage_parameters(teacher, parallel)[stage]) * element,
             **{part: sum(of[part] for of in kept) for part in kept[0]},
             **most,
         }
         sent = step_traffic(work, chunks, trained, settings.micro_batches, settings.replicas)
-        if teacher is not None:
-            taught = _forward_pass(teacher, dataclasses.replace(settings, recompute="none", fp8=None))
-            sent |= teacher_traffic(taught, settings.micro_batches)
+        if taught is not None:
+            sent |= teacher_traffic(taught, stage, settings.micro_batches)
         parts |= {"chunks": sizes, "in_flight": in_flight, "total": sum(parts.values()), "sent": sent}
         found.append(StagePlan(stage, sum(len(chunk.layers) for chunk in chunks), number, updated, **parts))
     return found
@@ -142,9 +145,12 @@ def _forward_pass(architecture: Architecture, settings: PlanSettings) -> Forward
         fused=settings.device == "cuda",
         fp8=fp8,
         loss_models=2 if settings.distillation.teacher is not None else int(settings.z_loss > 0),
+        matched=settings.distillation.attention_weight > 0,
     )
 
 
-def _kept(work: ForwardPass, chunk: Chunk) -> dict[str, int]:
-    """By one micro-batch in one chunk."""
-    return {**work.saved(chunk.layers), "output": work.output_saved if chunk.last else 0}
+def _kept(work: ForwardPass, chunk: Chunk, beside: int) -> dict[str, int]:
+    """By one micro-batch in one chunk. beside: a teacher's hidden states in the tensor that the chunk was sent."""
+    saved = work.saved(chunk.layers)
+    saved["layer_inputs"] += beside
+    return {**saved, "output": work.output_saved if chunk.last else 0}

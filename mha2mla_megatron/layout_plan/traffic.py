@@ -58,8 +58,7 @@ def step_traffic(
     if parallel.context_parallel_size > 1 and (layers := sum(len(chunk.layers) for chunk in chunks)):
         sent["context: keys and values"] = sum(_context_parallel(work)) * layers * micro_batches
     if staged:
-        neighbours = sum((not chunk.first) + (not chunk.last) for chunk in chunks)
-        sent["pipeline: send"] = neighbours * work.hidden * micro_batches
+        sent["pipeline: send"] = _neighbours(chunks) * work.hidden * micro_batches
         name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
         if work.architecture.tie_word_embeddings and (first or last) and name in trained:
             sent["pipeline: all-reduce of the tied embedding's gradient"] = FLOAT32 * math.prod(trained[name])
@@ -69,20 +68,27 @@ def step_traffic(
     return sent
 
 
-def teacher_traffic(work: ForwardPass, micro_batches: int) -> dict[str, int]:
-    """What the teacher's forward passes send in a step on each rank, with no pipeline."""
-    (chunks,) = stage_chunks(work.architecture, work.parallel)
-    (chunk,) = chunks
+def teacher_traffic(work: ForwardPass, stage: int, micro_batches: int) -> dict[str, int]:
+    """What the teacher's forward passes send in a step on each rank of a pipeline stage. work: the teacher's."""
+    chunks = stage_chunks(work.architecture, work.parallel)[stage]
     tp, sent = work.parallel.tensor_model_parallel_size, {}
     if tp > 1:
-        forward, _ = _tensor_parallel(work, chunk)
+        forward = sum(_tensor_parallel(work, chunk)[0] for chunk in chunks)
         ring = forward if work.parallel.uses_sequence_parallel else 2 * forward
-        ring += _latents(work, chunk)[0]
+        ring += sum(_latents(work, chunk)[0] for chunk in chunks)
         sent["tensor: the teacher's forward pass"] = _share(ring * micro_batches, tp)
     if work.parallel.context_parallel_size > 1:
         forward, _ = _context_parallel(work)
-        sent["context: the teacher's keys and values"] = forward * len(chunk.layers) * micro_batches
+        layers = sum(len(chunk.layers) for chunk in chunks)
+        sent["context: the teacher's keys and values"] = forward * layers * micro_batches
+    if work.parallel.pipeline_model_parallel_size > 1:  # beside the model's, both ways: its gradient is 0
+        sent["pipeline: the teacher's hidden states"] = _neighbours(chunks) * work.hidden * micro_batches
     return sent
+
+
+def _neighbours(chunks: Sequence[Chunk]) -> int:
+    """Chunks of other stages that these send to in one forward and backward pass."""
+    return sum((not chunk.first) + (not chunk.last) for chunk in chunks)
 
 
 def _partial_gradients(parameters: dict[str, tuple[int, ...]], sequence_parallel: bool) -> int:

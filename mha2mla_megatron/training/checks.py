@@ -104,7 +104,8 @@ def check_graph(settings: FinetuneSettings, device: str) -> None:
 
 
 def check_teacher(settings: FinetuneSettings, teacher: Architecture, student: Architecture, world_size: int) -> None:
-    """Refuse a teacher that has another vocabulary, or cannot take the run's layout or samples."""
+    """Refuse a teacher that has another vocabulary, cannot take the run's layout or samples, or has attention layers
+    that distillation.attention_weight cannot compare with the student's."""
     try:
         check_layout(teacher, settings.parallel, world_size)
         check_samples(settings, teacher, world_size)
@@ -115,3 +116,13 @@ def check_teacher(settings: FinetuneSettings, teacher: Architecture, student: Ar
             f"distillation.teacher: {settings.distillation.teacher}: has a vocabulary of {teacher.vocab_size}, "
             f"the model has {student.vocab_size}"
         )
+    if settings.distillation.attention_weight > 0:
+        for name, found, wanted in (
+            ("num_hidden_layers", teacher.num_layers, student.num_layers),
+            ("hidden_size", teacher.hidden_size, student.hidden_size),
+        ):
+            if found != wanted:
+                raise UserError(
+                    f"distillation.attention_weight: {settings.distillation.attention_weight} needs a teacher with the "
+                    f"model's {name} {wanted}, {settings.distillation.teacher} has {found}; valid: 0"
+                )

@@ -103,7 +103,7 @@ class DistillationSettings:
     """Megatron checkpoint of a model with the same vocabulary, such as the original one. None: no distillation."""
 
     weight: float = 0.5
-    """w in the loss (1 - w) LM + w T^2 KL(teacher || student), from 0 to 1."""
+    """w in the loss (1 - w) LM + w (T^2 KL(teacher || student) + a M), from 0 to 1."""
 
     final_weight: float | None = None
     """w of the last step, which it is moved to in equal parts over the last decay_steps steps. None: w is constant."""
@@ -113,6 +113,10 @@ class DistillationSettings:
 
     temperature: float = 1.0
     """T, which divides both models' logits in the KL; from 0.01 to 100."""
+
+    attention_weight: float = 0.0
+    """a, of M, the mean over layers of ||o_s - o_t||^2 / ||o_t||^2, where o is what student's and teacher's attention
+    adds to the residual stream. Both have as many layers, and the same hidden size. 0: M is not computed."""
 
     def __post_init__(self) -> None:
         for key in ("weight", "final_weight"):
@@ -125,7 +129,9 @@ class DistillationSettings:
         low, high = TEMPERATURES
         if not low <= self.temperature <= high:
             raise UserError(f"distillation.temperature: {self.temperature} is not between {low} and {high}")
-        for key in ("weight", "final_weight", "temperature"):
+        if not 0 <= self.attention_weight < math.inf:
+            raise UserError(f"distillation.attention_weight: {self.attention_weight} is not a number of at least 0")
+        for key in ("weight", "final_weight", "temperature", "attention_weight"):
             if self.teacher is None and getattr(self, key) != getattr(DistillationSettings, key):
                 raise UserError(f"distillation.{key}: {getattr(self, key)} is given, distillation.teacher is not")
 
@@ -361,10 +367,6 @@ class FinetuneSettings:
         if warmup + decay > self.steps or warmup < 0 or decay < 1:
             raise UserError(
                 f"optimizer.warmup_steps {warmup} + optimizer.decay_steps {decay} do not fit into steps {self.steps}"
-            )
-        if self.distillation.teacher is not None and (pp := self.parallel.pipeline_model_parallel_size) > 1:
-            raise UserError(
-                f"distillation.teacher: not possible with parallel.pipeline_model_parallel_size {pp}; valid: 1"
             )
         if (given := self.distillation.decay_steps) is not None and given > self.steps:
             raise UserError(f"distillation.decay_steps: {given} does not fit into steps {self.steps}")

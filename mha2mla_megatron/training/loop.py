@@ -82,7 +82,7 @@ def _finetune(settings: FinetuneSettings) -> None:
     graph = graph_of(settings, device)
     chunks = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer(chunks, settings, dtype)
-    distillation = None if teacher is None else load_teacher(*teacher, settings, dtype, device)
+    distillation = None if teacher is None else load_teacher(*teacher, chunks, settings, dtype, device)
     model = [chunk.module for chunk in chunks]
     with own_root(root):
         resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)

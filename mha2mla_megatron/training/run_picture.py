@@ -12,7 +12,7 @@ from mha2mla_megatron.files import new_files
 from mha2mla_megatron.training.log_lines import log_lines
 
 PANELS = {
-    "loss": ("loss", "lm_loss", "kl", "z_loss"),
+    "loss": ("loss", "lm_loss", "kl", "attention_loss", "z_loss"),
     "validation loss": ("validation_loss",),
     "learning rate": ("lr",),
     "gradient norm": ("grad_norm",),
@@ -21,6 +21,9 @@ PANELS = {
     "peak memory [GiB]": ("peak_memory_gib",),
 }
 """Title of each panel, and the keys of log.jsonl that it shows."""
+
+STYLES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
+"""Of the lines of a panel's keys."""
 
 
 def plot_runs(roots: Sequence[Path], target: Path, overwrite: bool) -> None:
@@ -41,11 +44,12 @@ def plot_runs(roots: Sequence[Path], target: Path, overwrite: bool) -> None:
     figure = Figure(figsize=(9, 2.4 * len(shown)), layout="constrained")
     for axes, title in zip(figure.subplots(len(shown), sharex=True, squeeze=False)[:, 0], shown, strict=True):
         for index, (root, log) in enumerate(zip(roots, logs, strict=True)):
-            for key, style in zip(PANELS[title], ("-", "--", ":"), strict=False):
+            for key, style in zip(PANELS[title], STYLES, strict=False):
                 steps, values = series(log, key)
                 if steps:
                     label = picture_label(f"{root}" if key == PANELS[title][0] else f"{root}: {key}")
-                    axes.plot(steps, values, style, color=f"C{index % 10}", marker="." * (len(steps) < 50), label=label)
+                    marker = "." * (len(steps) < 50)
+                    axes.plot(steps, values, linestyle=style, color=f"C{index % 10}", marker=marker, label=label)
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")

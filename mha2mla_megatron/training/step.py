@@ -27,7 +27,7 @@ from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import only_where
 from mha2mla_megatron.training.param_groups import mark_parameters
-from mha2mla_megatron.training.token_losses import part_names, token_losses
+from mha2mla_megatron.training.token_losses import ATTENTION_LOSS, part_names, token_losses
 
 if TYPE_CHECKING:
     from mha2mla_megatron.training.step_graph import StepGraph
@@ -165,7 +165,8 @@ def train_step(
     else:
         losses = graph.run(chunks, batches, count, settings, device, distillation)
     sources = len(settings.data.sources)
-    means = StepMeans(losses, device, sources, part_names(settings))
+    layers = [] if distillation is None else _sums_of_layers(distillation, sources)
+    means = StepMeans([*losses, *layers], device, sources, part_names(settings))
     # Ranks agree on the loss, which is summed over them; those of one tensor-parallel group compute the same one. It is
     # looked at as late as the gradient norm: until then the host is ahead of the GPU.
     only_where(optimizer, lambda norm: math.isfinite(means.of()["loss"]) and is_usual(norm))
@@ -194,8 +195,8 @@ def run_micro_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`.
 
-    In training the loss has all its parts, and the losses of each source of a blend are summed apart, too; without
-    gradients it is that of the text.
+    In training the loss has all its parts but what layers add to it, and the losses of each source of a blend are
+    summed apart, too; without gradients it is that of the text.
     """
     step = partial(forward_step, device=device)
     if not forward_only:
@@ -203,7 +204,7 @@ def run_micro_batches(
     return get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=list(tee(batches, len(chunks))),  # every chunk sees every micro batch
-        model=list(chunks),
+        model=list(chunks if distillation is None else distillation.chunks),
         num_microbatches=count,
         seq_length=settings.data.sequence_length,
         micro_batch_size=settings.micro_batch_size,
@@ -220,7 +221,7 @@ def forward_step(
 ) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it.
 
-    settings: those of the loss; None is the text's alone.
+    settings: those of the loss; None is the text's alone. model: with a distillation one of its chunks.
     """
     sources = 0 if settings is None else len(settings.data.sources)
     found = next(batches)  # and what else the dataset says of a sample
@@ -239,16 +240,19 @@ def forward_step(
 
     if settings is None or not part_names(settings):
         return model(batch["tokens"], batch["position_ids"], mask, labels=batch["labels"]), summed
-    teacher, weight = None, 0.0
+    weight = 0.0 if distillation is None else distillation.weight
+    if distillation is not None and distillation.matching is not None:
+        distillation.matching.begin(batch["loss_mask"], source)
+    output, teacher = model(batch["tokens"], batch["position_ids"], mask), None
     if distillation is not None:
-        teacher, weight = distillation.predict(batch["tokens"], batch["position_ids"], mask), distillation.weight
+        output, teacher = output
 
     def loss_of_logits(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         parts = token_losses(batch["labels"], student, teacher, weight, settings)
         total, count, sums = summed(parts.pop("loss"))
         return total, count, sums | {k: (v.detach() * batch["loss_mask"]).sum() for k, v in parts.items()}
 
-    return model(batch["tokens"], batch["position_ids"], mask), loss_of_logits
+    return output, loss_of_logits
 
 
 def document_mask(document: torch.Tensor) -> torch.Tensor:
@@ -280,12 +284,13 @@ class StepMeans:
         sources: int = 0,
         parts: Sequence[str] = (),
     ) -> None:
-        """sums: of each micro batch, none but on the last pipeline stage. sources: how many the blend has. parts: names
-        of what makes up the loss."""
+        """sums: of each micro batch, none but on the last pipeline stage, and what this stage's layers add to some.
+        sources: how many the blend has. parts: names of what makes up the loss."""
         self.names = ["tokens", "loss", *_source_names(sources), *parts]
         self.total = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        for micro_batch in sums:
-            self.total += torch.stack([micro_batch[name].double() for name in self.names])
+        nothing = self.total.new_zeros(())
+        for found in sums:
+            self.total += torch.stack([found[name].double() if name in found else nothing for name in self.names])
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(self.total, group=everyone)
         torch.distributed.all_reduce(self.total, group=parallel_state.get_pipeline_model_parallel_group())
@@ -316,6 +321,16 @@ def _sums_by_source(
     each = torch.stack(((losses.detach().float() * loss_mask).sum(-1), loss_mask.sum(-1)))  # [2, b]
     sums = torch.zeros(2, sources, device=each.device).index_add_(1, source, each)
     return dict(zip(_source_names(sources), sums.flatten(), strict=True))
+
+
+def _sums_of_layers(distillation: Distillation, sources: int) -> list[dict[str, torch.Tensor]]:
+    """What the step's layers, and not its logits, add to the sums of the micro batches."""
+    if distillation.matching is None:
+        return []
+    matched = distillation.matching.take_sums()
+    losses = distillation.weight * distillation.matching.factor * matched
+    by_source = dict(zip(_source_names(sources)[:sources], losses, strict=True)) if sources else {}
+    return [{ATTENTION_LOSS: matched.sum(), "loss": losses.sum(), **by_source}]
 
 
 def _take_sources(parts: dict[str, float], tokens: int, sources: int) -> list[tuple[float, int]]:

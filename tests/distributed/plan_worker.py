@@ -37,8 +37,8 @@ RING = {
 }  # fmt: skip
 """Collective -> how often a ring takes (n - 1)/n of the whole tensor from each rank."""
 
-SINGLE_NUMBERS = 16
-"""Bytes up to which a message is one of those that the plan leaves out: the loss, the gradient norm."""
+SINGLE_NUMBERS = 40
+"""Bytes up to which a message is one of those that the plan leaves out: the loss and its parts, the gradient norm."""
 
 
 class Messages(TorchDispatchMode):
@@ -92,8 +92,8 @@ def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | 
         chunk.train()
     distillation, held = None, list[torch.nn.Module](chunks)
     if teacher is not None:
-        distillation = Distillation(parse_architecture(teacher, "teacher"), settings, dtype, device)
-        held.append(distillation.model)
+        distillation = Distillation(parse_architecture(teacher, "teacher"), chunks, settings, dtype, device)
+        held += distillation.teacher
     batch = random_batch(settings.micro_batch_size, settings.data.sequence_length, architecture.vocab_size)
     saved = SavedActivations(*held)
     with Messages() as messages, saved.recorded():
@@ -108,7 +108,7 @@ def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | 
     return {
         "stage": parallel_state.get_pipeline_model_parallel_rank(),
         "shapes": sorted(tuple(p.shape) for chunk in chunks for p in chunk.parameters()),
-        "teacher": sum(p.nbytes for p in held[-1].parameters()) if teacher is not None else 0,
+        "teacher": sum(p.nbytes for model in held[len(chunks) :] for p in model.parameters()),
         "gradients": sum(b.grad_data.nbytes for b in buffers),
         "buckets": sum(len(b.buckets) for b in buffers),
         "optimizer": sum(t.nbytes for t in [*moments, *masters, *averages]),

@@ -19,7 +19,7 @@ import torch
 
 from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
-from tests.conftest import ROOT, children, run_tool
+from tests.conftest import ROOT, children, make_llama, run_tool
 from tests.finetune_cases import (
     checkpoint_tensors,
     exported,
@@ -54,15 +54,29 @@ LAYOUTS = {
 }  # fmt: skip
 RESUMED = ("tp2", "pp2-vpp2")
 HELD_OUT = ["validation.data={workspace}/text", "validation.samples=5", "validation.interval=2"]
-TEACHER = ["distillation.teacher={workspace}/original-megatron", "distillation.temperature=2"]
-NO_TEACHER = ("pp2", "pp2-vpp2")
+PLAIN = [*HELD_OUT, "z_loss=0.01"]
+LOSSES = {
+    "plain": PLAIN,
+    "taught": [
+        *PLAIN, "distillation.teacher={workspace}/original-megatron", "distillation.temperature=2",
+        "distillation.attention_weight=0.5",
+    ],
+    "wide": [*HELD_OUT, "distillation.teacher={workspace}/wide-megatron"],
+}  # fmt: skip
+"""What the loss is made of; the wide teacher has another hidden size, and its output layer is not its embedding."""
+WITH_LOSSES = {
+    **{f"taught-{layout}": LAYOUTS[layout] for layout in LAYOUTS},
+    "taught-pp2-full": [*LAYOUTS["pp2"], "recompute=full"],
+    "wide-pp2": LAYOUTS["pp2"],
+    "plain-pp2-vpp2": LAYOUTS["pp2-vpp2"],
+}
 # The first pipeline stage trains nothing, its tied embedding neither; the last step's norm is above the median.
 PARTS = [
     *HELD_OUT, "keep_best=true", "optimizer.spike_factor=1", "optimizer.spike_window=3",
     'optimizer.lr_scale={{"*": 0, attention: 1, latents: 0.5, "decoder.layers.[01].*": 0}}',
 ]  # fmt: skip
-# The same of low-rank updates.
-LORA = [*HELD_OUT, "lora.rank=4", "lora.alpha=10", "lora.targets=['decoder.layers.[23].*']"]
+# The same of low-rank updates, with a teacher.
+LORA = [*LOSSES["taught"], "lora.rank=4", "lora.alpha=10", "lora.targets=['decoder.layers.[23].*']"]
 WITH_PARTS = {
     **{f"parts-{layout}": (layout, PARTS) for layout in ("pp2", "tp2-sp", "dp2")},
     **{f"lora-{layout}": (layout, LORA) for layout in ("pp2", "tp2", "tp2-sp")},
@@ -76,7 +90,10 @@ LONG = ("steps=24", "save_interval=4", *LAYOUTS["tp2"])
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_workspace(tmp_path_factory.mktemp("finetune-parallel"))
+    root = make_workspace(tmp_path_factory.mktemp("finetune-parallel"))
+    make_llama(root / "wide", num_hidden_layers=4, hidden_size=96, tied=False, seed=1)
+    run_tool("convert_hf_to_megatron", root / "wide", root / "wide-megatron")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +115,10 @@ def results(workspace: Path) -> Path:
             add(f"{model}-resumed-{layout}", model, *LAYOUTS[layout])
         for layout, words in LAYOUTS.items():
             add(f"{model}-{layout}", model, *words)
-    for name, words in (("plain", [*HELD_OUT, "z_loss=0.01"]), ("taught", [*HELD_OUT, *TEACHER, "z_loss=0.01"])):
-        words = _filled(words, workspace)
-        finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *words)
-        for layout in LAYOUTS:
-            if (layout in NO_TEACHER) == (name == "plain"):
-                add(f"{name}-{layout}", "mla", *LAYOUTS[layout], *words)
+    for name, words in LOSSES.items():
+        finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *_filled(words, workspace))
+    for name, layout in WITH_LOSSES.items():
+        add(name, "mla", *layout, *_filled(LOSSES[name.split("-")[0]], workspace))
     for name, words in (("parts", PARTS), ("lora", LORA)):
         finetune(workspace, "mla", folder / f"{name}-single", *SCHEDULE, *_filled(words, workspace))
     for name in [name for name in WITH_PARTS if "resumed" in name]:
@@ -153,12 +168,11 @@ def test_same_as_one_process(results: Path, tmp_path: Path, model: str, layout: 
         assert (tensor - after[name]).abs().max() <= 1e-4 * tensor.abs().max(), name
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_teacher_z_loss_and_validation_are_those_of_one_process(results: Path, layout: str) -> None:
+@pytest.mark.parametrize("case", WITH_LOSSES)
+def test_teacher_z_loss_and_validation_are_those_of_one_process(results: Path, case: str) -> None:
     """The first moments of step 2 are means of two steps' gradients, both taken before a weight was changed."""
-    name = "plain" if layout in NO_TEACHER else "taught"
-    single, split = results / f"{name}-single", results / f"{name}-{layout}"
-    assert [run["code"] for run in outcome(results, split.name)] == [0, 0]
+    single, split = results / f"{case.split('-')[0]}-single", results / case
+    assert [run["code"] for run in outcome(results, split.name)] == [0, 0], outcome(results, split.name)
     for a, b in zip(read_log(single), read_log(split), strict=True):
         if "validation_loss" in a:
             assert b["validation_loss"] == pytest.approx(a["validation_loss"], rel=1e-6)
@@ -168,7 +182,7 @@ def test_teacher_z_loss_and_validation_are_those_of_one_process(results: Path, l
             )
     before, after = checkpoint_tensors(single, 2), checkpoint_tensors(split, 2)
     gradients = [key for key in before if key.startswith("optimizer.state.exp_avg.")]
-    assert gradients
+    assert gradients and before.keys() == after.keys()  # the teacher is not saved
     for key in gradients:
         assert (before[key] - after[key]).abs().max() <= 1e-5 * before[key].abs().max(), key
 

@@ -33,6 +33,7 @@ TP, PP, SP, VPP, CP, STAGES = (
         "pipeline_model_parallel_layout",
     )
 )
+MATCHED = "distillation.attention_weight=1"
 SETTINGS = ("implementation=local", "micro_batch_size=2", "global_batch_size=16", "data.sequence_length=32")
 CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
     2: {
@@ -54,6 +55,9 @@ CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
         "tp2-sp-experts-full": ("experts", (TP, SP, "dtype=float32", "recompute=full")),
         "pp2-experts": ("experts", (PP, "dtype=float32")),
         "tp2-norms-teacher": ("value", (TP, "dtype=float32")),
+        "tp2-sp-matched-teacher": ("split", (TP, SP, "dtype=bfloat16", MATCHED)),
+        "pp2-matched-teacher": ("joint", (PP, "dtype=float32", MATCHED)),
+        "pp2-vpp2-wide-teacher": ("original", (PP, VPP, "dtype=float32")),
     },
     4: {
         "tp2-pp2": ("original", (TP, PP, "dtype=float32")),
@@ -99,16 +103,18 @@ def write_model(folder: Path, config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_step(tmp_path: Path, processes: int) -> None:
     (tmp_path / "run.yaml").write_text("")
-    teacher = model_config("original")
-    write_model(tmp_path / "teacher", teacher)
+    teachers = {"teacher": model_config("original"), "wide-teacher": {**model_config("original"), "hidden_size": 96}}
+    for name, config in teachers.items():
+        write_model(tmp_path / name, config)
     cases = []
     for name, (kind, words) in CASES[processes].items():
         write_model(tmp_path / name, model_config(kind))
         settings = [*SETTINGS, *words]
-        if name.endswith("teacher"):
-            settings.append(f"distillation.teacher={tmp_path / 'teacher'}")
+        teacher = next((key for key in reversed(teachers) if name.endswith(key)), None)
+        if teacher is not None:
+            settings.append(f"distillation.teacher={tmp_path / teacher}")
         case = {"name": name, "config": model_config(kind), "settings": settings}
-        cases.append({**case, "teacher": teacher if name.endswith("teacher") else None})
+        cases.append({**case, "teacher": teacher and teachers[teacher]})
         run_tool(
             "plan", tmp_path / "run.yaml", f"model={tmp_path / name}", f"gpus={processes}", "device=cpu", *settings,
             f"output={tmp_path / name}.plan.json",

@@ -41,7 +41,7 @@ from mha2mla_megatron.model.provider import build_model, transformer_config
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.config import DataSettings, DistillationSettings, FinetuneSettings
-from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.distillation import Distillation, build_teacher
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import StepResult, build_training_model, train_step
 from mha2mla_megatron.training.step_graph import WARMUP, capture, graph_of, use_own_stream
@@ -196,7 +196,7 @@ def training_step(
     chunks = build_training_model(architecture, run, dtype, device)
     distillation = None
     if run.distillation.teacher is not None:
-        distillation = Distillation(make_architecture(shape, "original"), run, dtype, device)
+        distillation = Distillation(make_architecture(shape, "original"), chunks, run, dtype, device)
     optimizer, schedule = build_optimizer(chunks, run, dtype)
     schedule.step(0)
     batches = random_batches(shape, device)
@@ -213,9 +213,9 @@ def teacher_forward(shape: Shape, run: FinetuneSettings, device: torch.device) -
     """A function that runs what a teacher adds to the step, its forward pass, alone; as a graph where the step is."""
     if run.cuda_graph:
         use_own_stream()
-    distillation = Distillation(make_architecture(shape, "original"), run, training_type(device), device)
+    (teacher,) = build_teacher(make_architecture(shape, "original"), run, training_type(device), device)
     batch = next(random_batches(shape, device))
-    forward = partial(distillation.predict, batch["tokens"], batch["position_ids"])
+    forward = torch.no_grad()(partial(teacher, batch["tokens"], batch["position_ids"], None))
     if not run.cuda_graph:
         return forward
     for _ in range(WARMUP):
