@@ -23,6 +23,9 @@ FLOAT32_LIMIT = 2e-6
 NOISE_FACTOR = 1.5
 """In bf16: how much more than the same lines lose in bf16 with an exact rotation. Those round after each operation."""
 
+ONE_ROUNDING = 2**-8
+"""To bf16, relative, at worst. What the lines lose can be less by luck where a result has few numbers."""
+
 
 class OneProcess:
     """A tensor-parallel group of one."""
@@ -218,7 +221,7 @@ def main(count: int, seed: int) -> None:
         case = random_case(rng)
         for dtype in (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,):
             for name, (error, noise) in errors(case, seed + number, dtype, device).items():
-                limit = FLOAT32_LIMIT if dtype == torch.float32 else NOISE_FACTOR * noise + 1e-3
+                limit = FLOAT32_LIMIT if dtype == torch.float32 else NOISE_FACTOR * noise + ONE_ROUNDING
                 assert error < limit, f"{case}, {dtype}, {name}: {error:.2e}, limit {limit:.2e}"
     print(f"{count} cases")
 

@@ -73,7 +73,8 @@ def test_bounds() -> None:
 
 def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers of all widths, over a cache that grows: a kernel is compiled for each power of two that holds the latent,
-    or for rotated keys of which 2, 4 or 8 columns can be moved at once and for none; not for each layer and length."""
+    or for rotated keys of which 2, 4 or 8 columns can be moved at once and for none, and for 128 columns; not for each
+    layer and length."""
     pytest.importorskip("triton")
     with counted_variants(monkeypatch) as variants:
         for rope_dim, rank in [(0, 184), *zip(range(2, 42, 2), range(24, 184, 8), strict=True)]:
@@ -82,7 +83,7 @@ def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
                 inputs, _ = make_inputs(Case(*shape, dtype=torch.bfloat16, mask="static", gap=0))
                 flash_decode(**inputs)
     counts = {name: len(found) for name, found in variants.items()}
-    assert counts == {"_score_rows": 4, "_average_rows": 4, "_combine_splits": 4}
+    assert counts == {"_score_rows": 5, "_average_rows": 5, "_combine_splits": 4}
 
 
 def test_benchmark_on_the_cpu(tmp_path: Path) -> None:

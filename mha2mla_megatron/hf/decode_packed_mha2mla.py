@@ -36,6 +36,7 @@ from .decode_triton_mha2mla import (
     LOG2_E,
     PRECISIONS,
     _combine_splits,
+    _constant,
     _jit,
     _jit_for_any,
     _load_rows,
@@ -160,7 +161,7 @@ def flash_decode_packed(
     vector = _vector(16, unrotated.width, keys.start, k, values.start, v)
     width = unrotated.width // vector
     common = dict(
-        VECTOR=vector, NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
+        VECTOR=vector, WIDTH=_constant(unrotated.width), NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
         WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=_COMPILED,
     )  # fmt: skip
     guard = torch.cuda.device(device) if q_key.is_cuda and not torch.compiler.is_compiling() else nullcontext()
@@ -174,14 +175,14 @@ def flash_decode_packed(
         _score_packed[(score_tiles, -(-m // block_m), batch)](
             q_rope, q_key, *dealt, q_key if mask is None else mask, length, scores, tops,
             rope.codes, rope.scale, rope.zero, rope.window, *latents, mask_batch, m, unrotated.blocks, g // rope_vector,
-            k // vector, keys.start // vector, width, ROPE_VECTOR=rope_vector, HAS_ROPE=g > 0, ROPE_NBITS=rope.nbits,
-            HAS_MASK=mask is not None, SHARE=share, BLOCK_M=block_m, BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k,
+            k // vector, keys.start // vector, width, ROPE_VECTOR=rope_vector, G=_constant(g), K=_constant(k),
+            K_FIRST=_constant(keys.start), HAS_ROPE=g > 0, ROPE_NBITS=rope.nbits, HAS_MASK=mask is not None, SHARE=share, BLOCK_M=block_m, BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k,
             STAGES=tiles.score_stages, num_warps=tiles.score_warps, num_stages=tiles.score_stages, **common,
         )  # fmt: skip
         _average_packed[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
             length, scores, tops, partial, logsumexp, *latents, m, unrotated.blocks, v // vector,
-            values.start // vector, width, scaling * LOG2_E / share, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n, SCORE_N=tiles.score_n, STAGES=tiles.stages, WARPS=tiles.warps,
+            values.start // vector, width, scaling * LOG2_E / share, V=_constant(v),
+            V_FIRST=_constant(values.start), BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCORE_N=tiles.score_n, STAGES=tiles.stages, WARPS=tiles.warps,
             num_warps=tiles.warps, num_stages=tiles.stages, **common,
         )  # fmt: skip
         combine_vector = _vector(8, v)
@@ -195,15 +196,16 @@ def flash_decode_packed(
 def _score_packed(
     q_rope, q_key, dealt_rope, dealt_key, mask, length, scores, tops, rope_codes, rope_scale, rope_zero, rope_window,
     codes, scale, zero, window, mask_batch, m, blocks, g, k, k_first, width,
-    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, HAS_ROPE: tl.constexpr, NBITS: tl.constexpr,
-    ROPE_NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
+    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr, K: tl.constexpr, K_FIRST: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_ROPE: tl.constexpr, NBITS: tl.constexpr, ROPE_NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
     HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Scores [b, n GROUP + WINDOW, m] of the packed tokens, then of the window's slots, over g rotated columns and k
     key columns; -inf where a token is hidden or a slot empty; not yet scaled. The largest
     ones [b, programs, m] of every tile with tokens."""
-    g, k, k_first, width = g * ROPE_VECTOR, k * VECTOR, k_first * VECTOR, width * VECTOR
+    g, k = G if G > 0 else g * ROPE_VECTOR, K if K > 0 else k * VECTOR
+    k_first, width = K_FIRST if K_FIRST > 0 else k_first * VECTOR, WIDTH if WIDTH > 0 else width * VECTOR
     batch, packed_rows = tl.program_id(2).to(tl.int64), blocks * GROUP
     rows_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask += batch * mask_batch
@@ -254,12 +256,14 @@ def _score_packed(
 @_jit_for_any("blocks", "v", "v_first", "width")
 def _average_packed(
     length, scores, tops, context, logsumexp, codes, scale, zero, window, m, blocks, v, v_first, width, factor,
-    VECTOR: tl.constexpr, NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SCORE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
+    VECTOR: tl.constexpr, V: tl.constexpr, V_FIRST: tl.constexpr, WIDTH: tl.constexpr, NBITS: tl.constexpr,
+    GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCORE_N: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """Context over one split of one sequence's tokens, for BLOCK_M query rows and BLOCK_C of v value columns."""
-    v, v_first, width = v * VECTOR, v_first * VECTOR, width * VECTOR
+    v, v_first = V if V > 0 else v * VECTOR, V_FIRST if V_FIRST > 0 else v_first * VECTOR
+    width = WIDTH if WIDTH > 0 else width * VECTOR
     v_tiles = tl.cdiv(v, BLOCK_C)
     tile, split, batch = tl.program_id(0) % v_tiles, tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows_m = (tl.program_id(0) // v_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

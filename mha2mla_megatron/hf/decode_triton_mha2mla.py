@@ -17,7 +17,8 @@ for that, the first kernel scores them too, and they are read twice.
 Layers of one model may differ in all widths, and a cache grows, so widths, strides and lengths are arguments, not
 constants, and what is compiled for one layer serves the others: a kernel takes half a second to compile, and constants
 would make it 30 layers times the kernels. What the compiler has to know is how many columns a load may move at once:
-widths and strides come as multiples of that constant.
+widths and strides come as multiples of that constant. Multiples of 128, of which a model has few, are constants still:
+a width that fills its tiles saves masks and registers.
 
 (Rotated columns scored in the second kernel would save the scores' way through memory, a tenth of a row, but two chains
 of matrix instructions in its loop read wrong addresses with Triton 3.6.)
@@ -79,6 +80,11 @@ def _jit_for_any(*sizes: str) -> Any:
 def _vector(most: int, *sizes: int) -> int:
     """Columns that a load may move at once: a power of two, at most `most`, that divides these widths and strides."""
     return math.gcd(most, *sizes)
+
+
+def _constant(size: int) -> int:
+    """The width, if the kernels are to have it as a constant, or 0."""
+    return size if size % 128 == 0 else 0
 
 
 def _row_layout(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
@@ -214,15 +220,15 @@ def flash_decode(
     with guard:
         _score_rows[(-(-t // 128), -(-m // block_m), batch)](
             q_rope, q_key, k_rope, unrotated[..., keys], unrotated if mask is None else mask, bounds, scores,
-            rope_rows, rope_row // rope_vector, rows, row // vector, *mask_strides,
-            m, length, t, g // rope_vector, k // vector, ROPE_VECTOR=rope_vector, VECTOR=vector, HAS_ROPE=g > 0,
+            rope_rows, rope_row // rope_vector, rows, row // vector, *mask_strides, m, length, t, g // rope_vector,
+            k // vector, ROPE_VECTOR=rope_vector, VECTOR=vector, G=_constant(g), K=_constant(k), HAS_ROPE=g > 0,
             HAS_KEYS=k > 0 and not tiles.scores_values, HAS_MASK=mask is not None, ONE_QUERY=length == 1,
             PRECISION=precision, BLOCK_M=block_m, BLOCK_N=128, BLOCK_K=128 // element_size, STAGES=4, num_warps=4,
             num_stages=4,
         )  # fmt: skip
         _average_rows[(v_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
             q_key, unrotated[..., values], bounds, scores, partial, logsumexp, rows, row // vector, m, t, v // vector,
-            scaling * LOG2_E, VECTOR=vector, HAS_BOUNDS=mask is not None,
+            scaling * LOG2_E, VECTOR=vector, V=_constant(v), HAS_BOUNDS=mask is not None,
             SCORES_VALUES=tiles.scores_values, PRECISION=precision, BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n, STAGES=tiles.stages, num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
@@ -236,13 +242,14 @@ def flash_decode(
 def _score_rows(
     q_rope, q_key, k_rope, keys, mask, bounds, scores, rope_rows, rope_row, rows, row, mask_batch, mask_query,
     m, queries, t, g, k,
-    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, HAS_ROPE: tl.constexpr, HAS_KEYS: tl.constexpr,
-    HAS_MASK: tl.constexpr, ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HAS_ROPE: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores [b, t, m] of BLOCK_N rows over g rotated columns and k others, -inf where a query does not see the row;
     not yet scaled."""
-    g, k, rope_row, row = g * ROPE_VECTOR, k * VECTOR, rope_row * ROPE_VECTOR, row * VECTOR
+    g, k = G if G > 0 else g * ROPE_VECTOR, K if K > 0 else k * VECTOR
+    rope_row, row = rope_row * ROPE_VECTOR, row * VECTOR
     batch, n = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_N
     begin, end = 0, t
     if HAS_MASK:
@@ -294,11 +301,11 @@ def _load_rows(pointer, stride, rows, end, column, columns):
 @_jit_for_any("rows", "row", "t", "v")
 def _average_rows(
     q_values, values, bounds, scores, context, logsumexp, rows, row, m, t, v, scale,
-    VECTOR: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_VALUES: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    VECTOR: tl.constexpr, V: tl.constexpr, HAS_BOUNDS: tl.constexpr, SCORES_VALUES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Context over one split of one sequence's rows, for BLOCK_M query rows and BLOCK_C of v value columns."""
-    v, row = v * VECTOR, row * VECTOR
+    v, row = V if V > 0 else v * VECTOR, row * VECTOR
     v_tiles = tl.cdiv(v, BLOCK_C)
     tile, split, batch = tl.program_id(0) % v_tiles, tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows_m = (tl.program_id(0) // v_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)

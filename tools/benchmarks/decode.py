@@ -291,7 +291,7 @@ def row_kernel(batch: int, context: int, shape: Shape, conversion: Conversion, d
     inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
 
     def run(tiles: Tiles | None = None) -> torch.Tensor:
-        scaling = (columns + rank) ** -0.5
+        scaling = (columns + q_key.shape[-1]) ** -0.5
         return flash_decode(q_rope, q_key, k_rope, unrotated, keys, values, inputs["mask"], scaling, tiles)
 
     chosen = choose_tiles(batch, heads, context, rank, keys == values, 2, *device_limits(device.index))
@@ -318,7 +318,7 @@ def packed_kernel(
     inputs = {"mask": torch.ones(batch, 1, 1, context, dtype=torch.bool, device=device)}
 
     def run(tiles: PackedTiles | None = None) -> torch.Tensor:
-        mask, scaling = inputs["mask"], (columns + rank) ** -0.5
+        mask, scaling = inputs["mask"], (columns + q_key.shape[-1]) ** -0.5
         return flash_decode_packed(q_rope, q_key, rope, unrotated, keys, values, count, mask, scaling, tiles)
 
     def rows() -> torch.Tensor:
