@@ -161,8 +161,8 @@ def flash_decode_packed(
     vector = _vector(16, unrotated.width, keys.start, k, values.start, v)
     width = unrotated.width // vector
     common = dict(
-        VECTOR=vector, WIDTH=_constant(unrotated.width), NBITS=unrotated.nbits, GROUP=unrotated.group_size, RESIDUAL=unrotated.residual_length,
-        WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=_COMPILED,
+        VECTOR=vector, WIDTH=_constant(unrotated.width), NBITS=unrotated.nbits, GROUP=unrotated.group_size,
+        RESIDUAL=unrotated.residual_length, WINDOW=window, PRECISION=PRECISIONS[dtype], ASM=_COMPILED,
     )  # fmt: skip
     guard = torch.cuda.device(device) if q_key.is_cuda and not torch.compiler.is_compiling() else nullcontext()
     with guard:
@@ -176,14 +176,15 @@ def flash_decode_packed(
             q_rope, q_key, *dealt, q_key if mask is None else mask, length, scores, tops,
             rope.codes, rope.scale, rope.zero, rope.window, *latents, mask_batch, m, unrotated.blocks, g // rope_vector,
             k // vector, keys.start // vector, width, ROPE_VECTOR=rope_vector, G=_constant(g), K=_constant(k),
-            K_FIRST=_constant(keys.start), HAS_ROPE=g > 0, ROPE_NBITS=rope.nbits, HAS_MASK=mask is not None, SHARE=share, BLOCK_M=block_m, BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k,
-            STAGES=tiles.score_stages, num_warps=tiles.score_warps, num_stages=tiles.score_stages, **common,
+            K_FIRST=_constant(keys.start), HAS_ROPE=g > 0, ROPE_NBITS=rope.nbits, HAS_MASK=mask is not None,
+            SHARE=share, BLOCK_M=block_m, BLOCK_N=tiles.score_n, BLOCK_K=tiles.score_k, STAGES=tiles.score_stages,
+            num_warps=tiles.score_warps, num_stages=tiles.score_stages, **common,
         )  # fmt: skip
         _average_packed[(c_tiles * -(-m // tiles.block_m), tiles.splits, batch)](
             length, scores, tops, partial, logsumexp, *latents, m, unrotated.blocks, v // vector,
-            values.start // vector, width, scaling * LOG2_E / share, V=_constant(v),
-            V_FIRST=_constant(values.start), BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCORE_N=tiles.score_n, STAGES=tiles.stages, WARPS=tiles.warps,
-            num_warps=tiles.warps, num_stages=tiles.stages, **common,
+            values.start // vector, width, scaling * LOG2_E / share, V=_constant(v), V_FIRST=_constant(values.start),
+            BLOCK_C=tiles.block_c, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, SCORE_N=tiles.score_n,
+            STAGES=tiles.stages, WARPS=tiles.warps, num_warps=tiles.warps, num_stages=tiles.stages, **common,
         )  # fmt: skip
         combine_vector = _vector(8, v)
         _combine_splits[(batch * m, -(-v // c_block))](
@@ -197,9 +198,9 @@ def _score_packed(
     q_rope, q_key, dealt_rope, dealt_key, mask, length, scores, tops, rope_codes, rope_scale, rope_zero, rope_window,
     codes, scale, zero, window, mask_batch, m, blocks, g, k, k_first, width,
     ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr, K: tl.constexpr, K_FIRST: tl.constexpr,
-    WIDTH: tl.constexpr, HAS_ROPE: tl.constexpr, NBITS: tl.constexpr, ROPE_NBITS: tl.constexpr, GROUP: tl.constexpr, RESIDUAL: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_ROPE: tl.constexpr, NBITS: tl.constexpr, ROPE_NBITS: tl.constexpr, GROUP: tl.constexpr,
+    RESIDUAL: tl.constexpr, WINDOW: tl.constexpr, HAS_MASK: tl.constexpr, PRECISION: tl.constexpr, SHARE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Scores [b, n GROUP + WINDOW, m] of the packed tokens, then of the window's slots, over g rotated columns and k
     key columns; -inf where a token is hidden or a slot empty; not yet scaled. The largest

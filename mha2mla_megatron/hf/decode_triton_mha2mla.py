@@ -243,8 +243,8 @@ def _score_rows(
     q_rope, q_key, k_rope, keys, mask, bounds, scores, rope_rows, rope_row, rows, row, mask_batch, mask_query,
     m, queries, t, g, k,
     ROPE_VECTOR: tl.constexpr, VECTOR: tl.constexpr, G: tl.constexpr, K: tl.constexpr, HAS_ROPE: tl.constexpr,
-    HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    HAS_KEYS: tl.constexpr, HAS_MASK: tl.constexpr, ONE_QUERY: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Scores [b, t, m] of BLOCK_N rows over g rotated columns and k others, -inf where a query does not see the row;
     not yet scaled."""
