@@ -465,6 +465,24 @@ def test_a_model_without_a_run_is_not_resumed(workspace: Path) -> None:
     assert f"save: {root} holds the weights of a model and no run" in line and f"load={root}" in line
 
 
+def test_a_model_of_hf_is_no_run(workspace: Path, tmp_path: Path) -> None:
+    """Checkpoints beside its weights would make it look like what came of the run."""
+    root = shutil.copytree(workspace / "mla", tmp_path / "hf")
+    before = sorted(root.iterdir())
+    line = refused("finetune", *run_words(workspace, "mla", root, *SCHEDULE))
+    assert f"save: {root}: holds a Hugging Face model (model.safetensors)" in line
+    assert sorted(root.iterdir()) == before
+
+
+def test_steps_that_the_run_has_done(workspace: Path, unbroken: dict[str, Path], tmp_path: Path) -> None:
+    root = shutil.copytree(unbroken["mla"], tmp_path / "run")
+    log = (root / "log.jsonl").read_bytes()
+    line = refused("finetune", *run_words(workspace, "mla", root, *SCHEDULE, "steps=4"))
+    assert f"steps: 4, but {root} is at step 6; valid: 6 or more" in line
+    done = run_tool("finetune", *run_words(workspace, "mla", root, *SCHEDULE))
+    assert "step 6 was the last one" in done.stdout and (root / "log.jsonl").read_bytes() == log
+
+
 def test_tensorboard_of_a_resumed_run_has_every_step_once(
     workspace: Path, unbroken: dict[str, Path], tmp_path: Path
 ) -> None:

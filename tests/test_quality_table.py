@@ -17,6 +17,7 @@ from mha2mla_megatron.quality import stages
 from mha2mla_megatron.quality.settings import QualitySettings, expand
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training import loop
+from mha2mla_megatron.training.config import FinetuneSettings
 from tests.conftest import PROSE, ROOT, make_llama, make_tokenizer, refused, run_tool
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
@@ -265,6 +266,39 @@ def test_examples_are_tables(tmp_path: Path, workspace: Path, file: Path) -> Non
     settings = load_settings(QualitySettings, [*words, f"texts={{a: {workspace / 'heldout.txt'}}}"], file)
     entries, _ = expand(settings, "model", "text")
     assert {entry.row for entry in entries} == {"original", *settings.rows}
+
+
+def test_what_a_line_is_known_by(tmp_path: Path, workspace: Path) -> None:
+    """Its settings but the default ones, which a later version may bring, and the contents of its token files: a corpus
+    made anew, with documents as long as before, is another one. A row's blend takes the place of the common one."""
+    for suffix in (".bin", ".idx", ".json"):
+        for name in ("a", "b"):
+            shutil.copy(workspace / f"tokens{suffix}", tmp_path / f"{name}{suffix}")
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    row = {"low_rank": {"method": "joint", "kv_lora_rank": 24}}
+    own = {"default": {"seed": FinetuneSettings().seed}, "other": {"seed": 7}, "blend": {"data": {"train": {b: 1.0}}}}
+    config["rows"] = {"plain": row, **{name: {**row, "finetune": values} for name, values in own.items()}}
+    config["finetune"]["data"]["train"] = {a: 1.0}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+    def keys() -> dict[str, str]:
+        settings = load_settings(QualitySettings, [f"out={tmp_path / 'out'}"], tmp_path / "table.yaml")
+        entries, _ = expand(settings, "model", "text")
+        trained = {entry.row: entry.training for entry in entries if entry.kind == "fine-tuned"}
+        assert {row: one.data.train for row, one in trained.items() if one is not None} == {
+            "original": {a: 1.0}, "plain": {a: 1.0}, "default": {a: 1.0}, "other": {a: 1.0}, "blend": {b: 1.0}
+        }  # fmt: skip
+        return {entry.row: entry.key for entry in entries if entry.kind == "fine-tuned"}
+
+    before = keys()
+    # The same contents under another name are the same.
+    assert before["plain"] == before["default"] == before["blend"] != before["other"]
+    tokens = bytearray((tmp_path / "a.bin").read_bytes())
+    tokens[0] ^= 1
+    (tmp_path / "a.bin").write_bytes(tokens)
+    after = keys()
+    assert after["plain"] != before["plain"] and after["blend"] == before["blend"]
 
 
 def test_rows_of_one_conversion_keep_their_names(tmp_path: Path, workspace: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from mha2mla_megatron.calibration.run import CalibrateSettings
 from mha2mla_megatron.convert import OF_THE_OUTPUT, ConvertSettings
@@ -17,7 +19,7 @@ from mha2mla_megatron.evaluation.perplexity import PerplexitySettings
 from mha2mla_megatron.files import file_sha256
 from mha2mla_megatron.settings import make_settings, require_keys, to_dict
 from mha2mla_megatron.sweep import conversion_settings, leaves
-from mha2mla_megatron.training.config import FinetuneSettings
+from mha2mla_megatron.training.config import DistillationSettings, FinetuneSettings
 
 KINDS = ("as it is", "fine-tuned", "distilled")
 """What a model has been through after the conversion, if there was one."""
@@ -140,9 +142,11 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
 
     Raises UserError for settings that any of the tools refuses.
     """
-    inputs = {"model": model_sha256, "text": text_sha256, "calibrate": to_dict(settings.calibrate)}
+    calibrate = _less(to_dict(settings.calibrate), to_dict(CalibrateSettings()))
+    inputs = {"model": model_sha256, "text": text_sha256, "calibrate": calibrate}
     work = Work(Path(str(settings.out)), model_sha256, hash_of(inputs))
     entries: list[Entry] = []
+    sha256 = functools.cache(file_sha256)  # rows share token files, which may be large
     for row, values in {"original": None, **settings.rows}.items():
         if not isinstance(values, dict | None):
             raise UserError(f"rows.{row}: {values!r} is not a mapping of settings")
@@ -160,7 +164,7 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
             training, teacher = None, None
             if values_of_kind is not None:
                 training, teacher = _training(row, values_of_kind, entries, work)
-            keys = hash_of(about), hash_of({**about, "training": _identity(training, teacher)})
+            keys = hash_of(about), hash_of({**about, "training": _identity(training, teacher, sha256)})
             entries.append(Entry(row, str(series), kind, conversion, training, *keys, source, teacher))
     files = [entry.file for entry in entries]
     for entry in entries:
@@ -181,14 +185,14 @@ def _trainings(row: str, settings: QualitySettings, fit: Any, distill: Any) -> d
     found: dict[str, dict[str, Any] | None] = {KINDS[0]: None}
     if not settings.finetune:
         return found
-    common = _merged(settings.finetune, fit if isinstance(fit, dict) else {})
+    common = _merged(FinetuneSettings, settings.finetune, fit if isinstance(fit, dict) else {})
     for key in ("load", "save", "distillation"):
         if key in common:
             raise UserError(f"finetune.{key}: set for each run; leave it out")
     if fit is not False:
         found[KINDS[1]] = common
     if settings.distillation and distill is not False:
-        own = _merged(settings.distillation, distill if isinstance(distill, dict) else {})
+        own = _merged(DistillationSettings, settings.distillation, distill if isinstance(distill, dict) else {})
         found[KINDS[2]] = {**common, "distillation": {"teacher": "original", **own}}
     return found
 
@@ -219,11 +223,18 @@ def _trained_line(key: str, name: Any, above: list[Entry]) -> Entry | None:
     return trained[name]
 
 
-def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings, of which the second one counts where both have a key."""
-    both = {key: _merged(common[key], value) for key, value in own.items()
-            if isinstance(value, dict) and isinstance(common.get(key), dict)}  # fmt: skip
-    return {**common, **own, **both}
+def _merged(schema: type, common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings of a dataclass, of which the second ones count where both have a key. As in `load_settings` a
+    blend, and whatever else is not always a mapping, is taken as a whole; other mappings of names add up."""
+    types, merged = get_type_hints(schema), {**common, **own}
+    for key, value in own.items():
+        if not isinstance(value, dict) or not isinstance(common.get(key), dict):
+            continue
+        if is_dataclass(kind := types.get(key)):
+            merged[key] = _merged(kind, common[key], value)  # type: ignore[arg-type]
+        elif kind is not Any and value:
+            merged[key] = {**common[key], **value}
+    return merged
 
 
 def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
@@ -235,25 +246,43 @@ def _plain(conversion: ConvertSettings | None) -> dict[str, Any] | None:
         if values[part][name] == conversion.statistics:
             values[part] = {**values[part], name: None}
     values["statistics"] = conversion.statistics is not None
-    return values
+    return _less(values, to_dict(ConvertSettings()))
 
 
-def _identity(training: FinetuneSettings | None, teacher: Entry | None) -> dict[str, Any] | None:
-    """The settings with the contents of the token files, and of the teacher's training, in place of their names."""
+def _identity(
+    training: FinetuneSettings | None, teacher: Entry | None, sha256: Callable[[Path], str]
+) -> dict[str, Any] | None:
+    """The settings that are not the default ones, with the contents of the token files, and of the teacher's training,
+    in place of their names. So a setting that a later version brings changes no result's hash. sha256: of a file."""
     if training is None:
         return None
     values = to_dict(training)
     for part, key in (("data", "train"), ("validation", "data")):
         blend = values[part][key]
         weights = {blend: 1.0} if isinstance(blend, str) else blend or {}
-        values[part][key] = [[file_sha256(Path(f"{prefix}.idx")), weight] for prefix, weight in weights.items()]
+        values[part][key] = [
+            [[sha256(Path(f"{prefix}{suffix}")) for suffix in (".idx", ".bin")], weight]
+            for prefix, weight in weights.items()
+        ]
     for key in ("load", "save", "save_interval", "keep_last"):
         del values[key]
     del values["data"]["cache"]
     values["distillation"]["teacher"] = (
         values["distillation"]["teacher"] is not None if teacher is None else teacher.key
     )
-    return values
+    return _less(values, to_dict(FinetuneSettings()))
+
+
+def _less(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values without those that are in `defaults`, too."""
+    kept = {}
+    for key, value in values.items():
+        other = defaults.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            value, other = _less(value, other), {}
+        if value != other:
+            kept[key] = value
+    return kept
 
 
 def measurements(settings: QualitySettings) -> dict[str, dict[str, str]]:

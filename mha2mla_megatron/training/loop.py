@@ -63,6 +63,8 @@ def _finetune(settings: FinetuneSettings) -> None:
     require_keys(settings, "load", "save", "data.train")
     side, weights = locate_checkpoint(Path(str(settings.load)))
     root = Path(str(settings.save))
+    if weights_of_hf := sorted(root.glob("*.safetensors")):
+        raise UserError(f"save: {root}: holds a Hugging Face model ({weights_of_hf[0].name}); give another folder")
     architecture = read_architecture(side)
     check_layout(architecture, settings.parallel, launched_world_size())
     check_samples(settings, architecture, launched_world_size())
@@ -88,6 +90,10 @@ def _finetune(settings: FinetuneSettings) -> None:
         resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
         run: dict[str, Any] = {"step": 0} if resumed is None else resumed.run
         step, best = run["step"], BestStep.of(run)
+        if step > settings.steps:
+            raise UserError(
+                f"steps: {settings.steps}, but {root} is at step {step}; valid: {step} or more, or another save"
+            )
         if best is not None and not iteration_folder(root, best.step).is_dir():
             best = None
         # A run saved by an earlier version has no position of its own.
@@ -107,10 +113,8 @@ def _finetune(settings: FinetuneSettings) -> None:
             write_best(root, best)
             for line in position.changes(run.get("order", position.order)):
                 print(f"warning: {root}: {line}", file=sys.stderr, flush=True)
-            print(
-                f"{root}: from step {step} to {settings.steps}, {dtype}, {settings.implementation} on {device}",
-                flush=True,
-            )
+            way = f"from step {step} to {settings.steps}" if step < settings.steps else f"step {step} was the last one"
+            print(f"{root}: {way}, {dtype}, {settings.implementation} on {device}", flush=True)
 
         on_first_rank(write_beside, f"save: {root}: cannot be written")
         data = _Data(settings, eod, architecture.vocab_size, root)
