@@ -1,8 +1,9 @@
 """Low-rank factorisations: the best rank-c product `up @ down` of a weight matrix (paper section 3.2), in a metric.
 
-Everything is computed in float64 through the eigenvectors of the smaller Gram matrix, which is many times faster than
-a singular value decomposition of the stacked matrix and exact at full rank: the basis is orthogonal whatever the
-spectrum.
+Everything is computed in float64 through the eigenvectors of the smaller Gram matrix, which is faster than a singular
+value decomposition of the stacked matrix and exact at full rank: the basis is orthogonal whatever the spectrum. Of a
+large matrix's low rank the singular vectors may instead come from `leading_subspace`, which proves that they lose next
+to nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from mha2mla_megatron.calibration.metric import IDENTITY, Metric
+from mha2mla_megatron.leading_subspace import leading_singular_vectors
 
 SMALL_GAIN = 1e-3
 """Part of the loss that a turn of `factorise_nested` must gain for another one."""
@@ -30,15 +32,11 @@ def factorise(
     """
     w = metric.whiten(weight.to(torch.float64))
     n, h = w.shape
-    if n <= h:
-        left = _top_eigenvectors(w @ w.T, rank)  # U_c
-        projected = left.T @ w  # S_c V_c^T
-        s = projected.norm(dim=1)
-        up, down = left * s, projected / _nonzero(s)[:, None]
-    else:
-        down = _top_eigenvectors(w.T @ w, rank).T  # V_c^T
-        up = w @ down.T  # U_c S_c
-        s = up.norm(dim=0)
+    # What a metric stretches spans more orders of magnitude than float32 has digits for.
+    search = torch.float32 if metric.is_identity else torch.float64
+    basis, image = _singular_vectors(w if n > h else w.T, rank, search)
+    s = image.norm(dim=0)
+    up, down = (image, basis.T) if n > h else (basis * s, (image / _nonzero(s)).T)
     if singular_values == "sqrt":
         root = s.sqrt()
         up, down = up / _nonzero(root), down * root[:, None]
@@ -96,15 +94,29 @@ def truncation_losses(weight: torch.Tensor, metric: Metric) -> torch.Tensor:
     return torch.cat((energies.new_zeros(1), energies.cumsum(0))).flip(0)
 
 
-def _top_eigenvectors(gram: torch.Tensor, count: int) -> torch.Tensor:
-    """Eigenvectors of the `count` largest eigenvalues, largest first: [n, count], signs fixed.
+def _singular_vectors(w: torch.Tensor, count: int, search: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right singular vectors V_c of the `count` largest singular values, largest first, signs fixed: [h, count], and
+    W V_c. w: float64 [n, h], n >= h. search: precision of the search, where there is one."""
+    found = leading_singular_vectors(w, count, search)
+    if found is None:
+        vectors = _top_eigenvectors(w.T @ w, count)
+        return vectors, w @ vectors
+    vectors, image = found
+    signs = _signs(vectors)
+    return vectors * signs, image * signs
 
-    The sign of an eigenvector is arbitrary; the component of largest magnitude is made positive, so that the result
-    does not depend on the linear algebra library.
-    """
+
+def _top_eigenvectors(gram: torch.Tensor, count: int) -> torch.Tensor:
+    """Eigenvectors of the `count` largest eigenvalues, largest first: [n, count], signs fixed."""
     vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    return vectors * _signs(vectors)
+
+
+def _signs(vectors: torch.Tensor) -> torch.Tensor:
+    """The sign of an eigenvector is arbitrary. Times these [1, count] the component of largest magnitude is positive,
+    so that the result does not depend on the linear algebra library."""
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    return torch.where(largest < 0, -1.0, 1.0)
 
 
 def _without(gram: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,10 @@ class Metric:
     columns: torch.Tensor | None
     """L, [h, h] lower triangular."""
 
+    @property
+    def is_identity(self) -> bool:
+        return self.rows is None and self.columns is None
+
     def whiten(self, w: torch.Tensor) -> torch.Tensor:
         """R^T W L, whose Frobenius norm is the objective. w: float64 [n, h]."""
         w = w if self.rows is None else self.rows.T @ w

@@ -2,17 +2,19 @@
 
     python tools/benchmarks/factorise.py [svd=true] [hidden=4096] [heads=32] [groups=32] [key=value ...]
 
-The default shape is a layer of Llama-2-7B. Weights and moments are random, the moments with a decaying spectrum. A row
-for each objective; with svd=true also for `torch.linalg.svd` of the same weights, in float32 as the original code has
-it and in float64 (minutes on a CPU). `excess`: by how much ||W - up down||^2 is larger than what the rank allows,
-relative to that; the best is the sum of the other singular values squared, from the float64 decomposition.
+The default shape is a layer of Llama-2-7B, to ranks of a half, a quarter and an eighth of its hidden size. Weights and
+moments are random, the moments with a decaying spectrum. A row for each rank and objective; with svd=true also for
+`torch.linalg.svd` of the same weights, in float32 as the original code has it and in float64 (minutes on a CPU), and
+`svd32 / this`, `svd64 / this`, their time over this one's. `excess`: by how much ||W - up down||^2 is larger than what
+the rank allows, relative to that; the best is what the float64 decomposition loses.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from timing import peak_memory, timed
@@ -31,6 +33,8 @@ USAGE = "factorise.py [key=value ...]"
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 
+PLAIN, SVD32, SVD64 = "objective weights", "torch.linalg.svd, float32", "torch.linalg.svd, float64"
+
 
 @dataclass(frozen=True)
 class FactoriseSettings:
@@ -46,20 +50,29 @@ class FactoriseSettings:
     rope: int = 16
     """r."""
 
-    rank: int = 2048
+    ranks: list[int] = field(default_factory=lambda: [2048, 1024, 512])
     """c."""
 
+    decay: float = 0.0
+    """Orders of magnitude over which the weights' rows decay, and their columns. 0 is harder to search than most layers
+    of a trained model, 1 about like them."""
+
+    outputs: bool = True
+    """Time the objective `outputs` too."""
+
     rounds: int = 3
-    """Timed rounds; the median counts."""
+    """Timed rounds, the ways in turn; the median counts."""
 
     device: str = "auto"
     """auto, cpu, cuda."""
 
     svd: bool = False
-    """Time torch.linalg.svd too, once."""
+    """Time torch.linalg.svd too."""
 
     def __post_init__(self) -> None:
         require_at_least("rounds", self.rounds, 1)
+        for rank in self.ranks:
+            require_at_least("ranks", rank, 1)
         pick_device(self.device)
 
 
@@ -69,47 +82,58 @@ def main(argv: list[str]) -> None:
     device = pick_device(settings.device)
     layer, weight, order, query_map = make_layer(settings, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}: {' x '.join(map(str, weight.shape))} to rank {settings.rank}; median of {settings.rounds} rounds")
+    print(f"{name}: {' x '.join(map(str, weight.shape))}; median of {settings.rounds} rounds")
 
-    def with_moments() -> Factors:
+    def with_moments(rank: int) -> Factors:
         rows = make_rows("outputs", layer, 1, query_map, order, settings.rope, 1e-5)
-        return factorise(weight, settings.rank, "up", Metric(rows, make_columns("outputs", layer, 1, 1e-5)))
+        return factorise(weight, rank, "up", Metric(rows, make_columns("outputs", layer, 1, 1e-5)))
 
     def by_svd(dtype: torch.dtype) -> Factors:
         u, s, v = torch.linalg.svd(weight.to(dtype), full_matrices=False)
-        return u[:, : settings.rank] * s[: settings.rank], v[: settings.rank]
+        return u * s, v
 
-    ways: dict[str, tuple[Callable[[], Factors], int]] = {
-        "objective outputs": (with_moments, settings.rounds),
-        "objective weights": (lambda: factorise(weight, settings.rank, "up"), settings.rounds),
-    }
-    if settings.svd:
-        ways["torch.linalg.svd, float32"] = lambda: by_svd(torch.float32), 1
-        ways["torch.linalg.svd, float64"] = lambda: by_svd(torch.float64), 1
-    measured = {way: measure(run, rounds, device) for way, (run, rounds) in ways.items()}
-    errors = {
-        way: (weight.double() - up.double() @ down.double()).square().sum().item()
-        for way, (_, (up, down)) in measured.items()
-    }
-    ours, _ = measured["objective weights"]
+    runs: dict[tuple[str, int | None], Callable[[], Factors]] = {}
+    for rank in settings.ranks:
+        if settings.outputs:
+            runs["objective outputs", rank] = partial(with_moments, rank)
+        runs[PLAIN, rank] = partial(factorise, weight, rank, "up")
+    if settings.svd:  # all ranks at once
+        runs[SVD32, None], runs[SVD64, None] = partial(by_svd, torch.float32), partial(by_svd, torch.float64)
+    seconds, factors = measure(runs, settings.rounds, device)
+
+    def error(run: tuple[str, int | None], rank: int) -> float:
+        up, down = (t.double() for t in factors[run])
+        return (weight.double() - up[:, :rank] @ down[:rank]).square().sum().item()
+
     rows = []
-    for way, (seconds, _) in measured.items():
-        row = [way, f"{statistics.median(seconds):.2f}", f"{statistics.median(seconds) / statistics.median(ours):.2f}"]
-        # The other objective spends its rank on something else.
-        row.append(
-            f"{errors[way] / errors['torch.linalg.svd, float64'] - 1:.1e}"
-            if settings.svd and way != "objective outputs"
-            else ""
-        )
-        rows.append(row)
-    print(format_table(["way", "seconds", "/ objective weights", "excess"], rows))
+    for rank in settings.ranks:
+        for way, its_rank in runs:
+            if its_rank not in (rank, None):
+                continue
+            time = seconds[way, its_rank]
+            row = [way, str(rank), f"{time:.2f}"]
+            if settings.svd:
+                row += [f"{seconds[svd, None] / time:.1f}" for svd in (SVD32, SVD64)]
+                # The other objective spends its rank on something else.
+                excess = error((way, its_rank), rank) / error((SVD64, None), rank) - 1
+                row.append(f"{excess:.1e}" if way != "objective outputs" else "")
+            rows.append(row)
+    header = ["way", "rank", "seconds", "svd32 / this", "svd64 / this", "excess"]
+    print(format_table(header if settings.svd else header[:3], rows))
     print(f"peak memory {peak_memory(device):.2f} GiB")
 
 
-def measure(run: Callable[[], Factors], rounds: int, device: torch.device) -> tuple[list[float], Factors]:
-    """Seconds of each round, and the factors."""
-    seconds, factors = zip(*(timed(run, device) for _ in range(rounds)), strict=True)
-    return list(seconds), factors[-1]
+def measure[Run](
+    runs: dict[Run, Callable[[], Factors]], rounds: int, device: torch.device
+) -> tuple[dict[Run, float], dict[Run, Factors]]:
+    """The median of the seconds of each, and its factors. In turn, so that what else the machine does meets all."""
+    seconds: dict[Run, list[float]] = {run: [] for run in runs}
+    factors = {}
+    for _ in range(rounds):
+        for run, start in runs.items():
+            taken, factors[run] = timed(start, device)
+            seconds[run].append(taken)
+    return {run: statistics.median(taken) for run, taken in seconds.items()}, factors
 
 
 def make_layer(
@@ -137,7 +161,9 @@ def make_layer(
     order = head_row_order(torch.arange(settings.rope // 2).repeat(settings.groups, 1), d)
     count = settings.groups * (2 * d - settings.rope)
     query_map = torch.randn(settings.heads, d // 2, 2, device=device, dtype=torch.float64)
-    return layer, torch.randn(count, h, device=device), order, query_map
+    fading = [torch.logspace(0, -settings.decay, size, device=device) for size in (count, h)]
+    weight = torch.randn(count, h, device=device) * fading[0][:, None] * fading[1]
+    return layer, weight, order, query_map
 
 
 if __name__ == "__main__":
