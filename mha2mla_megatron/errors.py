@@ -25,6 +25,10 @@ class LostProcess(UserError):
     """Another process of the run has died or hangs: each of the others says so, for none can tell for all."""
 
 
+class FoundAlone(UserError):
+    """Bad input that only some processes of a run read: they say so themselves, for rank 0 may not be among them."""
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, cut to the one line that a `UserError` has room for."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -54,14 +58,15 @@ def require_entries(key: str, values: Sequence[object] | None, entry: str) -> No
 def run_tool(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
     """Run a command: a `UserError` becomes one line on stderr and exit code 2, anything else keeps its traceback.
 
-    Under torchrun every rank meets the same `UserError` or Ctrl-C, which only rank 0 prints, but for `LostProcess`.
+    Under torchrun every rank meets the same `UserError` or Ctrl-C, which only rank 0 prints, but for `LostProcess` and
+    `FoundAlone`.
     """
     first = os.environ.get("RANK", "0") == "0"
     _quiet_libraries()
     try:
         main(sys.argv[1:] if argv is None else argv)
     except UserError as error:
-        if first or isinstance(error, LostProcess):
+        if first or isinstance(error, LostProcess | FoundAlone):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif "TORCHELASTIC_RUN_ID" in os.environ:
             time.sleep(LINGER)

@@ -1,4 +1,4 @@
-"""The words of a command line, and what --help says."""
+"""The words of a command line, what --help says, and who says an error."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mha2mla_megatron import errors
 from mha2mla_megatron.cli import describe_settings, split_words
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.errors import FoundAlone, UserError
 from tests.conftest import ROOT, refused, run_tool
 
 USAGE = "tool.py IN OUT [key=value ...]"
@@ -94,6 +95,7 @@ def test_settings_are_described() -> None:
         ("merge_statistics", "overwrite=false"),
         ("sweep", "keep_models=false"),
         ("plot_run", "overwrite=false"),
+        ("cache_teacher", "top_k=32"),
         ("convert_mha_to_mla", "allocation.rank_multiple=8"),
     ],
 )
@@ -111,3 +113,20 @@ def test_wrong_words_show_the_usage(tool: str) -> None:
     assert "unknown key 'wnidow'" in refused(tool, "a", "b", "wnidow=3")
     assert "missing.yaml: no such file" in refused(tool, "a", "b", f"config={ROOT}/missing.yaml")
     assert f"{ROOT}: a folder, not a file" in refused(tool, "a", "b", f"config={ROOT}")
+
+
+def test_who_says_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of several processes the first one what all meet, and each what it alone does."""
+
+    def said(error: Exception, rank: str) -> str:
+        def main(argv: list[str]) -> None:
+            raise error
+
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            errors.run_tool(main, [])
+        assert end.value.code == 2
+        return capsys.readouterr().err
+
+    assert [said(UserError("bad"), rank) for rank in "01"] == ["error: bad\n", ""]
+    assert [said(FoundAlone("bad"), rank) for rank in "01"] == ["error: bad\n"] * 2

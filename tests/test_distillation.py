@@ -100,20 +100,44 @@ def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         return model(tokens).logits.double()
 
 
+def known_tokens(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, log-probabilities of them and of the rest together)."""
+    log_p = (teacher / TEMPERATURE).log_softmax(-1)
+    values, order = log_p.sort(-1, descending=True)
+    rest = values[..., k:].logsumexp(-1, keepdim=True)  # -inf where there is none
+    return order[..., :k].contiguous(), torch.cat((values[..., :k], rest), -1)
+
+
+def coarse_kl(student: torch.Tensor, ids: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
+    log_q = (student / TEMPERATURE).log_softmax(-1)
+    others = torch.ones_like(log_q, dtype=torch.bool).scatter(-1, ids, False)
+    rest = log_q.masked_fill(~others, -1e300).logsumexp(-1, keepdim=True)
+    log_q = torch.cat((log_q.gather(-1, ids), rest), -1)
+    finite = log_p.isfinite()
+    return TEMPERATURE**2 * (log_p.exp() * (log_p.masked_fill(~finite, 0) - log_q) * finite).sum(-1)
+
+
 def test_losses_of_split_logits_are_torchs(tmp_path: Path) -> None:
-    """float64, logits of which some are far out: forward and gradient on 1, 2 and 4 processes."""
+    """float64, logits of which some are far out: forward and gradient on 1, 2 and 4 processes, also where 5 of a
+    teacher's 24 tokens are known, and all of them; these as a cache's maker finds them, but in float16."""
     generator = torch.Generator().manual_seed(0)
     student, other = (30 * torch.randn((3, 5, 24), generator=generator, dtype=torch.float64) for _ in range(2))
+    other[0] /= 30  # so that what is not known has a probability
     labels = torch.randint(0, 24, (3, 5), generator=generator)
     upstream = torch.randn((3, 3, 5), generator=generator, dtype=torch.float64)
-    torch.save((student, other, labels, upstream), tmp_path / "inputs.pt")
+    known = [known_tokens(other, k) for k in (5, 24)]
+    torch.save((student, other, known, labels, upstream), tmp_path / "inputs.pt")
     torch.multiprocessing.spawn(split_losses, (tmp_path,), nprocs=4)
-    for index, taught in enumerate((True, False)):
+    for index in range(4):
         whole = student.clone().requires_grad_()
         log_q, log_p = ((x / TEMPERATURE).log_softmax(-1) for x in (whole, other))
         kl = TEMPERATURE**2 * torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        if index == 1:
+            kl = kl * 0
+        elif index == 2:  # with all tokens known it is the teacher's own
+            kl = coarse_kl(whole, *known[0])
         lm = torch.nn.functional.cross_entropy(whole.transpose(1, 2), labels, reduction="none")
-        expected = torch.stack((lm, kl * taught, whole.logsumexp(-1)))
+        expected = torch.stack((lm, kl, whole.logsumexp(-1)))
         (expected * upstream).sum().backward()
         for size in (1, 2, 4):
             found = [torch.load(tmp_path / f"{size}.{rank}.pt")[index] for rank in range(4)]
@@ -121,6 +145,13 @@ def test_losses_of_split_logits_are_torchs(tmp_path: Path) -> None:
                 torch.testing.assert_close(found[first][0], expected.detach(), rtol=1e-12, atol=1e-12)
                 gradient = torch.cat([found[first + part][1] for part in range(size)], -1)
                 torch.testing.assert_close(gradient, whole.grad, rtol=1e-12, atol=1e-12)
+    for size in (1, 2, 4):
+        for rank in range(4):
+            for (ids, log_probs), (given, exact) in zip(
+                torch.load(tmp_path / f"{size}.{rank}.top.pt"), known, strict=True
+            ):
+                assert torch.equal(ids, given.flatten(0, 1))
+                torch.testing.assert_close(log_probs, exact.flatten(0, 1).clamp(min=-65504).half(), rtol=0, atol=0)
 
 
 def test_kernels_of_the_losses_in_the_interpreter() -> None:

@@ -1,4 +1,5 @@
-"""Tokenise text, JSON lines, parquet or a data set of the `datasets` library into Megatron's OUT.bin and OUT.idx."""
+"""Tokenise text, JSON lines, parquet or a data set of the `datasets` library into Megatron's OUT.bin and OUT.idx, or
+convert nanosets (.ds)."""
 
 from __future__ import annotations
 

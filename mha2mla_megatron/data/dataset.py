@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -15,8 +16,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import DType
 
 from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
-from mha2mla_megatron.errors import UserError
+from mha2mla_megatron.data.repeated_epochs import RepeatedEpochs
+from mha2mla_megatron.errors import FoundAlone, UserError
 from mha2mla_megatron.files import file_sha256, make_writable, require_file
+
+if TYPE_CHECKING:
+    from mha2mla_megatron.data.teacher_cache import TeacherCache
 
 
 class _TokenIds:
@@ -49,20 +54,24 @@ def build_dataset(
     split: Sequence[float] = (1.0, 0.0, 0.0),
     part: int = 0,
     reset_attention_mask: bool = False,
+    predictions: TeacherCache | None = None,
 ) -> torch.utils.data.Dataset:
     """`num_samples` shuffled samples of packed documents, over as many epochs of each source as it takes.
 
-    split, part: the shares of PARTS, and which of them is read.
+    split, part: the shares of PARTS, and which of them is read. predictions: a teacher's, for whose sake each epoch has
+    the samples of the first one.
 
     A sample is a dict of int64 tokens, labels and position_ids [sequence_length], a float32 loss_mask and the number
     of its source; with reset_attention_mask also `document`, int64 [sequence_length], which of its documents each token
-    is of, and position_ids begin again in each.
+    is of, and position_ids begin again in each; with predictions that are read what `CachedSource` gives.
     """
     weights = blend_weights("data", blend)
     sources = interleave(list(weights.values()), num_samples)
     counts = numpy.bincount(sources, minlength=len(weights))
     datasets: list[Any] = []
     for prefix, count in zip(weights, counts.tolist(), strict=True):
+        if predictions is not None:
+            count = samples_of_epoch(prefix, sequence_length, split, part)
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=sequence_length,
@@ -79,8 +88,12 @@ def build_dataset(
         # The other parts would be indexed too.
         config.split_matrix = [found if i == part else None for i, found in enumerate(config.split_matrix)]  # type: ignore[misc]
         sizes = [count if i == part else 0 for i in range(len(PARTS))]
-        datasets.append(BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[part])
-    assert all(dataset is not None for dataset in datasets)  # they were asked for on every rank
+        dataset: Any = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[part]
+        assert dataset is not None  # it was asked for on every rank
+        if predictions is not None:
+            assert len(dataset) == count  # Megatron counts the same
+            dataset = RepeatedEpochs(dataset, count, seed, predictions.of_source(prefix))
+        datasets.append(dataset)
     found: Any = Blend(datasets, sources)
     return _WithDocuments(found, eod) if reset_attention_mask else found
 
@@ -115,15 +128,34 @@ def sample_batches(
     """
     stride = micro_batch_size * data_size
     starts = range(first_sample + data_rank * micro_batch_size, total_samples, stride)
-    batches = [list(range(start, start + micro_batch_size)) for start in starts]
+    return read_batches(dataset, [range(start, start + micro_batch_size) for start in starts], workers)
+
+
+def read_batches(
+    dataset: torch.utils.data.Dataset, batches: Sequence[Sequence[int]], workers: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The samples of these numbers, of each batch in tensors [b, s], read ahead by so many processes."""
     loader: Any = torch.utils.data.DataLoader(
         dataset,
-        batch_sampler=batches,
+        batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_leave_signals_to_the_trainer,
     )
-    return iter(loader)
+    return _in_one_line(iter(loader))
+
+
+def _in_one_line(batches: Iterator[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """Take the traceback, which torch puts there, out of the message of an error that a worker met.
+
+    The workers are let go with it: they leave a SIGTERM to the trainer, so that Python would wait for them at its end.
+    """
+    try:
+        yield from batches
+    except FoundAlone as error:
+        error.__traceback__ = None  # torch's frames and this error hold each other, and the workers
+        del batches
+        raise FoundAlone(str(error).strip().splitlines()[-1].split(f"{FoundAlone.__name__}: ")[-1]) from None
 
 
 class Padded(torch.utils.data.Dataset):
@@ -221,13 +253,27 @@ def check_data(
 
 
 def _check_parts(key: str, prefix: Path, documents: int, split: Sequence[float]) -> None:
-    """Refuse a part without documents, which Megatron would count epochs of for ever. Its rounding."""
-    start = 0.0
-    for part, share in zip(PARTS, split, strict=True):
-        end = start + share / sum(split)
-        if share > 0 and round(end * documents) <= round(start * documents):
+    """Refuse a part without documents, which Megatron would count epochs of for ever."""
+    for part, share, found in zip(PARTS, split, _parts(documents, split), strict=True):
+        if share > 0 and not found:
             raise UserError(f"{key}: {prefix}: data.split leaves none of its {documents} documents for the {part} part")
-        start = end
+
+
+def _parts(documents: int, split: Sequence[float]) -> list[range]:
+    """The documents of each of PARTS. Megatron's rounding."""
+    ends, end = [0], 0.0
+    for share in split:
+        end += share / sum(split)
+        ends.append(round(end * documents))
+    return [range(*pair) for pair in pairwise(ends)]
+
+
+def samples_of_epoch(prefix: str, sequence_length: int, split: Sequence[float], part: int = 0) -> int:
+    """How many whole samples one epoch of a part of a source has; each takes one token more than it predicts from."""
+    _, lengths = _read_index("data.train", Path(f"{prefix}.idx"))
+    documents = _parts(len(lengths), split)[part]
+    tokens = int(lengths[documents.start : documents.stop].sum(dtype=numpy.int64))
+    return max(0, (tokens - 1) // sequence_length)
 
 
 def _read_index(key: str, file: Path) -> tuple[numpy.dtype, numpy.ndarray]:

@@ -1,4 +1,4 @@
-"""Text, JSON lines, parquet or a data set -> Megatron's .bin/.idx, tokenised by several processes.
+"""Text, JSON lines, parquet or a data set -> Megatron's .bin/.idx, tokenised by several processes; nanosets too.
 
 The bytes written depend on the documents, the tokenizer and the settings, not on the number of workers.
 """
@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ from mha2mla_megatron.architecture import read_config
 from mha2mla_megatron.checkpoint.folders import resolve_folder
 from mha2mla_megatron.data.documents import SEPARATORS
 from mha2mla_megatron.data.inputs import Inputs
-from mha2mla_megatron.data.tokenizer import DocumentEncoder, load_tokenizer
+from mha2mla_megatron.data.nanosets import NanosetReader, is_nanoset
+from mha2mla_megatron.data.tokenizer import DocumentEncoder, EncodedBatch, load_tokenizer
 from mha2mla_megatron.data.workers import encode_in_order
 from mha2mla_megatron.errors import UserError, require_at_least, require_one_of
 from mha2mla_megatron.files import file_sha256, new_files, write_json
@@ -87,23 +88,18 @@ def preprocess(inputs: Sequence[str | Path], output: Path, settings: PreprocessS
     """
     require_keys(settings, "tokenizer")
     assert settings.tokenizer is not None
-    reader = Inputs(
-        [str(name) for name in inputs],
-        separator=settings.document_separator,
-        max_document=settings.max_document_mb * 1_000_000,
-        column=settings.text_key,
-        subset=settings.subset,
-        split=settings.split,
-        streaming=settings.streaming,
-    )
+    reader = _reader([str(name) for name in inputs], settings)
     if output.is_file():
         raise UserError(f"{output}: a file; the last word is the prefix of the output files")
     targets = [Path(f"{output}{suffix}") for suffix in (".bin", ".idx", ".json")]
     with new_files(targets, settings.overwrite) as (bin_file, idx_file, json_file):
         folder = resolve_folder(settings.tokenizer)
         encoder = _document_encoder(folder, settings)
-        workers = settings.workers or _cpu_count()
-        documents, tokens, blank = _write(reader, encoder, workers, settings.max_tokens, bin_file, idx_file)
+        if isinstance(reader, NanosetReader):
+            results: Any = reader.batches(encoder)
+        else:
+            results = encode_in_order(reader, encoder, settings.workers or _cpu_count())
+        documents, tokens, blank = _write(reader, results, encoder.dtype, settings.max_tokens, bin_file, idx_file)
         tokenizer_json = folder / "tokenizer.json"
         report = {
             "tokenizer": settings.tokenizer,
@@ -123,6 +119,27 @@ def preprocess(inputs: Sequence[str | Path], output: Path, settings: PreprocessS
         }
         write_json(json_file, report)
     return report
+
+
+def _reader(names: list[str], settings: PreprocessSettings) -> Inputs | NanosetReader:
+    tokenised = [name for name in names if is_nanoset(name)]
+    if tokenised and len(tokenised) < len(names):
+        raise UserError(
+            f"{tokenised[0]}: holds tokens, other inputs text; make token files of each and blend these (data.train)"
+        )
+    if tokenised and settings.prepend_bos:
+        raise UserError(f"prepend_bos: not possible with {tokenised[0]}, whose tokens are taken as they are")
+    if tokenised:
+        return NanosetReader(names)
+    return Inputs(
+        names,
+        separator=settings.document_separator,
+        max_document=settings.max_document_mb * 1_000_000,
+        column=settings.text_key,
+        subset=settings.subset,
+        split=settings.split,
+        streaming=settings.streaming,
+    )
 
 
 def _document_encoder(folder: Path, settings: PreprocessSettings) -> DocumentEncoder:
@@ -161,15 +178,20 @@ def _document_encoder(folder: Path, settings: PreprocessSettings) -> DocumentEnc
 
 
 def _write(
-    reader: Inputs, encoder: DocumentEncoder, workers: int, max_tokens: int | None, bin_file: Path, idx_file: Path
+    reader: Inputs | NanosetReader,
+    results: Generator[tuple[EncodedBatch, int]],
+    dtype: str,
+    max_tokens: int | None,
+    bin_file: Path,
+    idx_file: Path,
 ) -> tuple[int, int, int]:
     """Write the two files. Returns the numbers of documents, of tokens and of blank documents."""
     limit = math.inf if max_tokens is None else max_tokens
-    builder = _indexed_dataset().IndexedDatasetBuilder(str(bin_file), dtype=np.dtype(encoder.dtype).type)
+    builder = _indexed_dataset().IndexedDatasetBuilder(str(bin_file), dtype=np.dtype(dtype).type)
     documents = tokens = blank = 0
     started = time.monotonic()
     progress = Progress("tokenise", reader.size, "MB", 1e6)
-    with closing(encode_in_order(reader, encoder, workers)) as results:
+    with closing(results):
         for encoded, bytes_read in results:
             start = 0
             for length in encoded.lengths:

@@ -144,7 +144,9 @@ def _forward_pass(architecture: Architecture, settings: PlanSettings) -> Forward
         fused_projections=fuses_projections(implementation, architecture.qk_norm, by_module),
         fused=settings.device == "cuda",
         fp8=fp8,
-        loss_models=2 if settings.distillation.teacher is not None else int(settings.z_loss > 0),
+        loss_models=2
+        if settings.distillation.teacher is not None
+        else int(settings.distillation.taught or settings.z_loss > 0),
         matched=settings.distillation.attention_weight > 0,
     )
 

@@ -102,6 +102,9 @@ class DistillationSettings:
     teacher: str | None = None
     """Megatron checkpoint of a model with the same vocabulary, such as the original one. None: no distillation."""
 
+    cache: str | None = None
+    """Folder of tools/cache_teacher.py with a teacher's most probable tokens, instead of a teacher that runs along."""
+
     weight: float = 0.5
     """w in the loss (1 - w) LM + w (T^2 KL(teacher || student) + a M), from 0 to 1."""
 
@@ -131,9 +134,26 @@ class DistillationSettings:
             raise UserError(f"distillation.temperature: {self.temperature} is not between {low} and {high}")
         if not 0 <= self.attention_weight < math.inf:
             raise UserError(f"distillation.attention_weight: {self.attention_weight} is not a number of at least 0")
-        for key in ("weight", "final_weight", "temperature", "attention_weight"):
-            if self.teacher is None and getattr(self, key) != getattr(DistillationSettings, key):
-                raise UserError(f"distillation.{key}: {getattr(self, key)} is given, distillation.teacher is not")
+        for key in ("weight", "final_weight", "temperature"):
+            if not self.taught and getattr(self, key) != getattr(DistillationSettings, key):
+                raise UserError(
+                    f"distillation.{key}: {getattr(self, key)} is given, neither distillation.teacher nor "
+                    "distillation.cache is"
+                )
+        if self.teacher is None and self.attention_weight > 0:
+            raise UserError(
+                f"distillation.attention_weight: {self.attention_weight} is given, distillation.teacher is not"
+            )
+        if self.teacher is not None and self.cache is not None:
+            raise UserError(
+                f"distillation.cache: {self.cache} is given, and distillation.teacher {self.teacher} too; valid: one "
+                "of them"
+            )
+
+    @property
+    def taught(self) -> bool:
+        """Whether there is a teacher, of either kind."""
+        return self.teacher is not None or self.cache is not None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -19,15 +20,39 @@ from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.checks import check_teacher
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.taught_chunk import TaughtChunk
+from mha2mla_megatron.training.top_k_divergence import TopK
 
 
-class Distillation:
+class Teacher:
+    """What the student follows beside the text.
+
+    chunks: what runs in training, of this rank. matching: of attention outputs, None where the loss has none. weight:
+    how much the student follows the teacher in the current step, a float64 scalar on the device. A tensor, for a CUDA
+    graph has numbers as they were when it was captured, and reads tensors at each replay.
+    """
+
+    matching: AttentionMatching | None = None
+
+    def __init__(self, students: Sequence[Any], settings: FinetuneSettings, device: torch.device) -> None:
+        """students: the student's chunks, from `build_training_model`."""
+        self.chunks: Sequence[Any] = students
+        self.weight = torch.tensor(settings.distillation.weight, dtype=torch.float64, device=device)
+
+    def split_output(
+        self, output: Any, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor | TopK | None]:
+        """(the student's output, what the teacher says) of a micro batch, from what a chunk gave.
+
+        In the last chunk these are for `token_losses`: logits [b, s, V/tp] of both, or the teacher's most probable
+        tokens. In others the first is what is sent on.
+        """
+        raise NotImplementedError
+
+
+class Distillation(Teacher):
     """A teacher in the run's own layout and type, without gradients, optimizer or a place in the checkpoints.
 
-    chunks: those of the student with those of the teacher, which run in training. matching: of attention outputs, None
-    where the loss has none. weight: how much the student follows the teacher in the current step, a float64 scalar on
-    the device. A tensor, for a CUDA graph has numbers as they were when it was captured, and reads tensors at each
-    replay.
+    Its chunks are those of the student with those of the teacher.
     """
 
     def __init__(
@@ -39,11 +64,10 @@ class Distillation:
         device: torch.device,
     ) -> None:
         """architecture: of the teacher. students: the student's chunks, from `build_training_model`."""
+        super().__init__(students, settings, device)
         wanted = settings.distillation
         self.teacher = build_teacher(architecture, settings, dtype, device)
-        self.weight = torch.tensor(wanted.weight, dtype=torch.float64, device=device)
         self.chunks = [TaughtChunk(*pair) for pair in zip(students, self.teacher, strict=True)]
-        self.matching: AttentionMatching | None = None
         if wanted.attention_weight > 0:
             self.matching = AttentionMatching(
                 list(zip(students, self.teacher, strict=True)),
@@ -53,6 +77,9 @@ class Distillation:
                 len(settings.data.sources),
                 settings.parallel.uses_sequence_parallel,
             )
+
+    def split_output(self, output: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return output
 
 
 def build_teacher(

@@ -29,7 +29,7 @@ class StepLog:
     def __init__(self, root: Path, settings: FinetuneSettings, first_step: int, utilisation: Utilisation) -> None:
         root.mkdir(parents=True, exist_ok=True)
         self.total, self.first, self.sources = settings.steps, first_step, settings.data.sources
-        self.weight_of = None if settings.distillation.teacher is None else settings.distillation_weight
+        self.weight_of = settings.distillation_weight if settings.distillation.taught else None
         self.utilisation, self.failed = utilisation, False
         self.file = _reopen(root / "log.jsonl", first_step)
         # The steps that a run which was killed had taken since its save; those up to it stay.

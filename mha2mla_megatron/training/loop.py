@@ -18,11 +18,13 @@ from mha2mla_megatron.architecture import Architecture, read_architecture, read_
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
 from mha2mla_megatron.data.dataset import build_dataset, check_data, prepare_cache, sample_batches
+from mha2mla_megatron.data.teacher_cache import TeacherCache
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
 from mha2mla_megatron.settings import require_keys, save_settings
 from mha2mla_megatron.together import on_first_rank
+from mha2mla_megatron.training.cached_teacher import CachedTeacher, find_cache
 from mha2mla_megatron.training.checkpoint import (
     PendingStep,
     StepSaver,
@@ -34,7 +36,7 @@ from mha2mla_megatron.training.checkpoint import (
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.determinism import deterministic_algorithms
-from mha2mla_megatron.training.distillation import Distillation, find_teacher, load_teacher
+from mha2mla_megatron.training.distillation import Teacher, find_teacher, load_teacher
 from mha2mla_megatron.training.flops import Utilisation, peak_tflops, training_flops
 from mha2mla_megatron.training.log import StepLog
 from mha2mla_megatron.training.lora import lora_shapes
@@ -70,7 +72,7 @@ def _finetune(settings: FinetuneSettings) -> None:
     check_samples(settings, architecture, launched_world_size())
     lr_factors(architecture, settings.optimizer.lr_scale, lora_shapes(architecture, settings.lora))
     check_wandb(settings)
-    eod = _end_of_document(settings, side)
+    eod = end_of_document(settings, side)
     # Where something depends on the ends of documents, the files must have the model's.
     end = eod if settings.data.eod_mask_loss or settings.data.reset_attention_mask else None
     check_data("data.train", settings.data.train, architecture.vocab_size, settings.data.shares, end)
@@ -79,12 +81,16 @@ def _finetune(settings: FinetuneSettings) -> None:
     implementation = settings.implementation if settings.implementation != "auto" else choose_implementation("auto")
     check_reset(settings, architecture, implementation)
     teacher = None if settings.distillation.teacher is None else find_teacher(settings, architecture)
+    cache = None if settings.distillation.cache is None else find_cache(settings, architecture.vocab_size, eod)
     device = initialize_parallel(settings.parallel, settings.seed)
     dtype = training_dtype(settings, device)
     graph = graph_of(settings, device)
     chunks = build_training_model(architecture, settings, dtype, device)
     optimizer, schedule = build_optimizer(chunks, settings, dtype)
-    distillation = None if teacher is None else load_teacher(*teacher, chunks, settings, dtype, device)
+    distillation: Teacher | None = None if teacher is None else load_teacher(*teacher, chunks, settings, dtype, device)
+    if cache is not None:
+        distillation = CachedTeacher(chunks, settings, device)
+        cache.read = parallel_state.is_pipeline_last_stage()
     model = [chunk.module for chunk in chunks]
     with own_root(root):
         resumed = resume_run(root, architecture, model, optimizer, schedule, settings.lora)
@@ -119,7 +125,7 @@ def _finetune(settings: FinetuneSettings) -> None:
         on_first_rank(write_beside, f"save: {root}: cannot be written")
         data = _Data(settings, eod, architecture.vocab_size, root)
         batches = sample_batches(
-            data.samples(settings.data.train, position.total, settings.data.shares, 0),
+            data.samples(settings.data.train, position.total, settings.data.shares, 0, cache),
             position.first,
             position.total,
             settings.micro_batch_size,
@@ -139,7 +145,7 @@ def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dt
     return getattr(torch, name)
 
 
-def _end_of_document(settings: FinetuneSettings, side: Path) -> int:
+def end_of_document(settings: FinetuneSettings, side: Path) -> int:
     """The id of the token that ends a document, -1 where the model has none."""
     found = read_config(side).get("eos_token_id")
     eod = next(iter(found), None) if isinstance(found, list) else found
@@ -162,7 +168,12 @@ class _Data:
     root: Path
 
     def samples(
-        self, blend: str | dict[str, float], count: int, shares: tuple[float, ...], part: int
+        self,
+        blend: str | dict[str, float],
+        count: int,
+        shares: tuple[float, ...],
+        part: int,
+        predictions: TeacherCache | None = None,
     ) -> torch.utils.data.Dataset:
         data = self.settings.data
         cache = Path(data.cache) if data.cache else self.root / "cache"
@@ -179,6 +190,7 @@ class _Data:
             shares,
             part,
             data.reset_attention_mask,
+            predictions,
         )
 
     def held_out(self) -> dict[str, torch.utils.data.Dataset]:
@@ -227,7 +239,7 @@ def _train(
     step: int,
     best: BestStep | None,
     device: torch.device,
-    distillation: Distillation | None,
+    distillation: Teacher | None,
     held_out: dict[str, Validation],
     graph: StepGraph | None,
     log: StepLog | None,

@@ -35,6 +35,7 @@ class Position:
             "data.split": list(data.shares),
             "data.sequence_length": data.sequence_length,
             "seed": settings.seed,
+            "whether epochs are cut alike (distillation.cache)": settings.distillation.cache is not None,
             # Megatron shuffles all epochs but the last together, so their number matters.
             "samples of the whole run (steps x global_batch_size)": total,
         }

@@ -22,7 +22,7 @@ from mha2mla_megatron.model.low_rank_update import LowRankUpdate, add_low_rank_u
 from mha2mla_megatron.model.provider import build_on_device, transformer_config
 from mha2mla_megatron.training.checks import check_kernels
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.distillation import Teacher
 from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import only_where
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 BATCH = ("tokens", "labels", "loss_mask", "position_ids")
 """What a step reads of each micro batch, [b, s] all of them."""
+
+PREDICTIONS = ("teacher_ids", "teacher_log_probs")
+"""And where there is a cached teacher, on the last pipeline stage: [b, s, k] and [b, s, k + 1]."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,7 @@ def train_step(
     batches: Iterator[dict[str, torch.Tensor]],
     settings: FinetuneSettings,
     device: torch.device,
-    distillation: Distillation | None = None,
+    distillation: Teacher | None = None,
     graph: StepGraph | None = None,
     is_usual: Callable[[float], bool] = lambda _: True,
 ) -> StepResult:
@@ -190,7 +193,7 @@ def run_micro_batches(
     count: int,
     settings: FinetuneSettings,
     device: torch.device,
-    distillation: Distillation | None = None,
+    distillation: Teacher | None = None,
     forward_only: bool = False,
 ) -> list[dict[str, torch.Tensor]]:
     """Megatron's schedule over `count` micro batches of this rank; the sums of each, for `StepMeans`.
@@ -216,7 +219,7 @@ def forward_step(
     batches: Iterator[dict[str, torch.Tensor]],
     model: torch.nn.Module,
     device: torch.device,
-    distillation: Distillation | None = None,
+    distillation: Teacher | None = None,
     settings: FinetuneSettings | None = None,
 ) -> Any:
     """Megatron's forward step: the model's output and the function that makes a loss of it.
@@ -225,7 +228,7 @@ def forward_step(
     """
     sources = 0 if settings is None else len(settings.data.sources)
     found = next(batches)  # and what else the dataset says of a sample
-    batch = {name: found[name].to(device, non_blocking=True) for name in BATCH}
+    batch = {name: found[name].to(device, non_blocking=True) for name in (*BATCH, *PREDICTIONS) if name in found}
     mask = None if "document" not in found else document_mask(found["document"].to(device, non_blocking=True))
     source = found["source"].to(device, non_blocking=True) if sources else None
     # The rotary tables are split the same way, by Megatron's rotary embedding.
@@ -245,7 +248,7 @@ def forward_step(
         distillation.matching.begin(batch["loss_mask"], source)
     output, teacher = model(batch["tokens"], batch["position_ids"], mask), None
     if distillation is not None:
-        output, teacher = output
+        output, teacher = distillation.split_output(output, batch)
 
     def loss_of_logits(student: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         parts = token_losses(batch["labels"], student, teacher, weight, settings)
@@ -323,7 +326,7 @@ def _sums_by_source(
     return dict(zip(_source_names(sources), sums.flatten(), strict=True))
 
 
-def _sums_of_layers(distillation: Distillation, sources: int) -> list[dict[str, torch.Tensor]]:
+def _sums_of_layers(distillation: Teacher, sources: int) -> list[dict[str, torch.Tensor]]:
     """What the step's layers, and not its logits, add to the sums of the micro batches."""
     if distillation.matching is None:
         return []

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 
 from mha2mla_megatron.training.checks import check_graph
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.distillation import Distillation
+from mha2mla_megatron.training.distillation import Teacher
 from mha2mla_megatron.training.step import run_micro_batches
 
 WARMUP = 3
@@ -41,7 +41,7 @@ class StepGraph:
         count: int,
         settings: FinetuneSettings,
         device: torch.device,
-        distillation: Distillation | None = None,
+        distillation: Teacher | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """As `run_micro_batches` with the same arguments, which must be the same in every step but for `batches`; of
         the teacher, only the weight may be written to."""

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup, ReduceOp
 
+from mha2mla_megatron.training.top_k_divergence import TopK, add_gradient, divergence, exact, outcomes
+
 
 def vocab_parallel_losses(
     student: torch.Tensor,
-    teacher: torch.Tensor | None,
+    teacher: torch.Tensor | TopK | None,
     labels: torch.Tensor,
     temperature: float,
     group: ProcessGroup | None,
@@ -26,7 +28,8 @@ def vocab_parallel_losses(
     """(cross entropy, T^2 KL(p || q), log sum exp) of each token, where p = softmax(teacher / T) and
     q = softmax(student / T); the last is of the student's logits, whose softmax it normalises.
 
-    student, teacher: logits [..., V/tp] of this process's part of the vocabulary. Without a teacher the KL is 0.
+    student, teacher: logits [..., V/tp] of this process's part of the vocabulary. Of a teacher's most probable tokens
+    alone the KL is that of `top_k_divergence.py`, from a reading of its own. Without a teacher the KL is 0.
     labels: int64 [...], of the whole vocabulary. group: the tp processes that share it (None: all there are). The
     results [...] are float32, or float64 of float64 logits, and the same on all of them; their gradient goes to the
     student alone. T^2 keeps the gradient's size whatever the temperature (Hinton et al., arXiv 1503.02531, section 2).
@@ -39,13 +42,15 @@ class _VocabParallelLosses(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: torch.Tensor,
-        teacher: torch.Tensor | None,
+        teacher: torch.Tensor | TopK | None,
         labels: torch.Tensor,
         temperature: float,
         group: ProcessGroup | None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         columns = student.shape[-1]
-        rows = [None if x is None else x.reshape(-1, columns) for x in (student, teacher)]
+        known = teacher.flat() if isinstance(teacher, TopK) else None
+        logits = None if isinstance(teacher, TopK) else teacher
+        rows = student.reshape(-1, columns), None if logits is None else logits.reshape(-1, columns)
         own_labels = labels.flatten() - columns * torch.distributed.get_rank(group)
         highest, sums = _passes(student)[0](*rows, own_labels, temperature)
         if torch.distributed.get_world_size(group) > 1:
@@ -53,17 +58,24 @@ class _VocabParallelLosses(torch.autograd.Function):
             torch.distributed.all_reduce(highest, ReduceOp.MAX, group)
             _move_to(sums, local - highest, temperature)
             torch.distributed.all_reduce(sums, ReduceOp.SUM, group)
-        losses = losses_of_sums(highest, sums, temperature, teacher is not None)
+        losses = losses_of_sums(highest, sums, temperature, logits is not None)
         ctx.save_for_backward(*rows, own_labels, highest, sums)
-        ctx.temperature, ctx.shape = temperature, student.shape
-        cross_entropy, divergence, normaliser = (loss.view(labels.shape) for loss in losses)
-        return cross_entropy, divergence, normaliser
+        ctx.temperature, ctx.shape, ctx.group, ctx.known = temperature, student.shape, group, None
+        cross_entropy, kl, normaliser = (loss.view(labels.shape) for loss in losses)
+        if known is not None:
+            found = outcomes(rows[0], known.ids, temperature, group)
+            kl = divergence(found, known.log_probs, temperature).view(labels.shape)
+            ctx.known = found, known
+        return cross_entropy, kl, normaliser
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         student, teacher, labels, highest, sums = ctx.saved_tensors
         upstream = torch.stack([gradient.flatten() for gradient in grad_outputs])
         gradient = _passes(student)[1](student, teacher, labels, highest, sums, upstream, ctx.temperature)
+        if ctx.known is not None:
+            found, known = ctx.known
+            add_gradient(gradient, student, found, known, upstream[1], ctx.temperature, ctx.group)
         return gradient.view(ctx.shape), None, None, None, None
 
 
@@ -87,11 +99,11 @@ def sum_columns(
     at the label, 0 if it is in another part. All float32, or float64 of float64 logits. Without a teacher t' and the
     middle three are 0.
     """
-    s = _exact(student)
+    s = exact(student)
     if teacher is None:
         highest = torch.stack((s.amax(-1), torch.zeros_like(s[:, 0])))
     else:
-        t = _exact(teacher)
+        t = exact(teacher)
         highest = torch.stack((s.amax(-1), t.amax(-1)))
     at_label = s.gather(1, labels.clamp(0, s.shape[1] - 1)[:, None])[:, 0]
     at_label = torch.where((labels >= 0) & (labels < s.shape[1]), at_label, 0)
@@ -142,11 +154,11 @@ def logits_gradient(
 
     Of the cross entropy: softmax(student) - onehot(label). Of T^2 KL: T (q - p). Of log sum exp: softmax(student).
     """
-    s = _exact(student) - highest[0, :, None]
+    s = exact(student) - highest[0, :, None]
     total, total_q, total_p = sums[:3, :, None]
     of_kl = None
     if teacher is not None:
-        t = _exact(teacher) - highest[1, :, None]
+        t = exact(teacher) - highest[1, :, None]
         p, q = t.div_(temperature).exp_().div_(total_p), (s / temperature).exp_().div_(total_q)
         of_kl = q.sub_(p).mul_(temperature * upstream[1, :, None])
     of_text, _, of_normaliser = upstream
@@ -156,7 +168,3 @@ def logits_gradient(
     gradient.mul_((of_text + of_normaliser)[:, None])
     gradient[inside, labels[inside]] += of_normaliser[inside]
     return (gradient if of_kl is None else gradient.add_(of_kl)).to(student.dtype)
-
-
-def _exact(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
