@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import math
 import shutil
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -423,7 +425,7 @@ def test_files_that_hold_no_tokens_of_a_model_are_refused(
 @pytest.mark.parametrize(
     ("eos", "named"),
     [
-        ([7, 2], "text: documents end with token 2, the model's eos token is 7"),
+        ([7, 9], "text: documents end with token 2, the model's eos token is 7"),
         ([], "config.json: eos_token_id [] is no token"),
         ("</s>", "config.json: eos_token_id '</s>' is no token"),
         (None, "config.json: eos_token_id None is no token"),
@@ -439,6 +441,35 @@ def test_ends_of_documents_that_are_not_the_models_are_refused(
     words = run_words(workspace, "mla", tmp_path / "run", *SCHEDULE, f"load={load}", f"data.{key}=true")
     assert named in refused("finetune", *words)
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_eos_tokens_the_texts_counts(workspace: Path, tmp_path: Path) -> None:
+    """As chat models have them: the run is that of a model with this one alone."""
+    logs = []
+    for name, eos in (("one", 2), ("several", [7, 2, 9])):
+        load = shutil.copytree(workspace / "mla-megatron", tmp_path / name)
+        config = json.loads((load / "hf" / "config.json").read_text())
+        (load / "hf" / "config.json").write_text(json.dumps({**config, "eos_token_id": eos}))
+        words = [*SCHEDULE, f"load={load}", "data.eod_mask_loss=true"]
+        logs.append(log_text(finetune(workspace, "mla", tmp_path / f"run-{name}", *words)))
+    assert logs[0] == logs[1]
+
+
+def test_two_runs_do_not_index_samples_at_once(workspace: Path, tmp_path: Path) -> None:
+    """Megatron would read what the other one has not finished."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    words = run_words(workspace, "mla", tmp_path / "run", *SCHEDULE, f"data.cache={cache}")
+    with (cache / ".lock").open("wb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *words]
+        run = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert run.stderr is not None
+        line = next(line for line in run.stderr if line.startswith("data.cache"))
+        assert line == f"data.cache: {cache}: another run is indexing samples there; waiting for it\n"
+        assert not list(cache.glob("*.npy")) and run.poll() is None
+    assert run.communicate()[1] is not None and run.returncode == 0
+    assert list(cache.glob("*.npy"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage"])

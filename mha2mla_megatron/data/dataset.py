@@ -18,7 +18,7 @@ from megatron.core.datasets.indexed_dataset import DType
 from mha2mla_megatron.data.blend import Blend, blend_weights, interleave
 from mha2mla_megatron.data.repeated_epochs import RepeatedEpochs
 from mha2mla_megatron.errors import FoundAlone, UserError
-from mha2mla_megatron.files import file_sha256, make_writable, require_file
+from mha2mla_megatron.files import file_sha256, require_file
 
 if TYPE_CHECKING:
     from mha2mla_megatron.data.teacher_cache import TeacherCache
@@ -58,8 +58,8 @@ def build_dataset(
 ) -> torch.utils.data.Dataset:
     """`num_samples` shuffled samples of packed documents, over as many epochs of each source as it takes.
 
-    split, part: the shares of PARTS, and which of them is read. predictions: a teacher's, for whose sake each epoch has
-    the samples of the first one.
+    cache: where the indices are kept, by `own_indices`. split, part: the shares of PARTS, and which of them is read.
+    predictions: a teacher's, for whose sake each epoch has the samples of the first one.
 
     A sample is a dict of int64 tokens, labels and position_ids [sequence_length], a float32 loss_mask and the number
     of its source; with reset_attention_mask also `document`, int64 [sequence_length], which of its documents each token
@@ -172,17 +172,6 @@ class Padded(torch.utils.data.Dataset):
             return self.dataset[index]
         sample = self.dataset[0]
         return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}
-
-
-def prepare_cache(cache: Path) -> None:
-    """Make the folder of the sample indices and see that it can be written. Remove those that a process killed while it
-    wrote them left short: Megatron takes what is there. Raises OSError."""
-    make_writable(cache)
-    for file in cache.glob("*.npy"):
-        try:
-            numpy.load(file, mmap_mode="r")
-        except (ValueError, EOFError):
-            file.unlink()
 
 
 def documents_digest(prefix: str) -> str:
@@ -305,6 +294,17 @@ def _extremes(file: Path, dtype: numpy.dtype) -> tuple[int, int]:
     parts = (tokens[start : start + piece] for start in range(0, len(tokens), piece))
     lowest, highest = zip(*((int(part.min()), int(part.max())) for part in parts), strict=True)
     return min(lowest), max(highest)
+
+
+def end_of_first_document(blend: Any) -> int | None:
+    """The last token of the first source's first document; None where `check_data` would refuse it."""
+    try:
+        prefix = next(iter(blend_weights("data.train", blend)))
+        dtype, lengths = _read_index("data.train", Path(f"{prefix}.idx"))
+        first = int(lengths[lengths > 0][0])
+        return int(numpy.fromfile(f"{prefix}.bin", dtype=dtype, count=1, offset=(first - 1) * dtype.itemsize)[0])
+    except (UserError, OSError, IndexError):
+        return None
 
 
 def _other_ends(file: Path, dtype: numpy.dtype, lengths: numpy.ndarray, eod: int) -> list[int]:

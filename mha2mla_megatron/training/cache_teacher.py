@@ -17,7 +17,8 @@ from numpy.lib import format as npy
 
 from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.megatron import locate_checkpoint
-from mha2mla_megatron.data.dataset import build_dataset, check_data, prepare_cache, read_batches
+from mha2mla_megatron.data.dataset import build_dataset, check_data, read_batches
+from mha2mla_megatron.data.sample_indices import own_indices
 from mha2mla_megatron.data.teacher_cache import (
     KEY,
     MANIFEST,
@@ -118,7 +119,6 @@ def cache_teacher(settings: CacheTeacherSettings) -> None:
         raise UserError(f"teacher: {error}") from None
     on_first_rank(lambda: _begin(folder, about), cannot)
     indices = Path(settings.data.cache) if settings.data.cache else folder / "indices"
-    on_first_rank(lambda: prepare_cache(indices), f"data.cache: {indices}: cannot be written")
     _Writer(settings, cache, model, device, eod, architecture.vocab_size, indices).write(sources, found)
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
@@ -204,20 +204,21 @@ class _Writer:
         for source in sources:
             files = [file for file in mine if file.source == source]
             # All processes take part: they share the making of the indices.
-            dataset = build_dataset(
-                source.prefix,
-                length,
-                source.epoch,
-                self.settings.seed,
-                False,
-                self.eod,
-                self.vocab_size,
-                self.indices,
-                self.settings.data.shares,
-                0,
-                self.settings.data.reset_attention_mask,
-                self.cache,
-            )
+            with own_indices(self.indices):
+                dataset = build_dataset(
+                    source.prefix,
+                    length,
+                    source.epoch,
+                    self.settings.seed,
+                    False,
+                    self.eod,
+                    self.vocab_size,
+                    self.indices,
+                    self.settings.data.shares,
+                    0,
+                    self.settings.data.reset_attention_mask,
+                    self.cache,
+                )
             step = self.settings.micro_batch_size
             batches = [list(file.samples[i : i + step]) for file in files for i in range(0, len(file.samples), step)]
             found = read_batches(dataset, batches, self.settings.data.workers)

@@ -17,7 +17,8 @@ from megatron.core.distributed import DistributedDataParallel
 from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
-from mha2mla_megatron.data.dataset import build_dataset, check_data, prepare_cache, sample_batches
+from mha2mla_megatron.data.dataset import build_dataset, check_data, end_of_first_document, sample_batches
+from mha2mla_megatron.data.sample_indices import own_indices
 from mha2mla_megatron.data.teacher_cache import TeacherCache
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
@@ -146,10 +147,12 @@ def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dt
 
 
 def end_of_document(settings: FinetuneSettings, side: Path) -> int:
-    """The id of the token that ends a document, -1 where the model has none."""
+    """The id of the token that ends a document, -1 where the model has none. Of several, which a chat model has, the
+    one that the text has."""
     found = read_config(side).get("eos_token_id")
-    eod = next(iter(found), None) if isinstance(found, list) else found
-    eod = eod if type(eod) is int else None
+    known = [token for token in (found if isinstance(found, list) else [found]) if type(token) is int]
+    there = end_of_first_document(settings.data.train) if len(known) > 1 else None
+    eod = there if there in known else next(iter(known), None)
     for key in ("eod_mask_loss", "reset_attention_mask"):
         if getattr(settings.data, key) and eod is None:
             raise UserError(
@@ -177,21 +180,21 @@ class _Data:
     ) -> torch.utils.data.Dataset:
         data = self.settings.data
         cache = Path(data.cache) if data.cache else self.root / "cache"
-        on_first_rank(lambda: prepare_cache(cache), f"data.cache: {cache}: cannot be written")
-        return build_dataset(
-            blend,
-            data.sequence_length,
-            count,
-            self.settings.seed,
-            data.eod_mask_loss,
-            self.eod,
-            self.vocab_size,
-            cache,
-            shares,
-            part,
-            data.reset_attention_mask,
-            predictions,
-        )
+        with own_indices(cache):
+            return build_dataset(
+                blend,
+                data.sequence_length,
+                count,
+                self.settings.seed,
+                data.eod_mask_loss,
+                self.eod,
+                self.vocab_size,
+                cache,
+                shares,
+                part,
+                data.reset_attention_mask,
+                predictions,
+            )
 
     def held_out(self) -> dict[str, torch.utils.data.Dataset]:
         """The samples for validation and for the test after the last step, where there are any."""
