@@ -92,7 +92,8 @@ def _row_layout(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
     row to the next."""
     if x.stride(2) != 1 or x.stride(1) < 1 or x.stride(0) % x.stride(1):
         x = x.contiguous()
-    return x, x.stride(0) // x.stride(1), x.stride(1)
+    row = max(1, x.stride(1))  # 0 in some tensors without numbers
+    return x, x.stride(0) // row, row
 
 
 def has_triton(x: torch.Tensor) -> bool:

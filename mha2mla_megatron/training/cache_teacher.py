@@ -39,8 +39,8 @@ from mha2mla_megatron.training.cached_teacher import needed_sources, samples_dep
 from mha2mla_megatron.training.checkpoint import load_weights
 from mha2mla_megatron.training.checks import check_reset, check_samples
 from mha2mla_megatron.training.config import FinetuneSettings
-from mha2mla_megatron.training.loop import end_of_document, training_dtype
-from mha2mla_megatron.training.step import document_mask
+from mha2mla_megatron.training.run_data import end_of_document
+from mha2mla_megatron.training.step import document_mask, training_dtype
 from mha2mla_megatron.training.top_k_divergence import TopK, top_k
 
 

@@ -14,12 +14,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from mha2mla_megatron.architecture import Architecture, read_architecture, read_config
+from mha2mla_megatron.architecture import Architecture, read_architecture
 from mha2mla_megatron.checkpoint.convert_hf_megatron import write_hf_side
 from mha2mla_megatron.checkpoint.megatron import BestStep, iteration_folder, locate_checkpoint, write_best
-from mha2mla_megatron.data.dataset import build_dataset, check_data, end_of_first_document, sample_batches
-from mha2mla_megatron.data.sample_indices import own_indices
-from mha2mla_megatron.data.teacher_cache import TeacherCache
+from mha2mla_megatron.data.dataset import check_data, sample_batches
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import check_layout, initialize_parallel, launched_world_size
@@ -44,9 +42,10 @@ from mha2mla_megatron.training.lora import lora_shapes
 from mha2mla_megatron.training.lr_scale import lr_factors
 from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.position import Position
+from mha2mla_megatron.training.run_data import RunData, end_of_document
 from mha2mla_megatron.training.signals import StopRequest
 from mha2mla_megatron.training.skipped_steps import SkippedSteps
-from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step
+from mha2mla_megatron.training.step import build_training_model, gather_weights, train_step, training_dtype
 from mha2mla_megatron.training.step_graph import StepGraph, graph_of
 from mha2mla_megatron.training.validation import Validation
 from mha2mla_megatron.training.wandb_log import check_wandb
@@ -124,7 +123,7 @@ def _finetune(settings: FinetuneSettings) -> None:
             print(f"{root}: {way}, {dtype}, {settings.implementation} on {device}", flush=True)
 
         on_first_rank(write_beside, f"save: {root}: cannot be written")
-        data = _Data(settings, eod, architecture.vocab_size, root)
+        data = RunData(settings, eod, architecture.vocab_size, root)
         batches = sample_batches(
             data.samples(settings.data.train, position.total, settings.data.shares, 0, cache),
             position.first,
@@ -137,76 +136,10 @@ def _finetune(settings: FinetuneSettings) -> None:
         held_out = {name: Validation(samples, settings, device) for name, samples in data.held_out().items()}
         guard = SkippedSteps(settings, run, position)
         log = _open_log(root, settings, step, _utilisation(architecture, settings, dtype, device))
-        training = settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device
-        _train(*training, distillation, held_out, graph, log)
-
-
-def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
-    name = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    return getattr(torch, name)
-
-
-def end_of_document(settings: FinetuneSettings, side: Path) -> int:
-    """The id of the token that ends a document, -1 where the model has none. Of several, which a chat model has, the
-    one that the text has."""
-    found = read_config(side).get("eos_token_id")
-    known = [token for token in (found if isinstance(found, list) else [found]) if type(token) is int]
-    there = end_of_first_document(settings.data.train) if len(known) > 1 else None
-    eod = there if there in known else next(iter(known), None)
-    for key in ("eod_mask_loss", "reset_attention_mask"):
-        if getattr(settings.data, key) and eod is None:
-            raise UserError(
-                f"data.{key}: {side / 'config.json'}: eos_token_id {found!r} is no token that ends documents"
-            )
-    return -1 if eod is None else eod
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The run's datasets."""
-
-    settings: FinetuneSettings
-    eod: int
-    vocab_size: int
-    root: Path
-
-    def samples(
-        self,
-        blend: str | dict[str, float],
-        count: int,
-        shares: tuple[float, ...],
-        part: int,
-        predictions: TeacherCache | None = None,
-    ) -> torch.utils.data.Dataset:
-        data = self.settings.data
-        cache = Path(data.cache) if data.cache else self.root / "cache"
-        with own_indices(cache):
-            return build_dataset(
-                blend,
-                data.sequence_length,
-                count,
-                self.settings.seed,
-                data.eod_mask_loss,
-                self.eod,
-                self.vocab_size,
-                cache,
-                shares,
-                part,
-                data.reset_attention_mask,
-                predictions,
-            )
-
-    def held_out(self) -> dict[str, torch.utils.data.Dataset]:
-        """The samples for validation and for the test after the last step, where there are any."""
-        wanted, shares = self.settings.validation, self.settings.data.shares
-        found = {}
-        if wanted.data is not None:
-            found["validation"] = self.samples(wanted.data, wanted.samples, (1.0, 0.0, 0.0), 0)
-        elif shares[1] > 0:
-            found["validation"] = self.samples(self.settings.data.train, wanted.samples, shares, 1)
-        if shares[2] > 0:
-            found["test"] = self.samples(self.settings.data.train, wanted.samples, shares, 2)
-        return found
+        _Training(
+            settings, root, chunks, optimizer, schedule, average, batches, guard, position, step, best, device,
+            distillation, held_out, graph, log,
+        ).run()  # fmt: skip
 
 
 def _utilisation(
@@ -229,87 +162,115 @@ def _open_log(root: Path, settings: FinetuneSettings, step: int, utilisation: Ut
     return opened[0] if opened else None
 
 
-def _train(
-    settings: FinetuneSettings,
-    root: Path,
-    chunks: list[DistributedDataParallel],
-    optimizer: Any,
-    schedule: Any,
-    average: WeightAverage | None,
-    batches: Iterator[dict[str, torch.Tensor]],
-    guard: SkippedSteps,
-    position: Position,
-    step: int,
-    best: BestStep | None,
-    device: torch.device,
-    distillation: Teacher | None,
-    held_out: dict[str, Validation],
-    graph: StepGraph | None,
-    log: StepLog | None,
-) -> None:
-    layout = settings.parallel.sizes(torch.distributed.get_world_size())
-    stop = StopRequest(device)
-    model = [chunk.module for chunk in chunks]
-    saver = StepSaver(root, model, optimizer, schedule, layout, settings.keep_last, settings.save_async, average)
+@dataclass
+class _Training:
+    """A run from `step` on. Every rank has one; log and graph are None where there is none."""
+
+    settings: FinetuneSettings
+    root: Path
+    chunks: list[DistributedDataParallel]
+    optimizer: Any
+    schedule: Any
+    average: WeightAverage | None
+    batches: Iterator[dict[str, torch.Tensor]]
+    guard: SkippedSteps
+    position: Position
+    step: int
+    best: BestStep | None
+    device: torch.device
+    distillation: Teacher | None
+    held_out: dict[str, Validation]
+    graph: StepGraph | None
+    log: StepLog | None
     pending: PendingStep | None = None
-    for chunk in chunks:
-        chunk.train()
-    schedule.step(0)
-    try:
-        while step < settings.steps:
-            lr = schedule.get_lr({})  # of tensors whose rate is not scaled
-            if distillation is not None:
-                distillation.weight.fill_(settings.distillation_weight(step + 1))
-            result = train_step(chunks, optimizer, batches, settings, device, distillation, graph, guard.is_usual)
-            try:
-                guard.check(step + 1, result)
-            except UserError:  # every rank has it: a step that is still being written is a good one
-                if pending is not None:
-                    pending.finish()
-                raise
-            if average is not None and result.updated:
-                average.update()
-            schedule.step(1)
-            step += 1
-            if log is not None:
-                log.step(step, result, float(lr))
-            for name, validation in held_out.items():
-                if step == settings.steps or (name == "validation" and validation.due(step)):
-                    loss = validation.measure(chunks)
-                    if log is not None:
-                        log.held_out(step, name, loss)
-                    lowest = math.inf if best is None else best.validation_loss
-                    if settings.keep_best and name == "validation" and loss < lowest:
-                        best = BestStep(step, loss)
-            stopping = stop.requested()
-            saving = step == settings.steps or step % settings.save_interval == 0 or stopping
-            saving = saving or (best is not None and best.step == step)
-            if pending is not None and (saving or pending.written()):
-                pending.finish()
-                pending = None
-            if saving:
-                run = {
-                    "step": step,
-                    **guard.state(),
-                    **settings.lora.saved,
-                    "samples": position.at(step),
-                    "order": position.order,
-                    "best": None if best is None else dataclasses.asdict(best),
-                }
-                gather_weights(chunks)
-                pending = saver.begin(step, run)
-                if not settings.save_async or stopping or step == settings.steps:
-                    pending.finish()
-                    pending = None
-            if stopping:
-                if log is not None:
-                    print(
-                        f"{root}: asked to stop; step {step} of {settings.steps} is saved, and the same command goes "
-                        "on from there",
-                        flush=True,
-                    )
-                break
-    finally:
-        stop.close()
-        if log is not None:
-            log.close()
+    """A step that is being written."""
+
+    def __post_init__(self) -> None:
+        settings, model = self.settings, [chunk.module for chunk in self.chunks]
+        layout = settings.parallel.sizes(torch.distributed.get_world_size())
+        self.saver = StepSaver(
+            self.root, model, self.optimizer, self.schedule, layout, settings.keep_last, settings.save_async,
+            self.average,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """Until the last step, or until the process is asked to stop."""
+        stop = StopRequest(self.device)
+        for chunk in self.chunks:
+            chunk.train()
+        self.schedule.step(0)
+        try:
+            stopping = False
+            while self.step < self.settings.steps and not stopping:
+                self._take_step()
+                self._measure()
+                stopping = stop.requested()
+                self._save(stopping)
+            if stopping and self.log is not None:
+                print(
+                    f"{self.root}: asked to stop; step {self.step} of {self.settings.steps} is saved, and the same "
+                    "command goes on from there",
+                    flush=True,
+                )
+        finally:
+            stop.close()
+            if self.log is not None:
+                self.log.close()
+
+    def _take_step(self) -> None:
+        lr = self.schedule.get_lr({})  # of tensors whose rate is not scaled
+        if self.distillation is not None:
+            self.distillation.weight.fill_(self.settings.distillation_weight(self.step + 1))
+        result = train_step(
+            self.chunks, self.optimizer, self.batches, self.settings, self.device, self.distillation, self.graph,
+            self.guard.is_usual,
+        )  # fmt: skip
+        try:
+            self.guard.check(self.step + 1, result)
+        except UserError:  # every rank has it: a step that is still being written is a good one
+            self._finish_pending()
+            raise
+        if self.average is not None and result.updated:
+            self.average.update()
+        self.schedule.step(1)
+        self.step += 1
+        if self.log is not None:
+            self.log.step(self.step, result, float(lr))
+
+    def _measure(self) -> None:
+        """The losses of held-out samples that are due at this step."""
+        for name, validation in self.held_out.items():
+            if self.step == self.settings.steps or (name == "validation" and validation.due(self.step)):
+                loss = validation.measure(self.chunks)
+                if self.log is not None:
+                    self.log.held_out(self.step, name, loss)
+                lowest = math.inf if self.best is None else self.best.validation_loss
+                if self.settings.keep_best and name == "validation" and loss < lowest:
+                    self.best = BestStep(self.step, loss)
+
+    def _save(self, stopping: bool) -> None:
+        """Save this step where it is due, and give one that has been written its name."""
+        last = stopping or self.step == self.settings.steps
+        due = last or self.step % self.settings.save_interval == 0
+        due = due or (self.best is not None and self.best.step == self.step)
+        if self.pending is not None and (due or self.pending.written()):
+            self._finish_pending()
+        if not due:
+            return
+        run = {
+            "step": self.step,
+            **self.guard.state(),
+            **self.settings.lora.saved,
+            "samples": self.position.at(self.step),
+            "order": self.position.order,
+            "best": None if self.best is None else dataclasses.asdict(self.best),
+        }
+        gather_weights(self.chunks)
+        self.pending = self.saver.begin(self.step, run)
+        if last or not self.settings.save_async:
+            self._finish_pending()
+
+    def _finish_pending(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.finish()

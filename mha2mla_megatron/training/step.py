@@ -60,6 +60,11 @@ class StepResult:
     peak_memory: int | None = None
 
 
+def training_dtype(settings: FinetuneSettings, device: torch.device) -> torch.dtype:
+    name = settings.dtype if settings.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
+    return getattr(torch, name)
+
+
 def build_training_model(
     architecture: Architecture, settings: FinetuneSettings, dtype: torch.dtype, device: torch.device
 ) -> list[DistributedDataParallel]:
