@@ -66,7 +66,8 @@ def start_cases(module: str, *words: object, **environment: str) -> subprocess.P
 
 def children(process: int, words: str) -> list[int]:
     """The processes that this one started with these words in their command lines."""
-    return [int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process), "-f", words], text=True).split()]
+    found = subprocess.run(["pgrep", "-P", str(process), "-f", words], stdout=subprocess.PIPE, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def run_cases_in_eight_processes(module: str, count: int) -> None:

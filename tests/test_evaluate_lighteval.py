@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch
 
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.evaluation.cloze import TASKS, Cloze
-from tests.conftest import PROSE, ROOT, make_llama, make_pair, make_tokenizer, refused, run_tool
+from tests.conftest import PROSE, ROOT, children, make_llama, make_pair, make_tokenizer, refused, run_tool
 
 NESTED = {"text": ["ice", "fire"], "label": ["A", "B"]}
 BY_HAND: list[tuple[str, dict[str, Any], Cloze]] = [
@@ -240,6 +244,22 @@ def test_what_lighteval_is_told(tmp_path: Path) -> None:
     bad = tmp_path / "bad"
     assert "lighteval ended with exit code 1" in refused("evaluate_lighteval", original, bad, *words, "batch_size=3")
     assert not (bad / "cost.json").exists()
+
+
+@pytest.mark.usefixtures("recorder")
+def test_lighteval_ends_with_the_tool(tmp_path: Path) -> None:
+    """A scheduler tells one process to end; the other must not keep the GPU."""
+    (tmp_path / "packages" / "lighteval" / "__main__.py").write_text("import time; time.sleep(600)")
+    data, model = local(tmp_path / "data", [PIQA_ROW]), make_llama(tmp_path / "model")
+    command = [sys.executable, str(ROOT / "tools" / "evaluate_lighteval.py"), str(model), str(tmp_path / "out")]
+    tool = subprocess.Popen([*command, "tasks=[piqa_cf]", f"data={data}"], cwd=ROOT)
+    end = time.monotonic() + 60
+    while not (found := children(tool.pid, "lighteval")):
+        assert tool.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    tool.terminate()
+    assert tool.wait(60) == -signal.SIGTERM
+    assert not Path(f"/proc/{found[0]}").exists()
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -124,11 +125,40 @@ def evaluate_lighteval(model: str, target: Path, settings: LightevalSettings) ->
         here["MHA2MLA_EVAL_DATA"] = os.path.abspath(settings.data)
     if not torch.cuda.is_available():
         here["ACCELERATE_USE_CPU"] = "true"  # several processes would each do all the work otherwise
-    done = subprocess.run([sys.executable, "-m", *launch, *words], env={**os.environ, **here}, cwd=target)
-    if done.returncode != 0:
-        raise UserError(f"lighteval ended with exit code {done.returncode}; its own messages are above")
+    code = _run([sys.executable, "-m", *launch, *words], {**os.environ, **here}, target)
+    if code != 0:
+        raise UserError(f"lighteval ended with exit code {code}; its own messages are above")
     with new_files([target / COST_FILE], overwrite=True) as (file,):
         write_json(file, {"cache_bytes_per_token": cost})
+
+
+def _run(command: list[str], environment: Mapping[str, str], folder: Path) -> int:
+    """The exit code of a command that does not outlive this process: where this one is told to end, that one is first.
+    (A Ctrl-C reaches both.)"""
+    told: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, _: object) -> None:
+        told.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        with subprocess.Popen(command, env=environment, cwd=folder) as child:
+            children.append(child)
+            for number in told:  # before there was a child
+                child.send_signal(number)
+            try:
+                code = child.wait()
+            except BaseException:
+                child.kill()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    for number in told:
+        os.kill(os.getpid(), number)
+    return code
 
 
 def _max_length(model: str, config: Any, settings: LightevalSettings) -> int:
