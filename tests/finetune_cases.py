@@ -13,9 +13,11 @@ from typing import Any
 import numpy
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.checkpoint.megatron import LATEST, TorchDistReader, iteration_folder
 from mha2mla_megatron.checkpoint.rotation import saved_steps
+from mha2mla_megatron.data.dataset import build_dataset
 from tests.conftest import ROOT, make_llama, make_tokenizer, run_tool
 
 MODELS = ("original", "partial", "mla")
@@ -134,3 +136,20 @@ def exported(root: Path, target: Path, *words: str) -> dict[str, torch.Tensor]:
     """The tensors of a run's latest step as a Hugging Face folder has them."""
     run_tool("convert_megatron_to_hf", root, target, *words)
     return load_file(target / "model.safetensors")
+
+
+def steps_of(root: Path) -> list[dict[str, Any]]:
+    return [line for line in read_log(root) if "loss" in line]
+
+
+def samples(prefix: Path, cache: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels of a run's first samples, int64 [count, LENGTH] each."""
+    dataset: Any = build_dataset(str(prefix), LENGTH, count, 1234, False, EOD, VOCABULARY, cache)
+    rows = [dataset[index] for index in range(count)]
+    return tuple(torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("tokens", "labels"))  # type: ignore[return-value]
+
+
+def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        return model(tokens).logits.double()

@@ -31,10 +31,13 @@ from tests.finetune_cases import (
     checkpoint_tensors,
     finetune,
     log_text,
+    logits_of,
     make_workspace,
     put_back,
     read_log,
     run_words,
+    samples,
+    steps_of,
     write_tokens,
 )
 
@@ -82,22 +85,6 @@ def kernel_cases(count: int, seed: int, **environment: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-def steps_of(root: Path) -> list[dict[str, Any]]:
-    return [line for line in read_log(root) if "loss" in line]
-
-
-def samples(prefix: Path, cache: Path, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    dataset: Any = build_dataset(str(prefix), LENGTH, count, 1234, False, EOD, VOCABULARY, cache)
-    rows = [dataset[index] for index in range(count)]
-    return tuple(torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("tokens", "labels"))  # type: ignore[return-value]
-
-
-def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with torch.no_grad():
-        return model(tokens).logits.double()
 
 
 def known_tokens(teacher: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

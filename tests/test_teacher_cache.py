@@ -17,24 +17,23 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from mha2mla_megatron.data.dataset import build_dataset
 from mha2mla_megatron.training import cache_teacher
 from mha2mla_megatron.training.top_k_divergence import TopK, top_k
 from tests.conftest import ROOT, refused, run_tool
 from tests.finetune_cases import (
     BATCH,
-    EOD,
     LENGTH,
     SETTINGS,
     VOCABULARY,
     checkpoint_tensors,
     finetune,
+    logits_of,
     make_workspace,
     put_back,
-    read_log,
     run_words,
+    samples,
+    steps_of,
     write_tokens,
 )
 
@@ -81,24 +80,8 @@ def eight(workspace: Path) -> Path:
     return make_cache(workspace, workspace / "eight", "top_k=8", f"steps={EPOCH}")
 
 
-def steps_of(root: Path) -> list[dict[str, Any]]:
-    return [line for line in read_log(root) if "loss" in line]
-
-
 def files_of(cache: Path) -> dict[str, bytes]:
     return {str(file.relative_to(cache)): file.read_bytes() for file in sorted(cache.glob("*/0*.npy"))}
-
-
-def logits_of(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    with torch.no_grad():
-        return model(tokens).logits.double()
-
-
-def samples(workspace: Path, prefix: Path, count: int, cache: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    dataset: Any = build_dataset(str(prefix), LENGTH, count, 1234, False, EOD, VOCABULARY, cache)
-    rows = [dataset[index] for index in range(count)]
-    return tuple(torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in ("tokens", "labels"))  # type: ignore[return-value]
 
 
 def coarse_kl(student: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Tensor:
@@ -147,7 +130,7 @@ def test_fewer_tokens_than_the_vocabulary(workspace: Path, eight: Path, tmp_path
     root = finetune(
         workspace, "mla", tmp_path / "run", *SCHEDULE, TAUGHT, f"steps={EPOCH}", f"distillation.cache={eight}"
     )
-    tokens, _ = samples(workspace, workspace / "text", 2 * BATCH, tmp_path / "indices")
+    tokens, _ = samples(workspace / "text", tmp_path / "indices", 2 * BATCH)
     student, teacher = (logits_of(workspace / model, tokens) for model in ("mla", "original"))
     found, full = (coarse_kl(student, teacher, k) for k in (8, VOCABULARY - 1))
     assert found[:BATCH].mean() < 0.97 * full[:BATCH].mean()  # there is a difference to be seen
@@ -164,7 +147,7 @@ def test_every_epoch_finds_its_samples(workspace: Path, whole: Path, tmp_path: P
     root = finetune(
         workspace, "mla", tmp_path / "run", *SCHEDULE, TAUGHT, *words, "optimizer.lr=0", f"distillation.cache={whole}"
     )
-    tokens, labels = samples(workspace, short, size, tmp_path / "indices")
+    tokens, labels = samples(short, tmp_path / "indices", size)
     student, teacher = (logits_of(workspace / model, tokens) for model in ("mla", "original"))
     lm = torch.nn.functional.cross_entropy(student.transpose(1, 2), labels, reduction="none").mean(-1)
     expected = list(zip(lm.tolist(), coarse_kl(student, teacher, VOCABULARY - 1).mean(-1).tolist(), strict=True))
@@ -378,7 +361,7 @@ def test_bad_words_and_another_cache_are_refused(workspace: Path, eight: Path, t
 
 def test_predictions_are_those_of_transformers(workspace: Path, eight: Path, tmp_path: Path) -> None:
     """Ids in their order, where float32 can tell them apart; their log-probabilities, and what is left, in float16."""
-    tokens, _ = samples(workspace, workspace / "text", 34, tmp_path / "indices")
+    tokens, _ = samples(workspace / "text", tmp_path / "indices", 34)
     log_p = (logits_of(workspace / "original", tokens) / TEMPERATURE).log_softmax(-1)
     found = numpy.concatenate([numpy.load(file) for file in sorted(eight.glob("*/0*.npy"))])
     values, ids = log_p.topk(9, -1)

@@ -13,15 +13,12 @@ USAGE = "cache_teacher.py CONFIG.yaml teacher=CHECKPOINT distillation.cache=FOLD
 
 def main(argv: list[str]) -> None:
     # With the settings, which stand beside what they are for: megatron takes seconds to import.
-    from mha2mla_megatron.model.parallel import own_world
-    from mha2mla_megatron.together import names_lost_processes
+    from mha2mla_megatron.model.parallel import resumable_job
     from mha2mla_megatron.training.cache_teacher import CacheTeacherSettings, cache_teacher
 
     (config,), overrides, _ = split_words(argv, USAGE, 1, 1, schema=CacheTeacherSettings)
     settings = load_settings(CacheTeacherSettings, overrides, Path(config))
-    limit = f"parallel.timeout_minutes {settings.parallel.timeout_minutes:g}"
-    reason = f"another process has died, or was waited for longer than {limit}"
-    with names_lost_processes(reason, "the same command goes on with the files that are missing"), own_world():
+    with resumable_job(settings.parallel, "goes on with the files that are missing"):
         cache_teacher(settings)
 
 

@@ -16,13 +16,10 @@ def main(argv: list[str]) -> None:
     (config,), overrides, _ = split_words(argv, USAGE, 1, 1, schema=FinetuneSettings)
     settings = load_settings(FinetuneSettings, overrides, Path(config))
     # After the settings: megatron takes seconds to import.
-    from mha2mla_megatron.model.parallel import own_world
-    from mha2mla_megatron.together import names_lost_processes
+    from mha2mla_megatron.model.parallel import resumable_job
     from mha2mla_megatron.training.loop import finetune
 
-    limit = f"parallel.timeout_minutes {settings.parallel.timeout_minutes:g}"
-    reason = f"another process has died, or was waited for longer than {limit}"
-    with names_lost_processes(reason, "the same command goes on from the newest complete step"), own_world():
+    with resumable_job(settings.parallel, "goes on from the newest complete step"):
         finetune(settings)
 
 

@@ -18,6 +18,7 @@ import torch.distributed
 from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of
 from mha2mla_megatron.model.cpu_mode import prepare_device
 from mha2mla_megatron.ranks import join_launched_ranks
+from mha2mla_megatron.together import names_lost_processes
 
 if TYPE_CHECKING:
     from mha2mla_megatron.architecture import Architecture
@@ -298,6 +299,16 @@ def own_world() -> Iterator[None]:
     if joined_here():
         gc.collect()  # a CUDA graph that waits for it keeps NCCL from closing
         shut_down_parallel()
+
+
+@contextmanager
+def resumable_job(parallel: ParallelConfig, then: str) -> Iterator[None]:
+    """`own_world` of a command that can be repeated. Where a process has died, the others say `then`, what the same
+    command does, in one line."""
+    limit = f"parallel.timeout_minutes {parallel.timeout_minutes:g}"
+    reason = f"another process has died, or was waited for longer than {limit}"
+    with names_lost_processes(reason, f"the same command {then}"), own_world():
+        yield
 
 
 def _has_groups(parallel: ParallelConfig) -> bool:
