@@ -270,7 +270,8 @@ def test_examples_are_tables(tmp_path: Path, workspace: Path, file: Path) -> Non
 
 def test_what_a_line_is_known_by(tmp_path: Path, workspace: Path) -> None:
     """Its settings but the default ones, which a later version may bring, and the contents of its token files: a corpus
-    made anew, with documents as long as before, is another one. A row's blend takes the place of the common one."""
+    made anew, with documents as long as before, is another one. A row's blend takes the place of the common one. The
+    original, as nothing was converted, does not depend on the text for statistics."""
     for suffix in (".bin", ".idx", ".json"):
         for name in ("a", "b"):
             shutil.copy(workspace / f"tokens{suffix}", tmp_path / f"{name}{suffix}")
@@ -282,9 +283,9 @@ def test_what_a_line_is_known_by(tmp_path: Path, workspace: Path) -> None:
     config["finetune"]["data"]["train"] = {a: 1.0}
     (tmp_path / "table.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
 
-    def keys() -> dict[str, str]:
+    def keys(text: str = "text") -> dict[str, str]:
         settings = load_settings(QualitySettings, [f"out={tmp_path / 'out'}"], tmp_path / "table.yaml")
-        entries, _ = expand(settings, "model", "text")
+        entries, _ = expand(settings, "model", text)
         trained = {entry.row: entry.training for entry in entries if entry.kind == "fine-tuned"}
         assert {row: one.data.train for row, one in trained.items() if one is not None} == {
             "original": {a: 1.0}, "plain": {a: 1.0}, "default": {a: 1.0}, "other": {a: 1.0}, "blend": {b: 1.0}
@@ -294,6 +295,8 @@ def test_what_a_line_is_known_by(tmp_path: Path, workspace: Path) -> None:
     before = keys()
     # The same contents under another name are the same.
     assert before["plain"] == before["default"] == before["blend"] != before["other"]
+    of_another_text = keys("another text")
+    assert {row for row in before if before[row] == of_another_text[row]} == {"original"}
     tokens = bytearray((tmp_path / "a.bin").read_bytes())
     tokens[0] ^= 1
     (tmp_path / "a.bin").write_bytes(tokens)

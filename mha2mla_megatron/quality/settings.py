@@ -159,7 +159,8 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
             given = {"statistics": str(work.statistics)} if known else {}
             given.update({**dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))})
             conversion = conversion_settings(row, given)
-        about = {**inputs, "conversion": _plain(conversion), **({} if source is None else {"from": source.key})}
+        about = {**(inputs if conversion else {"model": model_sha256}), "conversion": _plain(conversion)}
+        about.update({} if source is None else {"from": source.key})
         for kind, values_of_kind in _trainings(row, settings, fit, distill if values is not None else False).items():
             training, teacher = None, None
             if values_of_kind is not None:
