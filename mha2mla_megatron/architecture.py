@@ -129,7 +129,7 @@ class Architecture:
             norm = (d,) if self.mla is None else (groups, d)
             tensors.update({"q_norm.weight": norm, "k_norm.weight": norm})
         if self.mla is not None and self.layout(layer).qk_rope_head_dim > 0:
-            tensors["rope_pairs"] = (groups, self.layout(layer).qk_rope_head_dim // 2)
+            tensors["rope_pairs"] = (self.layout(layer).rope_heads, self.layout(layer).qk_rope_head_dim // 2)
         return tensors
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:

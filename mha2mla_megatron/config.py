@@ -26,7 +26,8 @@ class PartialRopeConfig:
     activation (largest effect on the attention weights). auto: activation where there are statistics, else uniform."""
 
     qk_rope_head_dim: Any = None
-    """r, rotated dims kept per head: one even number or a list with one per layer. None: d for full, else d/8."""
+    """r, rotated dims kept per head: one even number or a list with one per layer. None: d for full, else d/8; where
+    they are shared G d/8, at most d/2."""
 
     uniform_start: int = 0
     """uniform: the first pair kept; below the step d/r."""
@@ -37,6 +38,10 @@ class PartialRopeConfig:
     scores: str | None = None
     """activation: the file of tools/calibrate.py. 2-norm: that file, or a safetensors file of float scores
     [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
+
+    shared: bool = False
+    """One rotated key for all heads, of the directions over heads and frequencies whose rotation matters most (needs
+    statistics), instead of one for each key/value head."""
 
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
@@ -56,13 +61,19 @@ class PartialRopeConfig:
         best = "uniform" if self.scores is None else "activation"
         return best if self.strategy == "auto" else self.strategy
 
-    def resolve(self, head_dim: int) -> PartialRopeConfig:
-        """The same with nothing left open for heads of this size."""
+    def resolve(self, num_key_value_heads: int, head_dim: int) -> PartialRopeConfig:
+        """The same with nothing left open for heads of this number and size."""
         strategy, r = self.chosen_strategy, self.qk_rope_head_dim
         if strategy in SCORED_STRATEGIES and self.scores is None:
             raise UserError(f"partial_rope.strategy={strategy} needs partial_rope.scores=FILE")
+        if self.shared and strategy != "activation":
+            raise UserError(
+                f"partial_rope.shared=true: the directions that are shared come from statistics: "
+                f"partial_rope.strategy is {strategy}, needed activation"
+            )
         if r is None:
             r = head_dim if strategy == "full" else head_dim // 16 * 2
+            r = min(num_key_value_heads * r, head_dim // 4 * 2) if self.shared else r
         query_map = strategy == "activation" if self.query_map is None else self.query_map
         if query_map and self.scores is None:
             raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")
@@ -170,7 +181,10 @@ class MHA2MLAConfig:
         no_rope_layers: layers, from 0, that rotate nothing in the original; their r is 0, whatever the strategy.
         Raises UserError for lists of another length than L and for an r or c that the model cannot have.
         """
-        rope, low_rank = self.partial_rope.resolve(head_dim), self.low_rank.resolve(num_key_value_heads)
+        rope, low_rank = (
+            self.partial_rope.resolve(num_key_value_heads, head_dim),
+            self.low_rank.resolve(num_key_value_heads),
+        )
         if no_rope_layers and isinstance(rope.qk_rope_head_dim, int):
             dims = [0 if layer in no_rope_layers else rope.qk_rope_head_dim for layer in range(num_layers)]
             rope = dataclasses.replace(rope, qk_rope_head_dim=dims)
@@ -199,7 +213,7 @@ class MHA2MLAConfig:
         assert r is not None, "the config is not resolved"
         c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))
         heads = hidden_size, num_attention_heads, num_key_value_heads, head_dim
-        return LatentLayout(*heads, r, self.low_rank.method, c, k)
+        return LatentLayout(*heads, r, self.low_rank.method, c, k, self.partial_rope.shared)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:

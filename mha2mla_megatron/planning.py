@@ -206,7 +206,9 @@ class Planner:
 
     def _layout(self, r: int, c: int | None, k: int | None = None) -> LatentLayout:
         """c None: nothing factored."""
-        return LatentLayout(*self.original.heads, r, "none" if c is None else self.converter.mla.low_rank.method, c, k)
+        mla = self.converter.mla
+        method = "none" if c is None else mla.low_rank.method
+        return LatentLayout(*self.original.heads, r, method, c, k, mla.partial_rope.shared)
 
     def _ranks(self, r: int) -> list[int]:
         """Multiples within the bounds that a layer with this r can have, of split for both latents."""

@@ -66,6 +66,8 @@ class MHA2MLALlamaConfig(LlamaConfig):
                     raise ValueError(
                         f"low_rank.method: {low_rank['method']}, but qk_norm: normalised keys have no latent"
                     )
+                if self.qk_norm and self.layout(layer).shared_rope:
+                    raise ValueError("partial_rope.shared: true, but qk_norm: normalised keys are each head's own")
 
     def _check_layers(self) -> None:
         """Raises ValueError for lists that are not one entry for each layer, unknown types, a window without length."""
@@ -98,6 +100,7 @@ class MHA2MLALlamaConfig(LlamaConfig):
             low_rank["method"],
             layer_value(low_rank["kv_lora_rank"], layer),
             layer_value(low_rank.get("k_lora_rank"), layer),
+            rope.get("shared", False),
         )
 
 

@@ -1,11 +1,12 @@
 """Attention of new tokens over a latent cache in the absorbed form: no key or value of a cached token is rebuilt.
 
 With the up-projections absorbed into the query and the output, all heads attend over the same rows, [rotated keys of
-all groups | unrotated part]: a query row has its own group's values in the rotated columns and zeros in the others'.
-The same holds for a part that is not factored: full-rank K_nope or V is a latent whose up-projection is the identity.
+all R heads | unrotated part]: a query row has its values in the rotated columns of the head that it reads, and zeros in
+the others'. The same holds for a part that is not factored: full-rank K_nope or V is a latent whose up-projection is the identity.
 
-Shape letters: b batch, s new tokens, t cached tokens (the new ones among them), H query heads, G key/value heads, r
-rotated dims per head, w width of the unrotated part, k and v widths of its key and value columns (both c for joint).
+Shape letters: b batch, s new tokens, t cached tokens (the new ones among them), H query heads, G key/value heads, R
+heads of rotated keys (G, or 1 that all share), r rotated dims per head, w width of the unrotated part, k and v widths of
+its key and value columns (both c for joint).
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def absorbed_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention over cached rows.
 
-    q_rope [b, H, s, G r]; q_key [b, H, s, k]; k_rope [b, t, G r]; unrotated [b, t, w]; mask: None (every token sees
+    q_rope [b, H, s, R r]; q_key [b, H, s, k]; k_rope [b, t, R r]; unrotated [b, t, w]; mask: None (every token sees
     every row), bool (true is visible) or additive [1 or b, 1, s, t]. kernel: whether the Triton kernel may run.
     Returns the averaged value columns [b, H, s, v] in the input's type and the probabilities [b, H, s, t] where they
     were computed (the kernel has none).

@@ -1,6 +1,7 @@
 """What one converted attention layer is made of: its projections, their shapes and what it caches.
 
-Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width.
+Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width,
+R heads of rotated keys: G, or 1 that all share.
 The Hugging Face model, the Megatron model and the converters all read a layer's parts from here.
 """
 
@@ -24,7 +25,8 @@ class LatentLayout:
 
     `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each),
     `key` or `value` (only that one), `none` (partial RoPE alone). k_lora_rank: how many columns keys are made of, of
-    joint the first ones of the latent, of split the width of their own; None: c.
+    joint the first ones of the latent, of split the width of their own; None: c. shared_rope: whether all heads have one
+    rotated key.
     """
 
     hidden_size: int
@@ -35,6 +37,7 @@ class LatentLayout:
     method: str
     kv_lora_rank: int | None
     k_lora_rank: int | None = None
+    shared_rope: bool = False
 
     @property
     def qk_nope_head_dim(self) -> int:
@@ -52,9 +55,14 @@ class LatentLayout:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def rope_heads(self) -> int:
+        """R: heads of rotated keys."""
+        return 1 if self.shared_rope else self.num_key_value_heads
+
+    @property
     def rope_dim(self) -> int:
-        """G r: rows of the rotated keys."""
-        return self.num_key_value_heads * self.qk_rope_head_dim
+        """R r: rows of the rotated keys."""
+        return self.rope_heads * self.qk_rope_head_dim
 
     @property
     def factors_key(self) -> bool:
@@ -118,7 +126,7 @@ class LatentLayout:
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token: G r + c (joint), G r and both latents (split), 2 G d (none)."""
+        """Cached numbers per token: R r + c (joint), R r and both latents (split), R r + G (d - r) + G d (none)."""
         return self.rope_dim + sum(self.cache_parts)
 
     def check(self) -> None:
@@ -137,6 +145,8 @@ class LatentLayout:
         r, c = self.qk_rope_head_dim, self.kv_lora_rank
         if not is_whole(r) or r % 2 or not 0 <= r <= self.head_dim:
             raise ValueError(f"qk_rope_head_dim: {r!r} is not an even number from 0 to head_dim {self.head_dim}")
+        if not isinstance(self.shared_rope, bool):
+            raise ValueError(f"partial_rope.shared: {self.shared_rope!r} is not true or false")
         if self.method not in LOW_RANK_METHODS:
             raise ValueError(f"low_rank.method: {self.method!r} is not one of {', '.join(LOW_RANK_METHODS)}")
         k = self.k_lora_rank

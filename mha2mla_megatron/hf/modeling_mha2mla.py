@@ -1,10 +1,11 @@
 """A Llama-like model with multi-head latent attention and partial RoPE, for plain transformers.
 
 Shape letters: b batch, s new tokens, t tokens including the cached ones, H query heads, G key/value heads, d head dim,
-r rotated dims per head, w width of the unrotated part of the cache (c for the joint method).
+r rotated dims per head, R heads of rotated keys (G, or 1 that all share), w width of the unrotated part of the cache (c
+for the joint method).
 
 A layer's cache is transformers' own, of any kind: its "keys" are the unrotated part [b, 1, t, w], its "values" the
-rotated keys of all groups [b, 1, t, G r]. One head each, because a static cache allocates both with as many heads as
+rotated keys of all R heads [b, 1, t, R r]. One head each, because a static cache allocates both with as many heads as
 the keys have; and no groups apart, because the absorbed form reads a token's rotated keys as one row.
 """
 
@@ -57,8 +58,8 @@ class MHA2MLARMSNorm(nn.Module):
 class MHA2MLAAttention(nn.Module):
     """Attention that caches rotated `k_rope` and latents only.
 
-    A head's rows are [r rotated | d - r others]; the rotated part is half-split. `rope_pairs` [G, r/2] says which of
-    the model's frequencies each key/value head, and the query heads of its group, turn with.
+    A head's rows are [r rotated | d - r others]; the rotated part is half-split. `rope_pairs` [R, r/2] says which of
+    the model's frequencies each head of rotated keys, and the query heads that read it, turn with.
     """
 
     rope_pairs: torch.Tensor
@@ -97,7 +98,7 @@ class MHA2MLAAttention(nn.Module):
             norm = self.layout.num_key_value_heads, self.head_dim, config.rms_norm_eps
             self.q_norm, self.k_norm = MHA2MLARMSNorm(*norm), MHA2MLARMSNorm(*norm)
         if self.layout.qk_rope_head_dim > 0:
-            pairs = torch.arange(self.layout.qk_rope_head_dim // 2).repeat(self.layout.num_key_value_heads, 1)
+            pairs = torch.arange(self.layout.qk_rope_head_dim // 2).repeat(self.layout.rope_heads, 1)
             self.register_buffer("rope_pairs", pairs)
 
     def forward(
@@ -120,9 +121,10 @@ class MHA2MLAAttention(nn.Module):
         k_rope, k_nope = self._key_parts(hidden_states)
         if self.k_rope_proj is not None:
             cos, sin = self._rope_tables(*position_embeddings)
-            k_rope = self._split_heads(k_rope)
+            k_rope = self._split_heads(k_rope, self.layout.rope_heads)
             k_rope = (k_rope * cos + rotate_half(k_rope) * sin).transpose(1, 2).flatten(2)
-            cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
+            if not self.layout.shared_rope:
+                cos, sin = (table.repeat_interleave(self.num_key_value_groups, dim=1) for table in (cos, sin))
             q_rope = q_rope * cos + rotate_half(q_rope) * sin
         latents, value = (p(hidden_states) if p is not None else None for p in (self.kv_down_proj, self.v_proj))
         unrotated = torch.cat([part for part in (latents, k_nope, value) if part is not None], dim=-1)
@@ -176,13 +178,14 @@ class MHA2MLAAttention(nn.Module):
         return self.o_proj(output.reshape(batch, length, -1)), weights
 
     def _key_parts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Keys before rotation, normalised where the model does that: the part to rotate [b, s, G r], which is empty
+        """Keys before rotation, normalised where the model does that: the part to rotate [b, s, R r], which is empty
         for r = 0, and full-rank K_nope [b, s, G (d - r)], None where there is none."""
         k_rope = hidden_states[..., :0] if self.k_rope_proj is None else self.k_rope_proj(hidden_states)
         k_nope = None if self.k_nope_proj is None else self.k_nope_proj(hidden_states)
         if self.k_norm is None:
             return k_rope, k_nope
-        parts = [self._split_heads(part) for part in (k_rope, k_nope) if part is not None]
+        groups = self.layout.num_key_value_heads
+        parts = [self._split_heads(part, groups) for part in (k_rope, k_nope) if part is not None]
         sizes = [part.shape[-1] for part in parts]
         normed = [
             part.transpose(1, 2).flatten(2) for part in self.k_norm(torch.cat(parts, dim=-1)).split(sizes, dim=-1)
@@ -227,7 +230,7 @@ class MHA2MLAAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the cached rows themselves.
 
-        q_rope [b, H, s, r], q_nope [b, H, s, d - r]; attend: their absorbed forms [b, H, s, G r] and [b, H, s, k] to
+        q_rope [b, H, s, r], q_nope [b, H, s, d - r]; attend: their absorbed forms [b, H, s, R r] and [b, H, s, k] to
         the averaged value columns [b, H, s, v], and probabilities or None. Returns the heads' outputs [b, s, H, d], and
         the probabilities for eager attention.
         """
@@ -237,7 +240,7 @@ class MHA2MLAAttention(nn.Module):
         else:
             up = self.k_up_proj.weight.view(groups, self.layout.qk_nope_head_dim, -1)
             q_key = torch.einsum("bgisn,gnc->bgisc", self._by_group(q_nope), up).flatten(1, 2)
-        context, probabilities = attend(spread_over_groups(q_rope, groups), q_key)
+        context, probabilities = attend(spread_over_groups(q_rope, self.layout.rope_heads), q_key)
         if self.v_up_proj is None:
             value = own_group(context, groups)
         else:
@@ -249,29 +252,31 @@ class MHA2MLAAttention(nn.Module):
         return value.transpose(1, 2), probabilities if self._is_eager else None
 
     def _rope_tables(self, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The model's tables [., s, d] at each head's own pairs: [., G, s, r]."""
+        """The model's tables [., s, d] at each head's own pairs: [., R, s, r]."""
 
         def select(table: torch.Tensor) -> torch.Tensor:
-            half = table[..., : self.head_dim // 2][..., self.rope_pairs].transpose(1, 2)  # [., G, s, r/2]
+            half = table[..., : self.head_dim // 2][..., self.rope_pairs].transpose(1, 2)  # [., R, s, r/2]
             return torch.cat((half, half), dim=-1)
 
         return select(cos), select(sin)
 
     def _expand(self, unrotated: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every head, each [b, G, t, d], from what is cached: [b, t, w] and [b, t, G r]."""
+        """Keys and values of every head, each [b, G, t, d], from what is cached: [b, t, w] and [b, t, R r]."""
         layout = self.layout
         latents, k_nope, value = unrotated.split(layout.cache_parts, dim=-1)
         if self.k_up_proj is not None:
             k_nope = self.k_up_proj(latents[..., : layout.key_rank])
         if self.v_up_proj is not None:
             value = self.v_up_proj(latents[..., layout.kv_down_dim - layout.value_rank :])
-        key = torch.cat((self._split_heads(k_rope), self._split_heads(k_nope)), dim=-1)
-        return key, self._split_heads(value)
+        groups = layout.num_key_value_heads
+        rotated = self._split_heads(k_rope, layout.rope_heads).expand(-1, groups, -1, -1)
+        key = torch.cat((rotated, self._split_heads(k_nope, groups)), dim=-1)
+        return key, self._split_heads(value, groups)
 
-    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[b, t, G n] -> [b, G, t, n]."""
-        groups = self.layout.num_key_value_heads
-        return x.reshape(*x.shape[:2], groups, x.shape[-1] // groups).transpose(1, 2)
+    @staticmethod
+    def _split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+        """[b, t, heads n] -> [b, heads, t, n]."""
+        return x.reshape(*x.shape[:2], heads, x.shape[-1] // heads).transpose(1, 2)
 
     def _by_group(self, x: torch.Tensor) -> torch.Tensor:
         """[b, H, s, n] -> [b, G, H / G, s, n]."""
