@@ -1,10 +1,12 @@
 """One attention layer converted: which rows keep their rotation, what the others' queries become, how K and V factor.
 
-Shape letters: h hidden size, H query heads, G key/value heads, d head dim, P = d/2 pairs, r rotary dims kept, c rank.
+Shape letters: h hidden size, H query heads, G key/value heads, d head dim, P = d/2 pairs, r rotary dims kept, R heads
+of rotated keys (G, or 1 that all share), c rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +23,13 @@ from mha2mla_megatron.calibration.pairs import (
     per_group,
     scaling_map,
 )
+from mha2mla_megatron.calibration.shared_rope import (
+    Directions,
+    best_dims,
+    rotated_queries,
+    shared_directions,
+    split_keys,
+)
 from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics, model_fingerprint
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.config import MHA2MLAConfig
@@ -33,7 +42,7 @@ from mha2mla_megatron.partial_rope import head_row_order, kept_pairs, load_score
 
 @dataclass(frozen=True)
 class ConvertedAttention:
-    """Tensors by their names under `self_attn.` (float64 where computed), pairs int64 [G, r/2], report figures."""
+    """Tensors by their names under `self_attn.` (float64 where computed), pairs int64 [R, r/2], report figures."""
 
     tensors: dict[str, torch.Tensor]
     pairs: torch.Tensor
@@ -53,6 +62,28 @@ class _Layer:
     query_map: torch.Tensor | None
     """[H, P, 2]; None: the queries as they are."""
     columns: torch.Tensor | None
+    directions: Directions | None
+    """What to rotate where all heads share it; None: pairs of the heads."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A layer's queries and keys, each head's rows in the order [r rotated | d - r others]."""
+
+    pairs: torch.Tensor
+    """int64 [R, r/2], on the CPU."""
+    k_rope: torch.Tensor
+    """[R r, h]."""
+    k_nope: torch.Tensor
+    """[G (d - r), h]."""
+    biases: tuple[torch.Tensor, torch.Tensor] | None
+    """Of k_rope and k_nope."""
+    queries: Callable[[torch.Tensor], torch.Tensor]
+    """What becomes of the queries' rows, [H d, ...], weights or bias."""
+    unrotated: torch.Tensor
+    """float64 [G, d - r, d]: what a head's unrotated queries are made of, after the query map."""
+    order: torch.Tensor
+    """int64 [G, d], of a head's rows; of use where they are only moved."""
 
 
 class AttentionConverter:
@@ -115,45 +146,42 @@ class AttentionConverter:
     def _partial_rope(self, layer: int, layout: LatentLayout) -> tuple[dict[str, torch.Tensor], torch.Tensor, Metric]:
         """The layer with nothing factored, the pairs that it rotates, and the objective over its [K_nope; V]."""
         source, weights = self._layer(layer), self._layer(layer).weights
-        d, r = layout.head_dim, layout.qk_rope_head_dim
-        pairs = self._pairs(source, layout)
-        order = head_row_order(pairs, d).to(self.device)  # [G, d]
-
-        def queries(rows: torch.Tensor) -> torch.Tensor:
-            if source.query_map is not None and r < d:
-                rows = apply_query_map(rows.unflatten(0, (-1, d)), source.query_map, pairs).flatten(0, 1)
-            return ordered_heads(rows, order).reshape_as(rows)
-
-        converted = {"o_proj.weight": weights["o_proj.weight"], "q_proj.weight": queries(weights["q_proj.weight"])}
-        k = ordered_heads(weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
+        r, d = layout.qk_rope_head_dim, layout.head_dim
+        split = self._split(source, layout)
+        converted = {
+            "o_proj.weight": weights["o_proj.weight"],
+            "q_proj.weight": split.queries(weights["q_proj.weight"]),
+        }
         converted["v_proj.weight"] = weights["v_proj.weight"]
         if r > 0:
-            converted["k_rope_proj.weight"] = k[:, :r].flatten(0, 1)
-            converted["rope_pairs"] = pairs
+            converted["k_rope_proj.weight"] = split.k_rope
+            converted["rope_pairs"] = split.pairs
         if r < d:
-            converted["k_nope_proj.weight"] = k[:, r:].flatten(0, 1)
-        if "q_proj.bias" in weights:
-            converted["q_proj.bias"] = queries(weights["q_proj.bias"])
+            converted["k_nope_proj.weight"] = split.k_nope
+        if split.biases is not None:
+            converted["q_proj.bias"] = split.queries(weights["q_proj.bias"])
             if r > 0:
-                converted["k_rope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, :r].flatten()
+                converted["k_rope_proj.bias"] = split.biases[0]
             if r < d and "k_norm.weight" in weights:
-                converted["k_nope_proj.bias"] = ordered_heads(weights["k_proj.bias"], order)[:, 0, r:].flatten()
+                converted["k_nope_proj.bias"] = split.biases[1]
             converted["v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
             converted["o_proj.bias"] = weights["o_proj.bias"]
         if "q_norm.weight" in weights:
             # A head's root mean square does not depend on the order of its dims; the norms' weights follow them.
             for norm in ("q_norm.weight", "k_norm.weight"):
-                converted[norm] = weights[norm].to(torch.float64)[order]
+                converted[norm] = weights[norm].to(torch.float64)[split.order]
             # Here, as the norm would undo a map of the queries before it.
             converted["q_norm.weight"][:, r:] *= self._unrotated_scale(layer)
-        return converted, pairs, self._metric(source, layout, order)
+        return converted, split.pairs, self._metric(source, split)
 
     def pair_loss(self, layer: int, layout: LatentLayout) -> float:
         """The price of the lost rotations: KL divergence of the attention weights per query, summed over heads."""
         source = self._layer(layer)
         losses = source.pair_losses
         assert losses is not None, "there are no statistics"
+        if source.directions is not None:
+            return source.directions.losses[layout.qk_rope_head_dim // 2 :].sum().item()
         kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
         return max(0.0, (losses.sum() - kept.sum()).item())
 
@@ -162,14 +190,65 @@ class AttentionConverter:
         not increasing and convex. Of split, a layer that rotates every key has [0] for the keys, which it need not
         factor."""
         source = self._layer(layer)
-        order = head_row_order(self._pairs(source, layout), layout.head_dim).to(self.device)
-        k = ordered_heads(source.weights["k_proj.weight"], order)[:, 0]  # [G, d, h]
-        k_nope = k[:, layout.qk_rope_head_dim :].flatten(0, 1)
-        metric = self._metric(source, layout, order)
-        parts = _parts(k_nope, source.weights["v_proj.weight"], layout, metric)
+        split = self._split(source, layout)
+        parts = _parts(split.k_nope, source.weights["v_proj.weight"], layout, self._metric(source, split))
         losses = [0.5 * truncation_losses(rows, its_metric).cpu() for _, rows, its_metric in parts]
         missing = (2 if layout.method == "split" else 1) - len(losses)
         return [torch.zeros(1, dtype=torch.float64)] * missing + losses
+
+    def _split(self, source: _Layer, layout: LatentLayout) -> _Split:
+        return self._own_pairs(source, layout) if source.directions is None else self._shared(source, layout)
+
+    def _own_pairs(self, source: _Layer, layout: LatentLayout) -> _Split:
+        """Each head rotates pairs of its own: rows are moved, and of queries mapped."""
+        weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
+        pairs = self._pairs(source, layout)
+        order = head_row_order(pairs, d).to(self.device)
+
+        def queries(rows: torch.Tensor) -> torch.Tensor:
+            if source.query_map is not None and r < d:
+                rows = apply_query_map(rows.unflatten(0, (-1, d)), source.query_map, pairs).flatten(0, 1)
+            return ordered_heads(rows, order).reshape_as(rows)
+
+        def keys(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            heads = ordered_heads(rows, order)[:, 0]  # [G, d, ...]
+            return heads[:, :r].flatten(0, 1), heads[:, r:].flatten(0, 1)
+
+        k_rope, k_nope = keys(weights["k_proj.weight"])
+        biases = keys(weights["k_proj.bias"]) if "k_proj.bias" in weights else None
+        unrotated = torch.eye(d, dtype=torch.float64, device=self.device)[order[:, r:]]
+        return _Split(pairs, k_rope, k_nope, biases, queries, unrotated, order)
+
+    def _shared(self, source: _Layer, layout: LatentLayout) -> _Split:
+        """All heads rotate the same mixtures of their keys, and have their own best dims of the rest."""
+        assert source.statistics is not None and source.directions is not None and self.statistics is not None
+        weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
+        directions, moment = source.directions, source.statistics.input_moment / self.statistics.tokens
+
+        def heads(rows: torch.Tensor) -> torch.Tensor:
+            return rows.to(torch.float64).unflatten(0, (-1, d))
+
+        def mapped(rows: torch.Tensor) -> torch.Tensor:
+            none = torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)
+            return rows if source.query_map is None else apply_query_map(rows, source.query_map, none)
+
+        keys = split_keys(heads(weights["k_proj.weight"]), directions, r)
+        for_queries, for_keys = best_dims(mapped(heads(weights["q_proj.weight"])), keys.left, moment, d - r)
+
+        def queries(rows: torch.Tensor) -> torch.Tensor:
+            whole = heads(rows)
+            own = torch.einsum(
+                "gnd,gid...->gin...", for_queries, mapped(whole).unflatten(0, (layout.num_key_value_heads, -1))
+            )
+            return torch.cat((rotated_queries(whole, directions, r), own.flatten(0, 1)), 1).flatten(0, 1)
+
+        biases = None
+        if "k_proj.bias" in weights:
+            bias = split_keys(heads(weights["k_proj.bias"]), directions, r)
+            biases = bias.rotated, torch.einsum("gnd,gd->gn", for_keys, bias.left).flatten()
+        order = torch.arange(d).repeat(layout.num_key_value_heads, 1)
+        k_nope = (for_keys @ keys.left).flatten(0, 1)
+        return _Split(keys.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, order)
 
     def _read_layer(self, layer: int) -> _Layer:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope
@@ -183,7 +262,7 @@ class AttentionConverter:
         unfitted = scaling_map(scale, self.original.num_attention_heads, self.original.head_dim // 2)
         query_map = None if scale == 1 or self.original.qk_norm else unfitted
         if self.statistics is None:
-            return _Layer(weights, None, None, scores, query_map, None)
+            return _Layer(weights, None, None, scores, query_map, None, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
         rotates = layer not in self.original.no_rope_layers
         if rope.query_map and rotates:
@@ -197,7 +276,11 @@ class AttentionConverter:
         if rope.strategy == "activation":
             scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
-        return _Layer(weights, statistics, losses, scores, query_map, columns)
+        directions = None
+        if rope.shared:
+            keys = weights["k_proj.weight"].to(torch.float64).unflatten(0, (-1, self.original.head_dim))
+            directions = shared_directions(keys, statistics.input_moment / tokens, losses)
+        return _Layer(weights, statistics, losses, scores, query_map, columns, directions)
 
     def _unrotated_scale(self, layer: int) -> float:
         """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
@@ -212,7 +295,7 @@ class AttentionConverter:
             None if source.scores is None else source.scores.cpu(),
         )
 
-    def _metric(self, source: _Layer, layout: LatentLayout, order: torch.Tensor) -> Metric:
+    def _metric(self, source: _Layer, split: _Split) -> Metric:
         """The objective over the rows [K_nope; V]."""
         low_rank = self.mla.low_rank
         if source.statistics is None or self.statistics is None or low_rank.objective == "weights":
@@ -221,13 +304,7 @@ class AttentionConverter:
         if query_map is None:
             query_map = identity_map(source.statistics.loss_moments)
         rows = make_rows(
-            low_rank.objective,
-            source.statistics,
-            self.statistics.tokens,
-            query_map,
-            order,
-            layout.qk_rope_head_dim,
-            low_rank.damping,
+            low_rank.objective, source.statistics, self.statistics.tokens, query_map, split.unrotated, low_rank.damping
         )
         return Metric(rows, source.columns)
 

@@ -61,6 +61,11 @@ class PartialRopeConfig:
         best = "uniform" if self.scores is None else "activation"
         return best if self.strategy == "auto" else self.strategy
 
+    def usual_rope_dim(self, num_key_value_heads: int, head_dim: int) -> int:
+        """The paper's r = d/8; of shared keys what all heads have together then, at most d/2."""
+        r = head_dim // 16 * 2
+        return min(num_key_value_heads * r, head_dim // 4 * 2) if self.shared else r
+
     def resolve(self, num_key_value_heads: int, head_dim: int) -> PartialRopeConfig:
         """The same with nothing left open for heads of this number and size."""
         strategy, r = self.chosen_strategy, self.qk_rope_head_dim
@@ -72,8 +77,7 @@ class PartialRopeConfig:
                 f"partial_rope.strategy is {strategy}, needed activation"
             )
         if r is None:
-            r = head_dim if strategy == "full" else head_dim // 16 * 2
-            r = min(num_key_value_heads * r, head_dim // 4 * 2) if self.shared else r
+            r = head_dim if strategy == "full" else self.usual_rope_dim(num_key_value_heads, head_dim)
         query_map = strategy == "activation" if self.query_map is None else self.query_map
         if query_map and self.scores is None:
             raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")

@@ -222,8 +222,9 @@ class Planner:
         return list(range(first, limit + 1, multiple))
 
     def _reference(self, elements: int) -> tuple[int, int]:
-        """(r, c) at which layers are measured: about what a layer will get, r at most d / 8."""
-        target = self.original.head_dim // 8
+        """(r, c) at which layers are measured: about what a layer will get."""
+        _, _, groups, d = self.original.heads
+        target = self.converter.mla.partial_rope.usual_rope_dim(groups, d)
         for r in sorted(self.rope_dims, key=lambda r: (r > target, abs(r - target))):
             fitting = [c for c in self._ranks(r) if self._layout(r, c).cache_elements <= elements]
             if fitting:

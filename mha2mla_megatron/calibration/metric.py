@@ -90,47 +90,41 @@ def make_rows(
     statistics: LayerStatistics,
     tokens: int,
     query_map: torch.Tensor,
-    order: torch.Tensor,
-    qk_rope_head_dim: int,
+    unrotated: torch.Tensor,
     damping: float,
 ) -> torch.Tensor | None:
     """R of an objective, over the rows [K_nope of all heads; V of all heads]: [n, n] lower triangular.
 
-    query_map: [H, P, 2], what the queries of unrotated pairs are multiplied by. order: int64 [G, d], the rows of a key
-    head, those that keep their rotation first (`head_row_order`).
+    query_map: [H, P, 2], what the queries of unrotated pairs are multiplied by. unrotated: float64 [G, d - r, d], what
+    a head's unrotated queries are made of, after that.
     """
     if objective in ("weights", "inputs"):
         return None
-    groups, d = order.shape
-    nope = groups * (d - qk_rope_head_dim)
-    moment = _mapped_moment(statistics.gradient_moment / tokens, query_map, groups)
-    head = torch.arange(groups, device=moment.device)[:, None]
-    keys = (head * d + order[:, qk_rope_head_dim:].to(moment.device)).flatten()
-    rows = torch.cat((keys, groups * d + torch.arange(groups * d, device=moment.device)))
+    nope = unrotated.shape[0] * unrotated.shape[1]
+    moment = _unrotated_moment(statistics.gradient_moment / tokens, query_map, unrotated)
     if objective == "balanced":
-        diagonal = moment.diagonal()[rows]
+        diagonal = moment.diagonal()
         means = [part.mean().expand(len(part)) for part in (diagonal[:nope], diagonal[nope:])]
         return torch.diag(torch.cat(means).clamp_min(torch.finfo(moment.dtype).tiny).sqrt())
-    moment = moment[rows][:, rows]
     if objective == "tempered":
         moment = (moment + torch.diag(moment.diagonal())) / 2
     return _root(moment, damping)
 
 
-def _mapped_moment(moment: torch.Tensor, query_map: torch.Tensor, groups: int) -> torch.Tensor:
-    """The gradient moment with the key gradients of each group's query heads mapped and summed: [2 G d, 2 G d].
+def _unrotated_moment(moment: torch.Tensor, query_map: torch.Tensor, unrotated: torch.Tensor) -> torch.Tensor:
+    """The gradients' moment over the rows [K_nope; V]: [G (d - r) + G d, the same].
 
     A logit's gradient with respect to the key is the query, so the gradient of a key is that of each head multiplied by
-    its (a + ib), summed over the heads that share it.
+    its (a + ib), summed over the heads that share it, and goes into the unrotated dims as the queries do.
     """
-    heads, d = query_map.shape[0], 2 * query_map.shape[1]
-    unrotated = torch.empty(groups, 0, dtype=torch.int64)
+    (heads, pairs, _), groups = query_map.shape, len(unrotated)
+    d, none = 2 * pairs, torch.empty(groups, 0, dtype=torch.int64)
 
     def combine(rows: torch.Tensor) -> torch.Tensor:
-        """[(H + G) d, n] -> [2 G d, n]."""
-        keys = apply_query_map(rows[: heads * d].unflatten(0, (heads, d)), query_map, unrotated)
-        keys = keys.unflatten(0, (groups, heads // groups)).sum(1).flatten(0, 1)
-        return torch.cat((keys, rows[heads * d :]))
+        """[(H + G) d, n] -> [G (d - r) + G d, n]."""
+        keys = apply_query_map(rows[: heads * d].unflatten(0, (heads, d)), query_map, none)
+        keys = unrotated @ keys.unflatten(0, (groups, heads // groups)).sum(1)
+        return torch.cat((keys.flatten(0, 1), rows[heads * d :]))
 
     return combine(combine(moment).T)
 

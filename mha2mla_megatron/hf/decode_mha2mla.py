@@ -2,11 +2,12 @@
 
 With the up-projections absorbed into the query and the output, all heads attend over the same rows, [rotated keys of
 all R heads | unrotated part]: a query row has its values in the rotated columns of the head that it reads, and zeros in
-the others'. The same holds for a part that is not factored: full-rank K_nope or V is a latent whose up-projection is the identity.
+the others'. The same holds for a part that is not factored: full-rank K_nope or V is a latent whose up-projection is
+the identity.
 
 Shape letters: b batch, s new tokens, t cached tokens (the new ones among them), H query heads, G key/value heads, R
-heads of rotated keys (G, or 1 that all share), r rotated dims per head, w width of the unrotated part, k and v widths of
-its key and value columns (both c for joint).
+heads of rotated keys (G, or 1 that all share), r rotated dims per head, w width of the unrotated part, k and v widths
+of its key and value columns (both c for joint).
 """
 
 from __future__ import annotations

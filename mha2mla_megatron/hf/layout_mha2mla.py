@@ -25,8 +25,8 @@ class LatentLayout:
 
     `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each),
     `key` or `value` (only that one), `none` (partial RoPE alone). k_lora_rank: how many columns keys are made of, of
-    joint the first ones of the latent, of split the width of their own; None: c. shared_rope: whether all heads have one
-    rotated key.
+    joint the first ones of the latent, of split the width of their own; None: c. shared_rope: whether all heads
+    have one rotated key.
     """
 
     hidden_size: int
