@@ -48,7 +48,7 @@ class AllocationSettings:
     """Smallest r of a layer."""
 
     max_rope: int | None = None
-    """Largest r of a layer. None: d."""
+    """Largest r of a layer. None: d, of shared rotated keys d/2."""
 
     min_rank: int = 1
     """Smallest c of a layer; rounded up to a multiple."""
@@ -116,7 +116,9 @@ class Planner:
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
-        limit = d if settings.max_rope is None else min(settings.max_rope, d)
+        # Of shared keys a head keeps d - r dims of its own, whose loss is not in the prices: half of them are enough.
+        usual = d // 2 if converter.mla.partial_rope.shared else d
+        limit = usual if settings.max_rope is None else min(settings.max_rope, d)
         step = settings.rope_multiple
         self.rope_dims = [r for r in range(0, limit + 1, step) if r >= settings.min_rope]
         if not self.rope_dims:
