@@ -9,7 +9,8 @@ import numpy as np
 
 
 def draw_allocation(report: dict[str, Any], head_dim: int, file: Path) -> None:
-    """Pairs kept by layer and frequency (as the share of heads that keep them) and c by layer, written as PNG."""
+    """Pairs kept by layer and frequency (as the share of heads that keep them; of shared rotated keys how many of a
+    frequency) and c by layer, written as PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,9 +24,10 @@ def draw_allocation(report: dict[str, Any], head_dim: int, file: Path) -> None:
     figure, (above, below) = pyplot.subplots(
         2, 1, sharex=True, figsize=(max(6, 0.22 * len(layers)), 6), height_ratios=(2, 1), layout="constrained"
     )
-    image = above.imshow(kept, aspect="auto", cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    shared = report["mha2mla"]["partial_rope"]["shared"]
+    image = above.imshow(kept, aspect="auto", cmap="Blues", vmin=0, vmax=max(1, kept.max()), interpolation="nearest")
     above.set_ylabel("rotary pair (0 turns fastest)")
-    figure.colorbar(image, ax=above, label="share of key/value heads that keep it")
+    figure.colorbar(image, ax=above, label="rotated keys" if shared else "share of key/value heads that keep it")
     numbers = range(len(layers))
     below.bar(numbers, [layer["latent_width"] for layer in layers], label="latents")
     rotated = [layer["qk_rope_head_dim"] * len(layer["rope_pairs"]) for layer in layers]
@@ -33,7 +35,7 @@ def draw_allocation(report: dict[str, Any], head_dim: int, file: Path) -> None:
         numbers,
         rotated,
         bottom=[layer["latent_width"] for layer in layers],
-        label="G r, rotated keys",
+        label="rotated keys",
         color="tab:orange",
     )
     below.set_xlabel("layer")

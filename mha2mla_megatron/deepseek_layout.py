@@ -105,6 +105,11 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
             f"{source}: r or c differ by layer, DeepSeek's layout has one of each: convert with "
             "allocation.per_layer=false, or give them as one number"
         )
+    if layout.shared_rope:
+        raise UserError(
+            f"{source}: partial_rope.shared=true: each layer rotates frequencies of its own, some twice, DeepSeek's "
+            "layout has one rotary table: convert with partial_rope.strategy=uniform, high, low or ends"
+        )
     if not 0 < layout.qk_rope_head_dim < layout.head_dim:
         raise UserError(f"{source}: qk_rope_head_dim={layout.qk_rope_head_dim}: all or nothing is rotated")
     reader = HFReader(source, model)

@@ -172,7 +172,8 @@ class Samples:
         )
 
     def metric(self, objective: str, damping: float = 1e-12) -> Metric:
-        rows = make_rows(objective, self.statistics, self.tokens, self.query_map, self.order, self.r, damping)
+        unrotated = torch.eye(self.order.shape[1], dtype=torch.float64)[self.order[:, self.r :]]
+        rows = make_rows(objective, self.statistics, self.tokens, self.query_map, unrotated, damping)
         return Metric(rows, make_columns(objective, self.statistics, self.tokens, damping))
 
     def moments(self, objective: str) -> tuple[torch.Tensor, torch.Tensor]:

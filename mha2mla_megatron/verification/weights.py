@@ -167,7 +167,7 @@ class WeightChecks:
         queries = not model.mla.partial_rope.query_map and attention_factor(model) == 1
         for layer in range(model.num_layers):
             prefix, layout = f"model.layers.{layer}.self_attn.", model.layout(layer)
-            pairs = torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)
+            pairs = torch.empty(layout.rope_heads, 0, dtype=torch.int64)
             if layout.qk_rope_head_dim > 0:
                 stored = self._read(ours, prefix + "rope_pairs")
                 if stored is None or _bad_pairs(stored, layout.head_dim):
@@ -191,6 +191,8 @@ class WeightChecks:
             if pairs is None:
                 continue
             problem = _bad_pairs(pairs, layout.head_dim)
+            if problem is None and not rope.shared and any(len(set(row)) < len(row) for row in pairs.tolist()):
+                problem = "a head has the same pair twice"
             if problem is None and rope.strategy not in SCORED_STRATEGIES:
                 rule = kept_pairs(rope, layout.qk_rope_head_dim, layout.num_key_value_heads, layout.head_dim, None)
                 if not torch.equal(pairs, rule):
@@ -208,8 +210,14 @@ def _moves(
 ) -> Iterator[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]:
     """(name in the conversion, name in the original, what becomes of it) of one layer's attention but the factors.
 
-    queries: whether they are only moved, not mapped or scaled.
+    queries: whether they are only moved, not mapped or scaled. Shared rotated keys are mixtures of all heads' rows, and
+    what is left of these too.
     """
+    if layout.shared_rope:
+        for name in ("o_proj.weight", "o_proj.bias", "v_proj.weight", "v_proj.bias"):
+            yield name, name, lambda rows: rows
+        yield "v_up_proj.bias", "v_proj.bias", lambda rows: rows
+        return
     order, r = head_row_order(pairs, layout.head_dim), layout.qk_rope_head_dim
     for kind in ("weight", "bias"):
         yield f"o_proj.{kind}", f"o_proj.{kind}", lambda rows: rows
@@ -232,13 +240,11 @@ def _healing_steps(side: ModelTensors) -> int | None:
 
 
 def _bad_pairs(pairs: torch.Tensor, head_dim: int) -> str | None:
-    """Why these are not pairs of a head. pairs: [G, r/2]."""
+    """Why these are not pairs of a head. pairs: [R, r/2]."""
     if pairs.dtype != torch.int64:
         return f"{pairs.dtype} are no numbers of pairs"
     if not 0 <= int(pairs.min()) <= int(pairs.max()) < head_dim // 2:
         return f"pairs from {int(pairs.min())} to {int(pairs.max())}; a head has 0 to {head_dim // 2 - 1}"
-    if any(len(set(row)) < len(row) for row in pairs.tolist()):
-        return "a head has the same pair twice"
     return None
 
 

@@ -80,12 +80,12 @@ def main(argv: list[str]) -> None:
     _, overrides, file = split_words(argv, USAGE, 0, 0, schema=FactoriseSettings)
     settings = load_settings(FactoriseSettings, overrides, file)
     device = pick_device(settings.device)
-    layer, weight, order, query_map = make_layer(settings, device)
+    layer, weight, unrotated, query_map = make_layer(settings, device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}: {' x '.join(map(str, weight.shape))}; median of {settings.rounds} rounds")
 
     def with_moments(rank: int) -> Factors:
-        rows = make_rows("outputs", layer, 1, query_map, order, settings.rope, 1e-5)
+        rows = make_rows("outputs", layer, 1, query_map, unrotated, 1e-5)
         return factorise(weight, rank, "up", Metric(rows, make_columns("outputs", layer, 1, 1e-5)))
 
     def by_svd(dtype: torch.dtype) -> Factors:
@@ -139,7 +139,8 @@ def measure[Run](
 def make_layer(
     settings: FactoriseSettings, device: torch.device
 ) -> tuple[LayerStatistics, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random statistics of one token's weight, the rows [K_nope; V], the row order and the queries' map."""
+    """Random statistics of one token's weight, the rows [K_nope; V], the dims of a head that are not rotated, and the
+    queries' map."""
     torch.manual_seed(0)
     h, d = settings.hidden, settings.hidden // settings.heads
     width = (settings.heads + settings.groups) * d
@@ -159,11 +160,12 @@ def make_layer(
         loss_moments=torch.empty(0),
     )
     order = head_row_order(torch.arange(settings.rope // 2).repeat(settings.groups, 1), d)
+    unrotated = torch.eye(d, dtype=torch.float64)[order[:, settings.rope :]].to(device)
     count = settings.groups * (2 * d - settings.rope)
     query_map = torch.randn(settings.heads, d // 2, 2, device=device, dtype=torch.float64)
     fading = [torch.logspace(0, -settings.decay, size, device=device) for size in (count, h)]
     weight = torch.randn(count, h, device=device) * fading[0][:, None] * fading[1]
-    return layer, weight, order, query_map
+    return layer, weight, unrotated, query_map
 
 
 if __name__ == "__main__":

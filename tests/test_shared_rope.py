@@ -1,0 +1,239 @@
+"""One rotated key for all heads (partial_rope.shared): its choice, and the models that come of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, shared_directions, split_keys
+from tests.conftest import make_llama, make_tokenizer, refused, run_tool
+
+D, S = 16, 32
+FLOAT32 = 2e-5
+"""Of logits near 1, after three layers in float32 that add in another order."""
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def rotate(x: torch.Tensor, frequencies: torch.Tensor, position: float) -> torch.Tensor:
+    """Half-split dims [..., 2 n], each pair turned by position * frequency."""
+    turned = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones_like(frequencies), position * frequencies)
+    return torch.cat((turned.real, turned.imag), -1)
+
+
+def make_model(folder: Path, text: Path, **options: Any) -> tuple[Path, Path]:
+    """A random original and its statistics."""
+    model = make_tokenizer(make_llama(folder / "model", **options))
+    run_tool("calibrate", model, text, folder / "s.safetensors", f"sequence_length={S}", "samples=8", "batch_size=8")
+    return model, folder / "s.safetensors"
+
+
+def convert(model: Path, target: Path, statistics: Path, *words: str) -> Path:
+    run_tool("convert_mha_to_mla", model, target, f"statistics={statistics}", "dtype=float32", *words)
+    return target
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(folder: Path, statistics: Path) -> torch.Tensor:
+    return load(folder)(load_file(statistics)["sequences"][:4].long()).logits
+
+
+@pytest.fixture(scope="module")
+def grouped(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, Path]:
+    return make_model(tmp_path_factory.mktemp("grouped"), text, bias=True, seed=3)
+
+
+# The choice
+
+
+def test_all_mixtures_together_are_the_rotated_product() -> None:
+    """With all N mixtures kept nothing is left of the keys, and the rotated queries and keys have the products of the
+    heads' own, at any distance."""
+    groups, per_group, pairs, h = 3, 2, 4, 40
+    keys, queries = random(groups, 2 * pairs, h, seed=1), random(groups * per_group, 2 * pairs, h, seed=2)
+    root, prices = random(h, h, seed=3), random(groups, pairs, seed=4).square()
+    directions = shared_directions(keys, root @ root.T, prices)
+    assert torch.isclose(directions.losses.sum(), prices.sum(), rtol=1e-9)
+    assert (directions.losses.diff() <= 0).all()
+    r = 2 * groups * pairs
+    split = split_keys(keys, directions, r)
+    assert split.left.abs().max() < 1e-9 * keys.abs().max() and (split.pairs.diff() >= 0).all()
+    frequencies, distance = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64), 7.0
+    x, y = random(h, seed=5), random(h, seed=6)
+    shared = rotated_queries(queries, directions, r) @ x @ rotate(split.rotated @ y, frequencies[split.pairs], distance)
+    own = keys.repeat_interleave(per_group, 0) @ y
+    exact = ((queries @ x) * rotate(own, frequencies, distance)).sum(-1)
+    assert torch.allclose(shared, exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item())
+
+
+def test_the_first_mixture_costs_least() -> None:
+    """Of one frequency: no other mixture explains more of the heads' keys, priced by what their rotation is worth. And
+    what is left is uncorrelated to what is kept."""
+    groups, h = 4, 12
+    keys, root, prices = random(groups, 2, h, seed=1), random(h, h, seed=2), random(groups, 1, seed=3).square()
+    moment = root @ root.T
+    directions = shared_directions(keys, moment, prices)
+    k = torch.complex(*keys.unbind(1))  # [G, h]
+    second = k @ moment.to(k.dtype) @ k.mH
+
+    def explained(reads: torch.Tensor) -> float:
+        """The sum over heads of price times squared correlation with sum_g reads_g k_g."""
+        with_keys, energy = second @ reads.conj(), (reads @ second @ reads.conj()).real
+        return (prices[:, 0] * with_keys.abs().square() / energy / second.diagonal().real).sum().item()
+
+    assert explained(directions.reads[0]) == pytest.approx(directions.losses[0].item(), rel=1e-9)
+    for seed in range(200):
+        other = torch.view_as_complex(random(groups, 2, seed=seed)) * (0.1 if seed % 2 else 10)
+        assert explained(directions.reads[0] + other) <= directions.losses[0].item() * (1 + 1e-12)
+    split = split_keys(keys, directions, 2)
+    cross = torch.complex(*split.left.unbind(1)) @ moment.to(k.dtype) @ torch.complex(*split.rotated).conj()
+    assert cross.abs().max() < 1e-9 * second.abs().max()
+
+
+def test_best_dims_lose_least() -> None:
+    """The expected squared error over independent queries and keys, against that of random choices of as many dims; and
+    with as many as the keys' rank nothing is lost."""
+    groups, per_group, d, h, count = 2, 3, 6, 20, 2
+    queries, keys = random(groups * per_group, d, h, seed=1), random(groups, d, h, seed=2)
+    keys[:, 4:] = keys[:, :2]  # of rank 4
+    root = random(h, h, seed=3)
+    moment = root @ root.T
+
+    def error(for_queries: torch.Tensor, for_keys: torch.Tensor) -> torch.Tensor:
+        """E[(q^T k - q'^T k')^2], summed over query heads: tr(D Sk D^T Sq) with D = I - A^T B. [G]"""
+        sq = (queries @ moment @ queries.mT).unflatten(0, (groups, -1)).sum(1)
+        difference = torch.eye(d, dtype=torch.float64) - for_queries.mT @ for_keys
+        return torch.einsum("gij,gjk,glk,gli->g", difference, keys @ moment @ keys.mT, difference, sq)
+
+    exact = error(*best_dims(queries, keys, moment, 4))
+    best = error(*best_dims(queries, keys, moment, count))
+    assert (exact < 1e-9 * best).all()
+    for seed in range(100):
+        # Any projection on `count` dims, from the best one on.
+        a, b = best_dims(queries, keys, moment, count)
+        other = error(a + 0.1 * random(*a.shape, seed=seed), b + 0.1 * random(*b.shape, seed=1000 + seed))
+        assert (other > best).all()
+
+
+# The models
+
+
+FACTORED = ["low_rank.method=joint", "low_rank.kv_lora_rank=12", "low_rank.objective=outputs", "low_rank.damping=1e-12"]
+
+
+@pytest.mark.parametrize(
+    ("words", "tolerance"), [(["low_rank.method=none"], FLOAT32), (FACTORED, 1e-3)], ids=["none", "joint"]
+)
+def test_with_one_head_it_is_that_head(tmp_path: Path, text: Path, words: list[str], tolerance: float) -> None:
+    """With one key/value head there is nothing to share: the same function as with pairs of its own, biases too.
+
+    Factors are the same ones only under an objective that does not depend on the basis of a head's dims, and that as
+    far as a moment of 256 tokens in float32 can be turned into another basis.
+    """
+    model, statistics = make_model(tmp_path, text, groups=1, bias=True)
+    words = [*words, "partial_rope.qk_rope_head_dim=6"]
+    own = convert(model, tmp_path / "own", statistics, *words)
+    shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.shared=true")
+    found, expected = logits(shared, statistics), logits(own, statistics)
+    assert (found - expected).abs().max() < tolerance
+    assert (expected - logits(model, statistics)).abs().max() > 100 * FLOAT32
+    for layer in range(3):
+        pairs = f"model.layers.{layer}.self_attn.rope_pairs"
+        a, b = (load_file(folder / "model.safetensors")[pairs] for folder in (own, shared))
+        assert torch.equal(a, b)
+
+
+def test_heads_that_are_mixtures_of_one_lose_nothing(tmp_path: Path, text: Path) -> None:
+    """Keys of all heads that are one head's, each pair turned and scaled: one rotated key is all of them."""
+    model = make_tokenizer(make_llama(tmp_path / "model", bias=True))
+    weights = load_file(model / "model.safetensors")
+    factors = torch.view_as_complex(random(3, D // 2, 2, seed=1, dtype=torch.float32))
+    for layer in range(3):
+        for kind in ("weight", "bias"):
+            name = f"model.layers.{layer}.self_attn.k_proj.{kind}"
+            first, second = weights[name].unflatten(0, (-1, 2, D // 2))[0].float()
+            turned = torch.complex(first, second) * factors[layer].view(-1, *[1] * (first.dim() - 1))
+            other = torch.cat((turned.real, turned.imag)).to(weights[name].dtype)
+            weights[name] = torch.cat((weights[name][:D], other))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    statistics = tmp_path / "s.safetensors"
+    run_tool("calibrate", model, text, statistics, f"sequence_length={S}", "samples=8", "batch_size=8")
+    words = [f"partial_rope.qk_rope_head_dim={D}", "low_rank.method=none"]
+    shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.shared=true")
+    assert (logits(shared, statistics) - logits(model, statistics)).abs().max() < FLOAT32
+    assert load_file(shared / "model.safetensors")["model.layers.0.self_attn.k_rope_proj.weight"].shape[0] == D
+
+
+@pytest.mark.parametrize("method", ["joint", "split"])
+def test_a_budget_with_healing(tmp_path: Path, grouped: tuple[Path, Path], method: str) -> None:
+    """r + c elements are cached; the exported model says so, loads, and is nearer to the original than one whose layers
+    have pairs of their own, at the same cache and nothing healed."""
+    model, statistics = grouped
+    words = [f"low_rank.method={method}", "cache_budget=0.5"]
+    shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.shared=true", "heal.steps=5")
+    report = json.loads((shared / "conversion_report.json").read_text())
+    for layer in report["layers"]:
+        assert layer["cache_elements_after"] == layer["qk_rope_head_dim"] + layer["latent_width"]
+        (pairs,) = layer["rope_pairs"]
+        assert len(pairs) == layer["qk_rope_head_dim"] // 2 <= D // 4
+    loaded = load(shared)
+    cache = loaded(torch.arange(9)[None], use_cache=True).past_key_values
+    cached = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values)) / 9
+    assert cached == report["cache_elements_per_token"]["after"] <= 0.5 * report["cache_elements_per_token"]["before"]
+    run_tool("verify_conversion", model, shared)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [None, "static", "quantized"])
+def test_decoding_is_the_expanded_form(tmp_path: Path, grouped: tuple[Path, Path], cache: str | None) -> None:
+    """Greedy tokens through each cache, absorbed, are those that the whole sequence at once predicts, expanded."""
+    model, statistics = grouped
+    words = ["partial_rope.shared=true", "partial_rope.qk_rope_head_dim=8", "low_rank.method=joint"]
+    loaded = load(convert(model, tmp_path / "shared", statistics, *words, "low_rank.kv_lora_rank=20"))
+    loaded.config.mla_decode = "absorbed"
+    prompt = load_file(statistics)["sequences"][:2, :12].long()
+    options: dict[str, Any] = {} if cache is None else {"cache_implementation": cache}
+    if cache == "quantized":  # the window holds all tokens: what is compared is how they are read
+        options["cache_config"] = {"backend": "latent", "nbits": 8, "residual_length": 64}
+    found = loaded.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False, eos_token_id=None, **options
+    )
+    loaded.config.mla_decode = "expanded"
+    predicted = loaded(found, use_cache=False).logits[:, 11:-1].argmax(-1)
+    assert torch.equal(found[:, 12:], predicted)
+
+
+REFUSED = {
+    "no statistics": (["partial_rope.shared=true", "partial_rope.strategy=uniform"], ["shared", "activation"]),
+    "another strategy": (["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=high"], ["shared", "high"]),
+    "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
+    "wider than a head": (["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_rope_head_dim=18"], ["18", "16"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_settings_are_refused(tmp_path: Path, grouped: tuple[Path, Path], case: str) -> None:
+    (model, statistics), (words, named) = grouped, REFUSED[case]
+    words = [f"statistics={statistics}" if word == "STATISTICS" else word for word in words]
+    line = refused("convert_mha_to_mla", model, tmp_path / "out", *words)
+    assert all(word in line for word in named), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_layouts_refuse_it_by_name(tmp_path: Path, text: Path) -> None:
+    model, statistics = make_model(tmp_path, text)
+    words = ["partial_rope.shared=true", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
+    shared = convert(model, tmp_path / "shared", statistics, *words)
+    assert "partial_rope.shared" in refused("export_deepseek", shared, tmp_path / "deepseek")
