@@ -27,7 +27,7 @@ def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, groups, d, rows = 9, 3, 64, 8
     with counted_variants(monkeypatch) as variants:
         for r in range(0, d + 1, 2):
-            shape, x = HeadShape(heads, groups, d, r), torch.zeros(rows, heads * d + groups * r + 96)
+            shape, x = HeadShape(heads, groups, groups, d, r), torch.zeros(rows, heads * d + groups * r + 96)
             queries, k_rope, _ = x.split([heads * d, groups * r, 96], dim=1)
             rest = (torch.zeros(4, d), torch.zeros(groups, r // 2, dtype=torch.int64), shape)
             k_nope = torch.zeros(rows, groups * (d - r))
