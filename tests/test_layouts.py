@@ -27,17 +27,19 @@ from tests.megatron_cases import SHORT_NAMES, converted_config, original_config,
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
 SIZES = dict(num_hidden_layers=8, hidden_size=64, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
+MULTI_HEAD = dict(num_key_value_heads=8)
 MODELS = {
     "original": original_config(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "joint": converted_config("joint", **SIZES, attention_bias=True, tie_word_embeddings=True),
     "split": converted_config("split", **SIZES, attention_bias=True, mlp_bias=True),
-    "shared": converted_config("joint", True, **SIZES, attention_bias=True, tie_word_embeddings=True),
+    "shared": converted_config("joint", True, **SIZES | MULTI_HEAD, attention_bias=True, tie_word_embeddings=True),
     "experts": {
         **converted_config("joint", **SIZES, attention_bias=True), "model_type": "mha2mla_qwen3_moe",
         "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0, 5],
     },
 }  # fmt: skip
-"""G = 4 groups of 2 heads; all with biases of q, k and v."""
+"""G = 4 groups of 2 heads; all with biases of q, k and v. In `shared`, where all heads have one rotated key, G = H: so
+attention keeps keys as they are, not a copy for each query head, and recompute=latent is seen to give them again."""
 
 BATCH, LENGTH, LIMIT = 4, 16, 2e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
