@@ -50,13 +50,15 @@ class Case:
     hidden: int
     length: int
     batch: int
+    shared_rope: bool
     bias: bool
     buffers: str
     """Where weight gradients go: none (autograd), apart, or together (main_grad, side by side in one buffer)."""
 
     @property
     def shape(self) -> HeadShape:
-        return HeadShape(self.groups * self.group_size, self.groups, self.head_dim, self.rope_dim)
+        rope_heads = 1 if self.shared_rope else self.groups
+        return HeadShape(self.groups * self.group_size, self.groups, rope_heads, self.head_dim, self.rope_dim)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
         d, g, nope = self.head_dim, self.groups, self.shape.nope_dim
@@ -65,7 +67,7 @@ class Case:
         latents = self.latent if self.method == "joint" else key * self.key_latent + value * self.latent
         sizes = {
             "q": (self.shape.query_heads * d, self.hidden),
-            "k_rope": (g * self.rope_dim, self.hidden),
+            "k_rope": (self.shape.rope_heads * self.rope_dim, self.hidden),
             "k_nope": (0 if key else g * nope, self.hidden),
             "v": (0 if value else g * d, self.hidden),
             "kv_down": (latents, self.hidden),
@@ -97,6 +99,7 @@ def random_case(rng: random.Random) -> Case:
         hidden=rng.choice([16, 40]),
         length=rng.choice([1, 2, 7, 33]),
         batch=rng.choice([1, 2, 3]),
+        shared_rope=rng.random() < 0.4,
         bias=rng.random() < 0.3,
         buffers=rng.choice(["none", "apart", "together"]),
     )
@@ -120,7 +123,7 @@ def expected(
         if case.method == "split" and "k_up.weight" in w:
             c_k, c_v = c_k.split([case.key_latent, case.latent], dim=-1)
     query = heads("q", x, d)
-    parts = [heads("k_rope", x, r)] if r else []
+    parts = [heads("k_rope", x, r).repeat_interleave(case.groups // case.shape.rope_heads, dim=2)] if r else []
     if "k_up.weight" in w:
         parts.append(heads("k_up", c_k, d - r))
     elif d > r:
@@ -128,7 +131,7 @@ def expected(
     value = heads("v", x, d) if "v.weight" in w else heads("v_up", c_v, d)
 
     def rotated(part: torch.Tensor) -> torch.Tensor:
-        angle = angles[:, None, pairs].repeat_interleave(part.shape[2] // case.groups, dim=2)
+        angle = angles[:, None, pairs].repeat_interleave(part.shape[2] // len(pairs), dim=2)
         first, second, rest = part.split([r // 2, r // 2, d - r], dim=-1)
         cos, sin = angle.cos().to(part.dtype), angle.sin().to(part.dtype)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
@@ -147,7 +150,10 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
     w = {name: draw(*shape) * 0.25 for name, shape in case.parameter_shapes().items()}
     angles = torch.rand(case.length, case.head_dim, generator=generator) * 300
     half = case.head_dim // 2
-    pairs = torch.stack([torch.randperm(half, generator=generator)[: case.rope_dim // 2] for _ in range(case.groups)])
+    heads = range(case.shape.rope_heads)
+    pairs = torch.stack([torch.randperm(half, generator=generator)[: case.rope_dim // 2] for _ in heads])
+    if case.shared_rope:
+        pairs = torch.randint(half, pairs.shape, generator=generator)
     sizes = [case.shape.query_heads, case.groups, case.groups]
     seeds = [draw(case.length, case.batch, heads, case.head_dim) for heads in sizes]
 
@@ -174,10 +180,13 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
                 if not hasattr(parameter, "main_grad"):
                     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
                 parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-        plan = QKVPlan(case.shape, tuple(names), case.method == "joint", case.key_latent, OneProcess(), False)
+        joint = case.method == "joint"
+        plan = QKVPlan(case.shape, case.shared_rope, tuple(names), joint, case.key_latent, OneProcess(), False)
         *found, latents = latent_qkv(plan, own_x, angles.to(device), pairs.to(device), parameters)
         if "k_up.weight" in w:
-            key = rebuild_key(plan, latents, found[1].detach()[..., : case.rope_dim], parameters)
+            key = rebuild_key(
+                plan, latents, found[1].detach()[:, :, : case.shape.rope_heads, : case.rope_dim], parameters
+            )
             assert torch.equal(key, found[1]), "another key"
         if "v_up.weight" in w:
             assert torch.equal(rebuild_value(plan, latents, parameters), found[2].flatten(2).flatten(0, 1)), "value"

@@ -41,21 +41,29 @@ def original_config(**changes: Any) -> dict[str, Any]:
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **changes}
 
 
-def converted_config(method: str, **changes: Any) -> dict[str, Any]:
-    """The config.json of a converted model whose layers all differ in r and c."""
+def converted_config(method: str, shared: bool = False, **changes: Any) -> dict[str, Any]:
+    """The config.json of a converted model whose layers all differ in r and c. shared: all heads of a layer have one
+    rotated key."""
     times = changes.get("num_hidden_layers", 4) // 4
     low_rank = LowRankConfig(
         method=method,
         kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times,
         k_lora_rank=KEY_WIDTHS[method] * times if method in KEY_WIDTHS else None,
     )
-    mla = MHA2MLAConfig(PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times), low_rank)
+    rope = PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times)
+    if shared:  # from statistics alone
+        rope = dataclasses.replace(rope, shared=True, strategy="activation", scores="statistics.safetensors")
+    mla = MHA2MLAConfig(rope, low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
 
 
 def random_tensor(name: str, shape: tuple[int, ...], head_dim: int) -> torch.Tensor:
-    """A value for the tensor of this name: wide enough that attention is far from uniform; pairs differ per head."""
+    """A value for the tensor of this name: wide enough that attention is far from uniform; pairs differ per head. The
+    pairs of one head, which all may share, repeat themselves."""
     if name.endswith("rope_pairs"):
+        if shape[0] == 1:
+            pairs = torch.randperm(head_dim // 2)[: (shape[1] + 1) // 2]
+            return torch.cat((pairs, pairs))[None, : shape[1]]
         return torch.stack([torch.randperm(head_dim // 2)[: shape[1]] for _ in range(shape[0])])
     return torch.randn(shape) * 0.2 + (1.0 if "norm" in name else 0.0)
 

@@ -57,6 +57,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str] | None]] = {
         for method in ("joint", "split", "key", "value", "none")
         for changes in ({}, BIASED)
     },
+    "shared-rope": ({"bias": True, "shared": True}, [ROPE_DIMS, "low_rank.method=split", RANKS, KEY_RANKS]),
     "joint-bf16-sharded": ({}, [ROPE_DIMS, "low_rank.method=joint", RANKS, "dtype=bfloat16", "max_shard_size=50KB"]),
 }
 
@@ -66,8 +67,9 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def make_model(folder: Path, changes: dict[str, Any], words: list[str] | None) -> Path:
-    """A folder with a tokenizer: a Llama, or with `words` its conversion."""
-    source = make_llama(folder / "llama", **{k: v for k, v in changes.items() if k != "dtype"})
+    """A folder with a tokenizer: a Llama, or with `words` its conversion. changes: of the Llama; and `shared`, whether
+    the converted heads have one rotated key."""
+    source = make_llama(folder / "llama", **{k: v for k, v in changes.items() if k not in ("dtype", "shared")})
     make_tokenizer(source)
     if "dtype" in changes:
         tensors = {name: tensor.to(changes["dtype"]) for name, tensor in tensors_of(source).items()}
@@ -75,7 +77,26 @@ def make_model(folder: Path, changes: dict[str, Any], words: list[str] | None) -
     if words is None:
         return source
     run_tool("convert_mha_to_mla", source, folder / "mla", *words)
+    if "shared" in changes:
+        share_rotated_keys(folder / "mla")
     return folder / "mla"
+
+
+def share_rotated_keys(folder: Path) -> None:
+    """Let all heads of a converted model have their layer's first rotated key, at frequencies that occur twice."""
+    config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
+    rope = config["mha2mla"]["partial_rope"]
+    rope |= {"shared": True, "strategy": "activation", "scores": "statistics.safetensors"}
+    for layer, r in enumerate(rope["qk_rope_head_dim"]):
+        attention = f"model.layers.{layer}.self_attn."
+        for name in [name for name in tensors if name.startswith(f"{attention}k_rope_proj.")]:
+            tensors[name] = tensors[name][:r].clone()
+        if r > 0:
+            pairs = tensors[f"{attention}rope_pairs"][:1].clone()
+            pairs[:, r // 4 :] = pairs[:, : r // 4]
+            tensors[f"{attention}rope_pairs"] = pairs
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def megatron_logits(checkpoint: Path) -> torch.Tensor:
@@ -114,7 +135,7 @@ def test_there_and_back_bit_for_bit(tmp_path: Path, case: str) -> None:
     assert (megatron_logits(tmp_path / "megatron") - hf_logits(source)).abs().max() < 2e-4
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] is not None])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case][1] is not None and case != "shared-rope"])
 def test_straight_from_the_original(tmp_path: Path, case: str) -> None:
     """Every file is that of the two converters, one after the other; beside them the report."""
     changes, words = CASES[case]

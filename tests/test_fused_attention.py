@@ -18,7 +18,8 @@ def test_interpreted_kernel() -> None:
     assert out == "40 cases\n", out + err
 
 
-def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rope_heads", [3, 1])
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch, rope_heads: int) -> None:
     """33 layers with 0 to d rotated dims: a kernel for each power of two, from 8 on, that holds half of these and each
     that holds the others, for what can be moved at once (all even, or by four), and for each direction."""
     pytest.importorskip("triton")
@@ -27,9 +28,9 @@ def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     heads, groups, d, rows = 9, 3, 64, 8
     with counted_variants(monkeypatch) as variants:
         for r in range(0, d + 1, 2):
-            shape, x = HeadShape(heads, groups, d, r), torch.zeros(rows, heads * d + groups * r + 96)
-            queries, k_rope, _ = x.split([heads * d, groups * r, 96], dim=1)
-            rest = (torch.zeros(4, d), torch.zeros(groups, r // 2, dtype=torch.int64), shape)
+            shape, x = HeadShape(heads, groups, rope_heads, d, r), torch.zeros(rows, heads * d + rope_heads * r + 96)
+            queries, k_rope, _ = x.split([heads * d, rope_heads * r, 96], dim=1)
+            rest = (torch.zeros(4, d), torch.zeros(rope_heads, r // 2, dtype=torch.int64), shape)
             k_nope = torch.zeros(rows, groups * (d - r))
             query, key = rotate_and_join(queries, k_rope, k_nope, *rest)
             rotate_and_split(query, key, queries, k_rope, k_nope, *rest)

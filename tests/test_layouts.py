@@ -27,16 +27,19 @@ from tests.megatron_cases import SHORT_NAMES, converted_config, original_config,
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 comparisons, made for the CPU")
 
 SIZES = dict(num_hidden_layers=8, hidden_size=64, intermediate_size=64, num_attention_heads=8, num_key_value_heads=4)
+MULTI_HEAD = dict(num_key_value_heads=8)
 MODELS = {
     "original": original_config(**SIZES, attention_bias=True, tie_word_embeddings=True),
     "joint": converted_config("joint", **SIZES, attention_bias=True, tie_word_embeddings=True),
     "split": converted_config("split", **SIZES, attention_bias=True, mlp_bias=True),
+    "shared": converted_config("joint", True, **SIZES | MULTI_HEAD, attention_bias=True, tie_word_embeddings=True),
     "experts": {
         **converted_config("joint", **SIZES, attention_bias=True), "model_type": "mha2mla_qwen3_moe",
         "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0, 5],
     },
 }  # fmt: skip
-"""G = 4 groups of 2 heads; all with biases of q, k and v."""
+"""G = 4 groups of 2 heads; all with biases of q, k and v. In `shared`, where all heads have one rotated key, G = H: so
+attention keeps keys as they are, not a copy for each query head, and recompute=latent is seen to give them again."""
 
 BATCH, LENGTH, LIMIT = 4, 16, 2e-5
 WORLDS: dict[int, list[dict[str, Any]]] = {
@@ -44,6 +47,7 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
         dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),
         dict(fused=True, micro=2, recompute="latent", only="split"),
         dict(fused=True, recompute="full", only="split"), dict(micro=2, recompute="full", only="experts"),
+        dict(fused=True, micro=2, recompute="latent", only="shared"),
     ],
     2: [
         dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
@@ -52,6 +56,8 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
         dict(pp=2, vpp=4, recompute="full", only="original"),
         dict(cp=2), dict(cp=2, recompute="selective", only="joint"),
         dict(), dict(reduce=False, only="split"), dict(gather=True), dict(micro=2, gather=True, only="joint"),
+        dict(tp=2, only="shared"), dict(tp=2, sp=True, only="shared"), dict(tp=2, fused=True, only="shared"),
+        dict(tp=2, sp=True, fused=True, recompute="latent", only="shared"),
     ],
     4: [
         dict(tp=2, sp=True, gather=True, fused=True, only="joint"), dict(tp=2, cp=2, fused=True, only="split"),
@@ -72,8 +78,9 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
 """Processes -> layouts; the processes that a layout leaves over are data parallel.
 
 micro: samples a micro batch, else 1. fused: the converted attention's fused path, its kernel interpreted.
-only: the one model that it is run with, else all but `experts`.
+only: the one model that it is run with, else the `GENERAL` ones.
 """
+GENERAL = ("original", "joint", "split")
 
 REFERENCE = 1, WORLDS[1][0]
 RUNS = [
@@ -81,7 +88,7 @@ RUNS = [
     for world, layouts in WORLDS.items()
     for layout in layouts
     for model in MODELS
-    if model == layout.get("only", model) and (model != "experts" or "only" in layout or (world, layout) == REFERENCE)
+    if model == layout.get("only", model) and (model in GENERAL or "only" in layout or (world, layout) == REFERENCE)
 ]
 COMPARED = [run for run in RUNS if run[:2] != REFERENCE]
 

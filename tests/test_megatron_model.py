@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 
 from mha2mla_megatron.architecture import Architecture, parse_architecture
+from mha2mla_megatron.checkpoint.mapping import parameter_map
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.frequencies import inverse_frequencies
+from mha2mla_megatron.hf.configuration_mha2mla import MHA2MLALlamaConfig
+from mha2mla_megatron.hf.modeling_mha2mla import MHA2MLALlamaForCausalLM
 from mha2mla_megatron.model.implementation import choose_implementation
 from mha2mla_megatron.model.parallel import ParallelConfig, initialize_parallel
 from mha2mla_megatron.model.provider import (
@@ -112,16 +116,70 @@ def test_original_model_gives_transformers_logits(config: dict[str, Any]) -> Non
     torch.testing.assert_close(logits_of(megatron_model(architecture, tensors)), expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("biases", [False, True], ids=["plain", "biases"])
 @pytest.mark.parametrize("method", METHODS)
-def test_converted_model_follows_the_formulas(method: str, biases: bool) -> None:
+def test_converted_model_follows_the_formulas(method: str, biases: bool, shared: bool) -> None:
     changes = dict(attention_bias=True, attention_output_bias=True, mlp_bias=True) if biases else {}
-    architecture = parse_architecture(converted_config(method, rope_parameters=LLAMA3, **changes), "test")
+    architecture = parse_architecture(converted_config(method, shared, rope_parameters=LLAMA3, **changes), "test")
     tensors = random_tensors(architecture)
     expected = reference_logits(architecture, tensors)
     assert expected.abs().max() > 1
     model = megatron_model(architecture, tensors)
     torch.testing.assert_close(logits_of(model), expected.float(), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        converted_config(
+            "joint", True, hidden_size=36, num_key_value_heads=3, num_attention_heads=6, attention_bias=True
+        ),
+        converted_config("split", True, hidden_size=36, num_key_value_heads=3, num_attention_heads=3),
+        converted_config("value", True, num_key_value_heads=1),
+        converted_config("none", True),
+    ],
+    ids=["joint", "split", "multi-query", "none"],
+)
+def test_shared_rotated_keys_train_as_in_transformers(config: dict[str, Any]) -> None:
+    """Logits, and the gradient of every parameter; both in float32, which sums in another order."""
+    architecture = parse_architecture(config, "test")
+    tensors = random_tensors(architecture)
+    reference: Any = MHA2MLALlamaForCausalLM(MHA2MLALlamaConfig(**config))
+    reference.load_state_dict(tensors)
+    model = megatron_model(architecture, tensors).train()
+    logits = [reference(TOKENS).logits, model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS), None)]
+    assert logits[0].abs().max() > 1
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=2e-4)
+    for one in logits:
+        torch.nn.functional.cross_entropy(one[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for row in parameter_map(architecture):
+        if row.megatron.endswith("rope_pairs"):
+            continue
+        expected = row.layout.pack([theirs[name] for name in row.hf], architecture)
+        found = ours.pop(row.megatron.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"))
+        assert (found - expected).norm() < 1e-5 * expected.norm(), row.megatron
+    assert not ours
+
+
+def test_shared_rotated_keys_have_one_table_for_all_heads() -> None:
+    """Which Megatron's own rotation takes for packed sequences, that start at position 0 each."""
+    architecture = parse_architecture(converted_config("joint", True), "test")
+    tensors, frequencies = random_tensors(architecture), inverse_frequencies(architecture)
+    model, bounds, x = megatron_model(architecture, tensors), torch.tensor([0, 5, 24]), torch.randn(24, 4, 16)
+    positions = torch.cat((torch.arange(5), torch.arange(19)))
+    angles = torch.outer(torch.arange(19), frequencies).repeat(1, 2)[:, None, None]
+    for layer in range(1, 4):
+        attention, r = model.decoder.layers[layer].self_attention, architecture.layout(layer).qk_rope_head_dim
+        turns = torch.outer(positions, frequencies[tensors[f"model.layers.{layer}.self_attn.rope_pairs"][0]])
+        turned = torch.complex(*x[..., :r].chunk(2, -1)) * torch.polar(torch.ones_like(turns), turns)[:, None]
+        expected = torch.cat((turned.real, turned.imag, x[..., r:]), -1)
+        for table in attention.rotary_tables(angles):
+            assert table.shape == (19, 1, 1, r)
+            found = apply_rotary_pos_emb(x, table, attention.config, bounds, cp_group=attention.pg_collection.cp)
+            torch.testing.assert_close(found, expected)
 
 
 def test_everything_rotated_and_nothing_factored_is_the_original_model() -> None:
@@ -260,14 +318,16 @@ def reference_logits(architecture: Architecture, tensors: dict[str, torch.Tensor
         nope = linear(c_k if layout.factors_key else n, p + key_name) if r < d else n[..., :0]
         value = linear(c_v, p + "v_up_proj") if layout.factors_value else linear(n, p + "v_proj")
         query, rope = linear(n, p + "q_proj"), linear(n, p + "k_rope_proj") if r else n[..., :0]
+        shared = layout.rope_heads == 1
         contexts = []
         for head in range(heads):
             g = head // (heads // groups)
             q, v = query[..., head * d : (head + 1) * d], value[..., g * d : (g + 1) * d]
             scores = q[..., r:] @ nope[..., g * (d - r) : (g + 1) * (d - r)].mT
             if r:
-                pairs = weights[p + "rope_pairs"][g]
-                scores = scores + rotate(q[..., :r], pairs) @ rotate(rope[..., g * r : (g + 1) * r], pairs).mT
+                own = 0 if shared else g
+                pairs = weights[p + "rope_pairs"][own]
+                scores = scores + rotate(q[..., :r], pairs) @ rotate(rope[..., own * r : (own + 1) * r], pairs).mT
             contexts.append((scores / d**0.5).masked_fill(future, -torch.inf).softmax(-1) @ v)
         x = x + linear(torch.cat(contexts, -1), p + "o_proj")
         n, p = norm(x, f"model.layers.{layer}.post_attention_layernorm.weight"), f"model.layers.{layer}.mlp."

@@ -115,8 +115,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("family", "method"),
     [
-        ("llama", "none"), ("llama", "joint"), ("llama", "half"), ("llama", "split"), ("norms", "none"),
-        ("norms", "value"),
+        ("llama", "none"), ("llama", "joint"), ("llama", "half"), ("llama", "split"), ("llama", "shared"),
+        ("norms", "none"), ("norms", "value"),
         ("experts", "none"), ("experts and norms", "value"),
     ],
 )  # fmt: skip
@@ -138,7 +138,10 @@ def test_activations_are_those_that_autograd_keeps(empty: Path, family: str, met
         ]  # fmt: skip
         if method != "none":
             words += ["partial_rope.qk_rope_head_dim=16", "low_rank.kv_lora_rank=48"]
-            words += ["low_rank.k_lora_rank=24"] if method == "half" else [f"low_rank.method={method}"]
+            words += {
+                "half": ["low_rank.k_lora_rank=24"],
+                "shared": ["partial_rope.shared=true", "partial_rope.scores=statistics.safetensors"],
+            }.get(method, [f"low_rank.method={method}"])
         (stage,) = plan(empty, *words)["stages"]
         settings = load_settings(PlanSettings, words)
         device = initialize_parallel(settings.parallel)

@@ -215,7 +215,8 @@ class ForwardPass:
         if self.architecture.mla is not None:
             if self.fused_rotation:
                 return 0
-            width = (heads + groups) * self.architecture.layout(layer).qk_rope_head_dim
+            layout = self.architecture.layout(layer)
+            width = (2 if layout.shared_rope else heads + groups) * layout.qk_rope_head_dim
         else:
             width = 0 if self.transformer_engine else 2 * self.architecture.head_dim
         return 2 * self.positions * width * self.element_size
@@ -272,9 +273,10 @@ class ForwardPass:
         if self.recompute != "latent" or (self.parallel.context_parallel_size > 1 and not self.gathers_keys):
             return self.keys_and_values
         layout, (_, groups) = self.architecture.layout(layer), self._heads
-        key = layout.qk_rope_head_dim if layout.factors_key else layout.head_dim
-        value = 0 if layout.factors_value else layout.head_dim
-        return self.tokens * groups * (key + value) * self.element_size
+        rotated = (1 if layout.shared_rope else groups) * layout.qk_rope_head_dim
+        key = rotated if layout.factors_key else groups * layout.head_dim
+        value = 0 if layout.factors_value else groups * layout.head_dim
+        return self.tokens * (key + value) * self.element_size
 
     @cached_property
     def _scores(self) -> int:

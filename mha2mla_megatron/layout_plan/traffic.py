@@ -178,7 +178,8 @@ def _column_parallel_inputs(work: ForwardPass, layer: int) -> int:
 
 def _latents(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
     """Bytes of all latents that one micro-batch has gathered or reduce-scattered, in its forward and in its backward
-    pass through one chunk: each rank computes some of their columns.
+    pass through one chunk: each rank computes some of their columns. And of rotated keys that all heads share: gathered
+    in the forward pass, in the backward pass their gradients are summed.
 
     Where projections are fused, both passes gather them, the second one sums their gradients, and keys and values that
     are computed again gather theirs. Else they are gathered; under sequence parallelism, where each projection that
@@ -190,6 +191,8 @@ def _latents(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
     forward = backward = 0
     for layer in chunk.layers:
         layout = architecture.layout(layer)
+        if layout.shared_rope:
+            forward, backward = forward + layout.rope_dim, backward + layout.rope_dim
         width = layout.kv_down_dim
         if work.fused_projections:
             again = (layout.factors_key + layout.factors_value) if work.recompute == "latent" else 0

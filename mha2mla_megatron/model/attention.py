@@ -1,8 +1,9 @@
 """The converted attention layer in Megatron-core.
 
 Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
-B batch, h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width,
-tp tensor-parallel size. Activations are [sequence, batch, ...], as everywhere in Megatron-core.
+B batch, h hidden size, H query heads, G key/value heads, R heads of rotated keys (G, or 1 that all share), d head dim,
+r rotary dims kept per head, c latent width, tp tensor-parallel size. Activations are [sequence, batch, ...], as
+everywhere in Megatron-core.
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.tensor_parallel.mappings import all_to_all_hp2sp, gather_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    all_gather_last_dim_from_tensor_parallel_region,
+    all_to_all_hp2sp,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,7 +32,7 @@ class MHA2MLASelfAttentionSubmodules:
     """What an MHA2MLASelfAttention is built from."""
 
     column_parallel_linear: Callable[..., Any]
-    """All projections but the last: their output is split over the heads, that of linear_kv_down by columns."""
+    """All projections but the last: their output is split over the heads, what all heads read by columns."""
 
     core_attention: Callable[..., Any]
     linear_proj: Callable[..., Any]
@@ -41,16 +46,18 @@ class MHA2MLASelfAttention(Attention):
         value = linear_v_up c_v                              G heads of d
         c_k, c_v = linear_kv_down x
 
-    with c_k = c_v (joint) or [c_k | c_v] = linear_kv_down x (split). Where the model has q_layernorm and
-    k_layernorm, query and key go through them before rotation. What is not factored is a full-rank projection of
-    x: linear_k_nope, linear_v. Of all these a layer has those that its `LatentLayout` names; the others are None.
+    with c_k = c_v (joint) or [c_k | c_v] = linear_kv_down x (split). The first part of a key is each head's own, or the
+    same one for all (`LatentLayout.shared_rope`). Where the model has q_layernorm and k_layernorm, query and key go
+    through them before rotation. What is not factored is a full-rank projection of x: linear_k_nope, linear_v. Of all
+    these a layer has those that its `LatentLayout` names; the others are None.
 
     Over tensor-parallel processes all are split by head, but linear_kv_down by the columns of the latents, which every
-    head reads: each process computes some for all tokens, and they are exchanged. So each weight, and its gradient, is
-    whole in one place.
+    head reads, and so a linear_k_rope that they share: each process computes some columns for all tokens, and they are
+    exchanged. So each weight, and its gradient, is whole in one place.
 
-    The buffer `rope_pairs`, int64 [G, r/2], says which of the model's d/2 rotary frequencies each head uses. It holds
-    all heads on every process, and integers, so that casting the module to bf16 leaves it alone.
+    The buffer `rope_pairs`, int64 [R, r/2], says which of the model's d/2 rotary frequencies each head of rotated keys,
+    and the query heads that read it, use. It holds all heads on every process, and integers, so that casting the module
+    to bf16 leaves it alone.
     """
 
     rope_pairs: torch.Tensor
@@ -80,6 +87,7 @@ class MHA2MLASelfAttention(Attention):
             **kwargs,
         )
         self.layout = layout
+        assert not (qk_norm and layout.shared_rope), "normalised keys are each head's own"
         # Attention.forward reads both, whether there are norms or not.
         self.q_layernorm = self.k_layernorm = None
         if qk_norm:
@@ -110,7 +118,7 @@ class MHA2MLASelfAttention(Attention):
         self.linear_q = column("q_proj")
         if layout.qk_rope_head_dim > 0:
             pairs = torch.arange(layout.qk_rope_head_dim // 2, device=self.linear_q.weight.device)
-            self.register_buffer("rope_pairs", pairs.repeat(layout.num_key_value_heads, 1))
+            self.register_buffer("rope_pairs", pairs.repeat(layout.rope_heads, 1))
 
     def forward(self, *args: Any, rotary_pos_emb: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """Attention.forward with the tables of this layer's heads in place of the model's.
@@ -121,11 +129,14 @@ class MHA2MLASelfAttention(Attention):
 
     @property
     def own_pairs(self) -> torch.Tensor:
-        """The rows of `rope_pairs` for this process's key heads, int64 [G/tp, r/2]; for r > 0."""
+        """The rows of `rope_pairs` for this process's key heads, int64 [G/tp or 1, r/2]; for r > 0."""
+        if self.layout.shared_rope:
+            return self.rope_pairs
         return self.rope_pairs.chunk(self.tp_group.size())[self.tp_group.rank()]
 
     def rotary_tables(self, rotary_pos_emb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Angles of this process's query heads [S, 1, H/tp, r] and key heads [S, 1, G/tp, r]; None where r = 0.
+        """Angles of this process's query heads [S, 1, H/tp, r] and key heads [S, 1, G/tp, r]; None where r = 0. Both
+        [S, 1, 1, r] where all heads share one rotated key.
 
         Attention rotates the first r dims of each head, half-split, and leaves the others as they are.
         """
@@ -133,6 +144,8 @@ class MHA2MLASelfAttention(Attention):
             return None
         angles = rotary_pos_emb[:, :, 0, : self.layout.head_dim // 2][..., self.own_pairs]
         keys = torch.cat((angles, angles), dim=-1)
+        if self.layout.shared_rope:
+            return keys, keys
         group_size = self.layout.num_attention_heads // self.layout.num_key_value_heads
         return keys.repeat_interleave(group_size, dim=2), keys
 
@@ -146,6 +159,8 @@ class MHA2MLASelfAttention(Attention):
         """Query [S, B, H/tp, d], key and value [S, B, G/tp, d] before rotation, from hidden states [s, B, h]."""
         assert key_value_states is None and not output_gate and split_qkv, "not offered by this layer"
         query, k_rope, k_nope, value = self.projected(hidden_states)
+        if k_rope is not None:
+            k_rope = k_rope.expand(*value.shape[:3], -1)  # where all heads share it
         key = torch.cat([part for part in (k_rope, k_nope) if part is not None], dim=-1)
         if self.q_layernorm is not None and self.k_layernorm is not None:
             query, key = self.q_layernorm(query), self.k_layernorm(key)
@@ -155,20 +170,29 @@ class MHA2MLASelfAttention(Attention):
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         """Query [S, B, H/tp, d], the two parts of the key [S, B, G/tp, r and d - r], None where one is empty, value
-        [S, B, G/tp, d]."""
+        [S, B, G/tp, d]. Of a shared first part there is one head."""
         r, d = self.layout.qk_rope_head_dim, self.layout.head_dim
         latent_k = latent_v = hidden_states
         if self.linear_kv_down is not None:
             latent_k, latent_v = self._split_latents(self._latents(hidden_states))
         k_rope = k_nope = None
         if self.linear_k_rope is not None:
-            k_rope = _heads(self.linear_k_rope(hidden_states), r)
+            k_rope = _heads(self._rope_rows(hidden_states), r)
         if self.linear_k_up is not None:
             k_nope = _heads(self.linear_k_up(latent_k), d - r)
         elif self.linear_k_nope is not None:
             k_nope = _heads(self.linear_k_nope(hidden_states), d - r)
         value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
         return _heads(self.linear_q(hidden_states), d), k_rope, k_nope, _heads(value, d)
+
+    def _rope_rows(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What is rotated of all tokens' keys, as a linear layer's result: [S, B, G r / tp], or what all heads share
+        [S, B, r]."""
+        own, bias = self.linear_k_rope(hidden_states)
+        if self.layout.shared_rope:
+            # Going back, each process has its heads' part of the gradient: they are summed, and split.
+            own = all_gather_last_dim_from_tensor_parallel_region(own, self.tp_group)
+        return own, bias
 
     def _latents(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """All columns [s, B, C] of the latents of this process's tokens."""

@@ -31,6 +31,7 @@ class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
         self.shape = HeadShape(
             query_heads=layout.num_attention_heads // processes,
             key_heads=layout.num_key_value_heads // processes,
+            rope_heads=1 if layout.shared_rope else layout.num_key_value_heads // processes,
             head_dim=layout.head_dim,
             rope_dim=layout.qk_rope_head_dim,
         )
@@ -68,14 +69,15 @@ class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
 
     @property
     def pairs(self) -> torch.Tensor:
-        """`own_pairs`, and an empty [G/tp, 0] where nothing rotates."""
+        """`own_pairs`, and an empty [G/tp or 1, 0] where nothing rotates."""
         if self.shape.rope_dim == 0:
-            return torch.empty(self.shape.key_heads, 0, dtype=torch.int64, device=self.linear_q.weight.device)
+            return torch.empty(self.shape.rope_heads, 0, dtype=torch.int64, device=self.linear_q.weight.device)
         return self.own_pairs
 
 
 class _Rotation(torch.autograd.Function):
-    """Query [S, B, H, d] and key [S, B, G, d] from their heads' parts, and the gradients of these."""
+    """Query [S, B, H, d] and key [S, B, G, d] from their heads' parts, and the gradients of these. Of a key's rotated
+    part there are G heads, or 1."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -117,8 +119,8 @@ class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
         for name, module in self._projections.items():
             names += [f"{name}.weight"] + [f"{name}.bias"] * (getattr(module, "bias", None) is not None)
         joint, sequence_parallel = self.layout.method == "joint", self.config.sequence_parallel
-        key_rank = self.layout.key_rank
-        self._plan = QKVPlan(self.shape, tuple(names), joint, key_rank, self.tp_group, sequence_parallel)
+        key_rank, shared_rope = self.layout.key_rank, self.layout.shared_rope
+        self._plan = QKVPlan(self.shape, shared_rope, tuple(names), joint, key_rank, self.tp_group, sequence_parallel)
 
     def rebuild_keys_and_values(self) -> None:
         """From now on keep neither for the backward pass, but compute them there again from the latents."""
@@ -137,9 +139,9 @@ class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
         plan, angles, pairs = self._plan, self._angles, self.pairs
         query, key, value, latents = latent_qkv(plan, hidden_states, angles, pairs, parameters)
         if isinstance(self.core_attention, RebuildingAttention) and latents is not None:
-            r = self.shape.rope_dim
+            heads, r = self.shape.rope_heads, self.shape.rope_dim
             if "k_up.weight" in plan.names:
-                rotated = key.detach()[..., :r].contiguous()
+                rotated = key.detach()[:, :, :heads, :r].contiguous()
                 self.core_attention.rebuild["key"] = lambda: rebuild_key(plan, latents, rotated, parameters)
             if "v_up.weight" in plan.names:
                 self.core_attention.rebuild["value"] = lambda: rebuild_value(plan, latents, parameters)

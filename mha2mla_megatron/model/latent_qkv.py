@@ -5,13 +5,15 @@ input and is split over heads is one matrix product, keys are written where atte
 are summed by the products that make them, and weight gradients go straight into Megatron's float32 buffers.
 
 Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
-B batch, h hidden size, H query heads, G key/value heads (both those of this process), d head dim, r rotary dims kept
-per head, C width of all latents, tp tensor-parallel size.
+B batch, h hidden size, H query heads, G key/value heads (both those of this process), R heads of rotated keys (G, or 1
+that all share), d head dim, r rotary dims kept per head, C width of all latents, tp tensor-parallel size.
 
 Over tensor-parallel processes (tp > 1) each computes some of the latents' columns, for all tokens, and gathers the
 others while it computes queries; so no weight is held twice, and no weight's gradient summed. Going back, the latents'
 gradients are summed, each process getting those of its columns, while the input's gradient is computed, and the input's
-while weight gradients are. Under sequence parallelism the input is gathered first, both ways.
+while weight gradients are. A rotated key that all heads share is exchanged like latents: gathered while up-projections
+are computed, its gradient summed while that of the latents is. Under sequence parallelism the input is gathered first,
+both ways.
 """
 
 from __future__ import annotations
@@ -33,12 +35,14 @@ FROM_INPUT = ("q", "k_rope", "k_nope", "v")
 class QKVPlan:
     """What `latent_qkv` is given besides tensors.
 
-    shape: the heads of this process. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
+    shape: the heads of this process. shared_rope: whether all heads, those of other processes too, have one rotated
+    key. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
     projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too. key_rank: how
     many columns k_up reads.
     """
 
     shape: HeadShape
+    shared_rope: bool
     names: tuple[str, ...]
     joint: bool
     key_rank: int
@@ -54,9 +58,10 @@ class QKVPlan:
     def widths(self) -> dict[str, int]:
         """Columns of each of these."""
         shape = self.shape
+        rope = shape.rope_heads * shape.rope_dim
         widths = {
             "q": shape.query_heads * shape.head_dim,
-            "k_rope": shape.key_heads * shape.rope_dim,
+            "k_rope": rope // self.tp_group.size() if self.shared_rope else rope,
             "k_nope": shape.key_heads * shape.nope_dim,
             "v": shape.key_heads * shape.head_dim,
         }
@@ -84,7 +89,7 @@ def latent_qkv(
 
     The last result is for rebuilding: this process's latents [S B, C/tp], None where there are none.
 
-    angles: float32 [S, d]. pairs: int64 [G, r/2]. parameters: as `plan.names` says; gradients of those that have a
+    angles: float32 [S, d]. pairs: int64 [R, r/2]. parameters: as `plan.names` says; gradients of those that have a
     `main_grad` are added to it, as Megatron's fused accumulation does.
     """
     return _LatentQKV.apply(plan, x, angles, pairs, *parameters)
@@ -95,10 +100,11 @@ def rebuild_key(
     plan: QKVPlan, latents: torch.Tensor, rotated: torch.Tensor, parameters: Sequence[torch.nn.Parameter]
 ) -> torch.Tensor:
     """The key of `latent_qkv` once more, bit for bit, from the latents that it left and the key's first r dims
-    [S, B, G, r]. For plans with k_up."""
+    [S, B, R, r]. For plans with k_up."""
     weight = dict(zip(plan.names, parameters, strict=True))["k_up.weight"]
     c_k, _ = plan.latents(_gathered_columns(plan, latents).wait())
-    return torch.cat((rotated, (c_k @ weight.t()).view(*rotated.shape[:3], plan.shape.nope_dim)), dim=-1)
+    heads = *rotated.shape[:2], plan.shape.key_heads
+    return torch.cat((rotated.expand(*heads, -1), (c_k @ weight.t()).view(*heads, plan.shape.nope_dim)), dim=-1)
 
 
 @torch.no_grad()
@@ -124,7 +130,10 @@ class _LatentQKV(torch.autograd.Function):
         weights, biases = zip(*((w[f"{name}.weight"], w.get(f"{name}.bias")) for name in plan.from_input), strict=True)
         parts = plan.columns(_linear(whole.wait(), weights, biases))
         del whole
-        k_nope, value = parts.get("k_nope"), parts.get("v")
+        k_rope, k_nope, value = (parts.get(name) for name in ("k_rope", "k_nope", "v"))
+        whole_rope = None
+        if plan.shared_rope and k_rope is not None:
+            whole_rope = _gathered_columns(plan, k_rope)
         if whole_latents is not None:
             c_k, c_v = plan.latents(whole_latents.wait())
             if "k_up.weight" in w:
@@ -132,7 +141,9 @@ class _LatentQKV(torch.autograd.Function):
             if "v_up.weight" in w:
                 value = _linear(c_v, [w["v_up.weight"]], [w.get("v_up.bias")])
         assert value is not None
-        query, key = rotate_and_join(parts["q"], parts.get("k_rope"), k_nope, angles, pairs, plan.shape)
+        if whole_rope is not None:
+            k_rope = whole_rope.wait()
+        query, key = rotate_and_join(parts["q"], k_rope, k_nope, angles, pairs, plan.shape)
         ctx.plan, ctx.parameters, ctx.input_shape = plan, w, x.shape
         ctx.save_for_backward(rows, latents, angles, pairs)
         if latents is not None:
@@ -158,9 +169,12 @@ class _LatentQKV(torch.autograd.Function):
         d_k_nope = parts.get("k_nope")
         if "k_up.weight" in w:
             d_k_nope = d_query.new_empty(count, shape.key_heads * shape.nope_dim)
-        rotate_and_split(
-            d_query.contiguous(), d_key.contiguous(), parts["q"], parts.get("k_rope"), d_k_nope, angles, pairs, shape
-        )
+        d_k_rope, d_own_rope = parts.get("k_rope"), None
+        if plan.shared_rope and d_k_rope is not None and plan.tp_group.size() > 1:
+            d_k_rope = d_query.new_empty(count, shape.rope_dim)
+        rotate_and_split(d_query.contiguous(), d_key.contiguous(), parts["q"], d_k_rope, d_k_nope, angles, pairs, shape)
+        if d_k_rope is not None and d_k_rope is not parts["k_rope"]:
+            d_own_rope = _summed_columns(plan, d_k_rope)
         if "v" in parts:
             parts["v"].copy_(d_value)
 
@@ -169,6 +183,8 @@ class _LatentQKV(torch.autograd.Function):
             sources = {"k_up.weight": d_k_nope, "v_up.weight": d_value}
             width = latents.shape[1] * plan.tp_group.size()
             d_latents = _summed_columns(plan, _latent_gradient(plan, w, sources, d_query.new_empty(count, width)))
+        if d_own_rope is not None:
+            parts["k_rope"].copy_(d_own_rope.wait())
         d_rows = d_mixed @ _joined([w[f"{name}.weight"] for name in plan.from_input])
         if d_latents is not None:
             d_own = d_latents.wait()
@@ -226,9 +242,10 @@ def _gathered_columns(plan: QKVPlan, columns: torch.Tensor) -> _Pending:
     group = plan.tp_group
     if group.size() == 1:
         return _Pending(columns)
+    columns = columns.contiguous()
     parts = columns.new_empty(group.size(), *columns.shape)
     work = torch.distributed.all_gather_into_tensor(parts.flatten(0, 1), columns, group=group, async_op=True)
-    return _PendingColumns(parts, work)
+    return _PendingColumns(parts, work, columns)
 
 
 def _summed(plan: QKVPlan, rows: torch.Tensor) -> _Pending:

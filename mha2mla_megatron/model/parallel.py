@@ -121,8 +121,13 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
                 "parallel.sequence_parallel: true"
             )
     if architecture.mla is not None:
-        widths = {layer: architecture.layout(layer).kv_down_dim for layer in range(architecture.num_layers)}
-        sizes |= {f"the latents' width in layer {layer},": width for layer, width in widths.items()}
+        for layer in range(architecture.num_layers):
+            layout = architecture.layout(layer)
+            sizes[f"the latents' width in layer {layer},"] = layout.kv_down_dim
+            if layout.shared_rope:
+                sizes[f"the width qk_rope_head_dim of the rotated key that all heads share in layer {layer},"] = (
+                    layout.qk_rope_head_dim
+                )
     for name, size in sizes.items():
         if size % tp:
             raise UserError(

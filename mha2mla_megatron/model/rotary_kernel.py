@@ -1,7 +1,9 @@
 """One kernel between the projections and attention: it rotates queries and keys and puts the keys together.
 
-Shape letters: S sequence, B batch, T = S B rows, H query heads, G key/value heads, d head dim, r rotary dims kept per
-head. In plain torch this is a table of angles for each head, six elementwise operations over queries and over keys and
+Shape letters: S sequence, B batch, T = S B rows, H query heads, G key/value heads, R heads of rotated keys (G, or 1
+that all share), d head dim, r rotary dims kept per head.
+
+In plain torch this is a table of angles for each head, six elementwise operations over queries and over keys and
 one concatenation; here everything is read once and written once, and the rotation is in float32.
 
 Layers of one model may differ in r and in all strides, and compiling takes a second: these are arguments, given as
@@ -25,6 +27,9 @@ class HeadShape:
 
     query_heads: int
     key_heads: int
+    rope_heads: int
+    """Of rotated keys: as many as there are key heads, or 1 that all share."""
+
     head_dim: int
     rope_dim: int
 
@@ -43,8 +48,8 @@ def rotate_and_join(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query [T, H, d] and key [T, G, d], ready for attention, of one floating type.
 
-    queries: [T, H d]. k_rope: [T, G r], None where r = 0. k_nope: [T, G (d - r)], None where r = d. Of these each row
-    is contiguous. angles: float32 [S, d], with T a multiple of S and the batch inside. pairs: int64 [G, r/2], which
+    queries: [T, H d]. k_rope: [T, R r], None where r = 0. k_nope: [T, G (d - r)], None where r = d. Of these each row
+    is contiguous. angles: float32 [S, d], with T a multiple of S and the batch inside. pairs: int64 [R, r/2], which
     angle each pair of dims (i, i + r/2) of a key head, and of its query heads, turns by.
     """
     rows = len(queries)
@@ -65,7 +70,7 @@ def rotate_and_split(
     shape: HeadShape,
 ) -> None:
     """The gradient of `rotate_and_join`: from those of query and key (contiguous) into those of its first three
-    arguments."""
+    arguments. That of a rotated key which heads share is summed over them in float32, in their order."""
     _launch(queries, k_rope, k_nope, query, key, angles, pairs, shape, backward=True)
 
 
@@ -108,6 +113,7 @@ def _launch(
         angle_stride=angles.stride(0),
         query_heads=shape.query_heads,
         key_heads=shape.key_heads,
+        rope_heads=shape.rope_heads,
         d=shape.head_dim,
         rotates=half > 0,
         half_block=max(8, triton.next_power_of_2(half)),
@@ -138,6 +144,7 @@ def _move_heads(
     angle_stride: tl.constexpr,
     query_heads: tl.constexpr,
     key_heads: tl.constexpr,
+    rope_heads: tl.constexpr,
     d: tl.constexpr,
     rotates: tl.constexpr,
     half_block: tl.constexpr,
@@ -153,26 +160,34 @@ def _move_heads(
     head = tl.program_id(1)
     is_query = head < query_heads
     group = tl.where(is_query, head // (query_heads // key_heads), head - query_heads)
+    sharing: tl.constexpr = key_heads // rope_heads
+    rope_head = group // sharing
     if is_query:
         whole = query + row * (query_heads * d) + head * d
         rope_part = queries + row * queries_stride + head * d
         nope_part = rope_part + (d - nope)
     else:
         whole = key + row * (key_heads * d) + group * d
-        rope_part = k_rope + row * rope_stride + group * 2 * half
+        rope_part = k_rope + row * rope_stride + rope_head * 2 * half
         nope_part = k_nope + row * nope_stride + group * nope
     inside = row < rows
 
     if rotates:
         dim = tl.arange(0, half_block)[None, :]
         valid = inside & (dim < half)
-        pair = tl.load(pairs + group * half + dim, mask=dim < half, other=0)
+        if backward:  # of heads that share a rotated key the first one makes its gradient
+            valid = valid & (is_query | (group % sharing == 0))
+        pair = tl.load(pairs + rope_head * half + dim, mask=dim < half, other=0)
         angle = tl.load(angles + (row // batch) * angle_stride + pair, mask=valid, other=0.0)
         cos, sin = tl.cos(angle), tl.sin(angle)
         if backward:
             sin = -sin
             first = tl.load(whole + dim, mask=valid, other=0.0).to(tl.float32)
             second = tl.load(whole + half + dim, mask=valid, other=0.0).to(tl.float32)
+            if not is_query:
+                for other in range(1, sharing):
+                    first += tl.load(whole + other * d + dim, mask=valid, other=0.0).to(tl.float32)
+                    second += tl.load(whole + other * d + half + dim, mask=valid, other=0.0).to(tl.float32)
             to = rope_part
         else:
             first = tl.load(rope_part + dim, mask=valid, other=0.0).to(tl.float32)

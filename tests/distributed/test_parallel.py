@@ -30,6 +30,8 @@ CASES = {
     "split": converted_config("split"),
     "split-biases": converted_config("split", attention_bias=True, mlp_bias=True),
     "key": converted_config("key"),
+    "shared-biases": converted_config("joint", True, attention_bias=True),
+    "shared": converted_config("none", True),
     "original-norms": {**original_config(), "model_type": "qwen3"},
     "value-norms": converted_config("value", qk_norm=True),
     "value-biases": converted_config("value", attention_bias=True),
@@ -75,6 +77,7 @@ IMPOSSIBLE: dict[str, tuple[str, dict[str, Any], int, str]] = {
     "kv heads by tp": ("original", dict(tp=4), 4, "4 does not divide num_key_value_heads 2; .* model: 1, 2"),
     "mlp by tp": ("narrow", dict(tp=2), 2, "2 does not divide intermediate_size 45; valid for this model: 1$"),
     "latents by tp": ("heads", dict(tp=8), 8, "8 does not divide the latents' width in layer 0, 12; .* 1, 2, 4$"),
+    "rotated key by tp": ("shared", dict(tp=4), 4, "4 does not divide the width qk_rope_head_dim .* 3, 10; .* 1, 2$"),
     "layers by pp": ("joint", dict(pp=3), 3, "3 does not divide num_hidden_layers 4; valid for this model: 1, 2, 4;"),
     "layers by vpp": ("joint", dict(pp=2, vpp=4), 2, "4 does not divide the 2 layers of each of 2 .* model: 1, 2;"),
     "vpp without pp": ("joint", dict(vpp=2), 1, "virtual_pipeline_.*: 2 needs .*pipeline_model_parallel_size of at"),
@@ -103,6 +106,7 @@ REFUSED_MODELS = {
     "original": original_config(),
     "narrow": original_config(intermediate_size=45),
     "joint": converted_config("joint", num_key_value_heads=4),
+    "shared": converted_config("joint", True, num_key_value_heads=4),
     "heads": converted_config("joint", num_attention_heads=8, num_key_value_heads=8),
 }
 

@@ -50,6 +50,8 @@ CASES: dict[int, dict[str, tuple[str, tuple[str, ...]]]] = {
         "cp2-norms-teacher": ("qwen3", (CP, "dtype=bfloat16")),
         "tp2-sp-teacher": ("joint", (TP, SP, "dtype=bfloat16")),
         "tp2-lora": ("joint", (TP, "dtype=bfloat16", "lora.rank=4", "lora.targets=['*']")),
+        "tp2-shared": ("shared", (TP, "dtype=bfloat16")),
+        "tp2-sp-shared-full": ("shared", (TP, SP, "dtype=float32", "recompute=full")),
         "tp2-norms": ("qwen3", (TP, "dtype=float32")),
         "tp2-sp-experts": ("experts", (TP, SP, "dtype=bfloat16")),
         "tp2-sp-experts-full": ("experts", (TP, SP, "dtype=float32", "recompute=full")),
@@ -76,8 +78,8 @@ PADDING = 128
 
 def model_config(kind: str) -> dict[str, Any]:
     """Original: biases, tied. qwen3: norms on queries and keys; experts: the same, and experts in all layers but one.
-    Converted: r and c differ in every layer; joint is
-    tied, split is not, and value has norms."""
+    Converted: r and c differ in every layer; joint is tied, split is not, value has norms, and all heads of shared
+    (joint) have one rotated key."""
     sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_attention_heads=8, num_key_value_heads=4)
     if kind == "original":
         return original_config(**sizes, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
@@ -88,9 +90,11 @@ def model_config(kind: str) -> dict[str, Any]:
             **sizes, model_type="qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=48,
             norm_topk_prob=True, mlp_only_layers=[1],
         )  # fmt: skip
-    mla = MHA2MLAConfig(
-        PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), LowRankConfig(method=kind, kv_lora_rank=[24, 16, 20, 8])
-    )
+    rope, method = PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), kind
+    if kind == "shared":
+        method = "joint"
+        rope = dataclasses.replace(rope, shared=True, strategy="activation", scores="statistics.safetensors")
+    mla = MHA2MLAConfig(rope, LowRankConfig(method=method, kv_lora_rank=[24, 16, 20, 8]))
     config = original_config(**sizes, tie_word_embeddings=kind == "joint", qk_norm=kind == "value")
     return {**config, "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
 
