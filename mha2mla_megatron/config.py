@@ -39,9 +39,10 @@ class PartialRopeConfig:
     """activation: the file of tools/calibrate.py. 2-norm: that file, or a safetensors file of float scores
     [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
 
-    shared: bool = False
-    """One rotated key for all heads, of the directions over heads and frequencies whose rotation matters most (needs
-    statistics), instead of one for each key/value head."""
+    shared: bool | None = None
+    """One rotated key for all heads, of the directions over heads and frequencies whose rotation matters most (strategy
+    activation), instead of one for each key/value head. None: true where a cache budget of at most half of the original
+    cache chooses r, and the model has several key/value heads without norms; else false."""
 
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
@@ -81,7 +82,9 @@ class PartialRopeConfig:
         query_map = strategy == "activation" if self.query_map is None else self.query_map
         if query_map and self.scores is None:
             raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")
-        return dataclasses.replace(self, strategy=strategy, qk_rope_head_dim=r, query_map=query_map)
+        return dataclasses.replace(
+            self, strategy=strategy, qk_rope_head_dim=r, query_map=query_map, shared=bool(self.shared)
+        )
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ class MHA2MLAConfig:
         assert r is not None, "the config is not resolved"
         c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))
         heads = hidden_size, num_attention_heads, num_key_value_heads, head_dim
-        return LatentLayout(*heads, r, self.low_rank.method, c, k, self.partial_rope.shared)
+        return LatentLayout(*heads, r, self.low_rank.method, c, k, bool(self.partial_rope.shared))
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:

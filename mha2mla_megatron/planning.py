@@ -38,8 +38,8 @@ class AllocationSettings:
     per_layer: bool = True
     """true: r and c of each layer where they buy most. false: the best r and c that all layers share."""
 
-    rope_multiple: int = 2
-    """r is a multiple of this (even)."""
+    rope_multiple: int | None = None
+    """r is a multiple of this (even). None: 2, of shared rotated keys 8, which tensor-parallel processes can share."""
 
     rank_multiple: int = 8
     """c, and each of split's two, is a multiple of this (8 or 16 suit kernels and FP8)."""
@@ -65,7 +65,7 @@ class AllocationSettings:
 
     def __post_init__(self) -> None:
         for key, value, minimum in (
-            ("rope_multiple", self.rope_multiple, 2),
+            ("rope_multiple", 2 if self.rope_multiple is None else self.rope_multiple, 2),
             ("rank_multiple", self.rank_multiple, 1),
             ("min_rope", self.min_rope, 0),
             ("min_rank", self.min_rank, 1),
@@ -74,7 +74,7 @@ class AllocationSettings:
             require_at_least(f"allocation.{key}", value, minimum)
         if not 0 < self.key_share <= 1:
             raise UserError(f"allocation.key_share: {self.key_share} is not above 0 and at most 1")
-        if self.rope_multiple % 2:
+        if self.rope_multiple is not None and self.rope_multiple % 2:
             raise UserError(f"allocation.rope_multiple: {self.rope_multiple} is odd; rotary dims come in pairs")
 
 
@@ -117,9 +117,10 @@ class Planner:
         self.original: Architecture = converter.original
         d = self.original.head_dim
         # Of shared keys a head keeps d - r dims of its own, whose loss is not in the prices: half of them are enough.
-        usual = d // 2 if converter.mla.partial_rope.shared else d
+        shared = converter.mla.partial_rope.shared
+        usual = d // 2 if shared else d
         limit = usual if settings.max_rope is None else min(settings.max_rope, d)
-        step = settings.rope_multiple
+        self.rope_multiple = step = settings.rope_multiple or (8 if shared else 2)
         self.rope_dims = [r for r in range(0, limit + 1, step) if r >= settings.min_rope]
         if not self.rope_dims:
             raise UserError(
@@ -210,7 +211,7 @@ class Planner:
         """c None: nothing factored."""
         mla = self.converter.mla
         method = "none" if c is None else mla.low_rank.method
-        return LatentLayout(*self.original.heads, r, method, c, k, mla.partial_rope.shared)
+        return LatentLayout(*self.original.heads, r, method, c, k, bool(mla.partial_rope.shared))
 
     def _ranks(self, r: int) -> list[int]:
         """Multiples within the bounds that a layer with this r can have, of split for both latents."""
@@ -338,7 +339,7 @@ class Planner:
 
     def _knots(self, dims: list[int], reference: int) -> list[int]:
         """The r at which rank losses are computed; they change slowly with r, and between knots linearly."""
-        step = max(self.settings.rope_multiple, self.original.head_dim // 8)
+        step = max(self.rope_multiple, self.original.head_dim // 8)
         knots = {r for r in dims if r % step == 0}
         return sorted(knots | {dims[0], dims[-1], reference})
 

@@ -589,7 +589,7 @@ def test_a_budget_is_divided_between_keys_and_values(
     """No other division of the same width loses less: with objective=inputs that is the energy of what is cut off, of
     the rows whitened by the inputs' second moment."""
     given = [f"statistics={statistics}", "low_rank.objective=inputs", "low_rank.damping=1e-12"]
-    words = ["cache_budget=0.4", "low_rank.method=split", "allocation.rank_multiple=4"]
+    words = ["cache_budget=0.4", "low_rank.method=split", "allocation.rank_multiple=4", "partial_rope.shared=false"]
     folder = convert(model, tmp_path / "mla", *given, *words, f"allocation.per_layer={per_layer}")
     layers = check_budget(folder, statistics, 0.4 * BEFORE * L)
     rope = [layer["qk_rope_head_dim"] for layer in layers]
@@ -636,7 +636,7 @@ def test_elements_instead_of_a_fraction(tmp_path: Path, model: Path, statistics:
 
 
 def test_all_layers_alike(tmp_path: Path, model: Path, statistics: Path) -> None:
-    words = [f"statistics={statistics}", "cache_budget=0.45", "allocation.per_layer=false"]
+    words = [f"statistics={statistics}", "cache_budget=0.45", "allocation.per_layer=false", "partial_rope.shared=false"]
     folder = convert(model, tmp_path / "mla", *words)
     layers = check_budget(folder, statistics, 0.45 * BEFORE * L)
     assert len({(layer["qk_rope_head_dim"], layer["kv_lora_rank"]) for layer in layers}) == 1
@@ -658,7 +658,8 @@ BOUNDS = {
 @pytest.mark.parametrize("case", BOUNDS)
 def test_bounds_hold(tmp_path: Path, model: Path, statistics: Path, case: str) -> None:
     words, min_r, max_r, min_c, max_c, step_r, step_c = BOUNDS[case]
-    given = [f"statistics={statistics}", "cache_budget=0.5", *(f"allocation.{word}" for word in words)]
+    given = [f"statistics={statistics}", "cache_budget=0.5", "partial_rope.shared=false"]
+    given += [f"allocation.{word}" for word in words]
     layers = check_budget(convert(model, tmp_path / "mla", *given), statistics, 0.5 * BEFORE * L)
     for layer in layers:
         r, c = layer["qk_rope_head_dim"], layer["kv_lora_rank"]
@@ -869,7 +870,10 @@ BAD_SETTINGS = {
         [WITH, "cache_budget=0.4", "allocation.min_rope=6", "allocation.max_rope=4"],
         ["min_rope=6", "4"],
     ),
-    "r above the head": ([WITH, "cache_budget=0.4", "allocation.min_rope=18"], ["min_rope=18", "16"]),
+    "r above the head": (
+        [WITH, "cache_budget=0.4", "allocation.min_rope=18", "partial_rope.shared=false"],
+        ["min_rope=18", "16"],
+    ),
     "no c to choose": (
         [WITH, "cache_budget=0.4", "allocation.min_rank=17", "allocation.max_rank=20"],
         ["min_rank", "max_rank", "rank_multiple"],

@@ -195,6 +195,34 @@ def test_a_budget_with_healing(tmp_path: Path, grouped: tuple[Path, Path], metho
     run_tool("verify_conversion", model, shared)
 
 
+CHOICES = {
+    "half of the cache": (["cache_budget=0.5"], True),
+    "more": (["cache_budget=0.55"], False),
+    "as elements": (["cache_elements=25.6"], True),
+    "by name": (["cache_budget=0.4", "partial_rope.strategy=activation"], True),
+    "not wanted": (["cache_budget=0.4", "partial_rope.shared=false"], False),
+    "another strategy": (["cache_budget=0.4", "partial_rope.strategy=high"], False),
+    "r is given": (["partial_rope.qk_rope_head_dim=4", "low_rank.kv_lora_rank=20"], False),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_when_it_is_the_default(tmp_path: Path, grouped: tuple[Path, Path], case: str) -> None:
+    (model, statistics), (words, expected) = grouped, CHOICES[case]
+    folder = convert(model, tmp_path / "mla", statistics, *words)
+    rope = json.loads((folder / "config.json").read_text())["mha2mla"]["partial_rope"]
+    assert rope["shared"] is expected
+    if expected:
+        dims = rope["qk_rope_head_dim"]
+        assert all(r % 8 == 0 for r in (dims if isinstance(dims, list) else [dims]))
+
+
+def test_one_key_head_has_nothing_to_share(tmp_path: Path, text: Path) -> None:
+    model, statistics = make_model(tmp_path, text, groups=1)
+    folder = convert(model, tmp_path / "mla", statistics, "cache_budget=0.5")
+    assert json.loads((folder / "config.json").read_text())["mha2mla"]["partial_rope"]["shared"] is False
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [None, "static", "quantized"])
 def test_decoding_is_the_expanded_form(tmp_path: Path, grouped: tuple[Path, Path], cache: str | None) -> None:

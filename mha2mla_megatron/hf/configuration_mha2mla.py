@@ -100,7 +100,7 @@ class MHA2MLALlamaConfig(LlamaConfig):
             low_rank["method"],
             layer_value(low_rank["kv_lora_rank"], layer),
             layer_value(low_rank.get("k_lora_rank"), layer),
-            rope.get("shared", False),
+            rope.get("shared") or False,
         )
 
 
