@@ -42,7 +42,7 @@ class PartialRopeConfig:
     shared: bool | None = None
     """One rotated key for all heads, of the directions over heads and frequencies whose rotation matters most (strategy
     activation), instead of one for each key/value head. None: true where a cache budget of at most half of the original
-    cache chooses r, and the model has several key/value heads without norms; else false."""
+    cache chooses r, and several query heads share each of several key/value heads (GQA) without norms; else false."""
 
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for

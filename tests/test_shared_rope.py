@@ -217,8 +217,10 @@ def test_when_it_is_the_default(tmp_path: Path, grouped: tuple[Path, Path], case
         assert all(r % 8 == 0 for r in (dims if isinstance(dims, list) else [dims]))
 
 
-def test_one_key_head_has_nothing_to_share(tmp_path: Path, text: Path) -> None:
-    model, statistics = make_model(tmp_path, text, groups=1)
+@pytest.mark.parametrize("groups", [1, 4], ids=["mqa", "mha"])
+def test_it_is_the_default_of_grouped_queries_only(tmp_path: Path, text: Path, groups: int) -> None:
+    """One key head has nothing to share; with as many as query heads it has not been measured."""
+    model, statistics = make_model(tmp_path, text, groups=groups)
     folder = convert(model, tmp_path / "mla", statistics, "cache_budget=0.5")
     assert json.loads((folder / "config.json").read_text())["mha2mla"]["partial_rope"]["shared"] is False
 
