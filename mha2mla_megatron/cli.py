@@ -20,6 +20,14 @@ from mha2mla_megatron.errors import UserError
 _KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
 
 
+def _show(page: str) -> None:
+    """Print a page of which a pager, or `head`, may read only the beginning."""
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python ends
+
+
 def split_words(
     argv: Sequence[str], usage: str, minimum: int, maximum: int | None = None, schema: type | None = None
 ) -> tuple[list[str], list[str], Path | None]:
@@ -33,7 +41,7 @@ def split_words(
     empty word, and for anything that starts with a dash.
     """
     if "-h" in argv or "--help" in argv:
-        print(_help(usage, schema))
+        _show(_help(usage, schema))
         sys.exit(0)
     positionals: list[str] = []
     overrides: list[str] = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,6 +106,20 @@ def test_help(tool: str, key: str) -> None:
     for flag in ("-h", "--help"):
         done = run_tool(tool, "a", flag)
         assert done.stdout.startswith(f"usage: {tool}.py ") and f"\n  {key}\n" in done.stdout
+
+
+def test_help_of_which_only_the_beginning_is_read() -> None:
+    """As in `tool.py --help | head -1`, where nobody reads the rest."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "quality_table.py", "--help"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert done.returncode == 0 and "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("tool", ["preprocess_data", "evaluate_perplexity", "evaluate_choices"])
