@@ -170,7 +170,7 @@ class WeightChecks:
             pairs = torch.empty(layout.rope_heads, 0, dtype=torch.int64)
             if layout.qk_rope_head_dim > 0:
                 stored = self._read(ours, prefix + "rope_pairs")
-                if stored is None or _bad_pairs(stored, layout.head_dim):
+                if stored is None or _bad_pairs(stored, layout):
                     continue  # reported elsewhere
                 pairs = stored
             for ours_name, theirs_name, change in _moves(layout, pairs, queries):
@@ -190,9 +190,7 @@ class WeightChecks:
             pairs = self._read(label, name)
             if pairs is None:
                 continue
-            problem = _bad_pairs(pairs, layout.head_dim)
-            if problem is None and not rope.shared and any(len(set(row)) < len(row) for row in pairs.tolist()):
-                problem = "a head has the same pair twice"
+            problem = _bad_pairs(pairs, layout)
             if problem is None and rope.strategy not in SCORED_STRATEGIES:
                 rule = kept_pairs(rope, layout.qk_rope_head_dim, layout.num_key_value_heads, layout.head_dim, None)
                 if not torch.equal(pairs, rule):
@@ -239,12 +237,15 @@ def _healing_steps(side: ModelTensors) -> int | None:
         return None
 
 
-def _bad_pairs(pairs: torch.Tensor, head_dim: int) -> str | None:
+def _bad_pairs(pairs: torch.Tensor, layout: LatentLayout) -> str | None:
     """Why these are not pairs of a head. pairs: [R, r/2]."""
     if pairs.dtype != torch.int64:
         return f"{pairs.dtype} are no numbers of pairs"
-    if not 0 <= int(pairs.min()) <= int(pairs.max()) < head_dim // 2:
-        return f"pairs from {int(pairs.min())} to {int(pairs.max())}; a head has 0 to {head_dim // 2 - 1}"
+    last = layout.head_dim // 2 - 1
+    if not 0 <= int(pairs.min()) <= int(pairs.max()) <= last:
+        return f"pairs from {int(pairs.min())} to {int(pairs.max())}; a head has 0 to {last}"
+    if not layout.shared_rope and any(len(set(row)) < len(row) for row in pairs.tolist()):
+        return "a head has the same pair twice"
     return None
 
 
