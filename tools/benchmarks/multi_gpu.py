@@ -11,6 +11,7 @@ out and says so. On a machine without a GPU it runs with gloo on the CPU (shapes
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import statistics
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import multi_gpu_commands as commands
 from job_worlds import JobFailed, World
-from shapes import SHAPES, make_architecture, model_name
+from shapes import KINDS, SHAPES, make_architecture
 
 from mha2mla_megatron.cli import split_words
 from mha2mla_megatron.errors import UserError, first_line, require_at_least, require_one_of, run_tool
@@ -229,36 +230,37 @@ class Plan:
 
     def exact(self) -> None:
         shape = self.settings.small_shape
-        kinds = [("float32", "local")] + [("bfloat16", "transformer_engine")] * (self.fast != "local")
+        types = [("float32", "local")] + [("bfloat16", "transformer_engine")] * (self.fast != "local")
         if self.fast == "local":
             self.table.add("exact", 0, "all", shape, "left out", "bf16, Transformer Engine: needs a GPU")
-        for converted in (False, True):
-            for dtype, implementation in kinds:
-                what = dict(shape=shape, converted=converted, dtype=dtype, implementation=implementation)
-                model = _model(shape, converted, f"{dtype} {'TE' if implementation != 'local' else 'local'}")
-                store = f"{'converted' if converted else 'original'}-{dtype}"
-                more = {} if dtype == "float32" else {"reference": store.replace("bfloat16", "float32")}
-                report = self._reference(model, store)
-                arguments = dict(what, folder=str(self.folder), store=store, parallel=parallel(), **more)
-                self.add("exact", 1, "gradients", "one GPU", model, report, 5, arguments)
-                for size, layout in ((n, layout) for n in self.sizes for layout in EXACT.get(n, ())):
-                    if implementation == "local" and layout.get("comm") == "all_gather":
-                        continue  # the one way that the local attention knows anyway
-                    name = layout_name(size, **layout).replace(" p2p", "" if implementation == "local" else " p2p")
-                    # Where there are more GPUs, their products of the same forms matter more.
-                    extra = "vpp" in layout or "comm" in layout or (size < self.size and dtype == "float32")
-                    if not self._possible("exact", size, layout, shape, converted, name, model):
-                        continue
-                    report = self._exact(size, name, model, dtype, store)
-                    arguments = dict(what, folder=str(self.folder), reference=store, parallel=parallel(**layout))
-                    self.add("exact", size, "gradients", name, model, report, 3, arguments, extra)
+        for kind, (dtype, implementation) in itertools.product(KINDS, types):
+            what = dict(shape=shape, kind=kind, dtype=dtype, implementation=implementation)
+            model = _model(shape, kind, f"{dtype} {'TE' if implementation != 'local' else 'local'}")
+            store = f"{kind}-{dtype}"
+            more = {} if dtype == "float32" else {"reference": store.replace("bfloat16", "float32")}
+            report = self._reference(model, store)
+            arguments = dict(what, folder=str(self.folder), store=store, parallel=parallel(), **more)
+            self.add("exact", 1, "gradients", "one GPU", model, report, 5, arguments)
+            for size, layout in ((n, layout) for n in self.sizes for layout in EXACT.get(n, ())):
+                if implementation == "local" and layout.get("comm") == "all_gather":
+                    continue  # the one way that the local attention knows anyway
+                if kind == "shared" and "tp" not in layout:
+                    continue  # as any converted model
+                name = layout_name(size, **layout).replace(" p2p", "" if implementation == "local" else " p2p")
+                # Where there are more GPUs, their products of the same forms matter more.
+                extra = "vpp" in layout or "comm" in layout or (size < self.size and dtype == "float32")
+                if not self._possible("exact", size, layout, shape, kind, name, model):
+                    continue
+                report = self._exact(size, name, model, dtype, store)
+                arguments = dict(what, folder=str(self.folder), reference=store, parallel=parallel(**layout))
+                self.add("exact", size, "gradients", name, model, report, 3, arguments, extra)
 
     def _possible(
-        self, part: str, size: int, layout: dict[str, Any], shape: str, converted: bool, name: str, model: str
+        self, part: str, size: int, layout: dict[str, Any], shape: str, kind: str, name: str, model: str
     ) -> bool:
         try:
             wanted = ParallelConfig(**parallel(**layout))
-            check_layout(make_architecture(SHAPES[shape], model_name(converted)), wanted, size)
+            check_layout(make_architecture(SHAPES[shape], KINDS[kind]), wanted, size)
             check_batches(wanted, size, SHAPES[shape].sequence_length, 1, 8)
         except UserError as error:
             self.table.add(part, size, name, model, "left out", str(error)[:120])
@@ -303,19 +305,19 @@ class Plan:
 
     def reshard(self) -> None:
         shape, dtype = self.settings.small_shape, "bfloat16" if self.on_gpu else "float32"
-        what = dict(shape=shape, converted=True, dtype=dtype, implementation=self.fast, folder=str(self.folder))
-        model = _model(shape, True, dtype)
+        what = dict(shape=shape, kind="converted", dtype=dtype, implementation=self.fast, folder=str(self.folder))
+        model = _model(shape, "converted", dtype)
         for size in self.sizes:
             saves, loads = RESHARD[size]
             for number, layout in enumerate(saves):
                 name, source = layout_name(size, **layout), f"saved-{size}-{number}"
-                if self._possible("reshard", size, layout, shape, True, name, model):
+                if self._possible("reshard", size, layout, shape, "converted", name, model):
                     arguments = dict(what, name=source, parallel=parallel(**layout))
                     report = self._saved(source, size, name, model)
                     self.add("reshard", size, "save_training", name, model, report, 6, arguments)
             for origin, number, layout in loads:
                 name, source = layout_name(size, **layout), f"saved-{origin}-{number}"
-                if self._possible("reshard", size, layout, shape, True, name, model):
+                if self._possible("reshard", size, layout, shape, "converted", name, model):
                     both = f"{layout_name(origin, **RESHARD[origin][0][number])} -> {name}"
                     arguments = dict(
                         what, name=f"{source}-loaded", source=source, processes=origin, parallel=parallel(**layout)
@@ -360,18 +362,18 @@ class Plan:
         for shape in self.settings.shapes:
             for size in self.sizes:
                 for layout, extra in self._speed_layouts(shape, size):
-                    for converted in (False, True):
-                        name, model = layout_name(size, **layout), _model(shape, converted, self.fast)
-                        if not self._possible(part, size, layout, shape, converted, name, model):
+                    for kind in ("original", "converted"):
+                        name, model = layout_name(size, **layout), _model(shape, kind, self.fast)
+                        if not self._possible(part, size, layout, shape, kind, name, model):
                             continue
                         micro, batches, seconds = None, {"weak": 1}, 9.0
                         if size == 1:
                             batches["strong"], seconds = self.size, 9 + 1.5 * self.size
                         if layout.get("pp", 1) > 1:
                             micro, batches = 1, {"weak": 8}
-                        report = self._trained(part, shape, converted, size, name)
+                        report = self._trained(part, shape, kind, size, name)
                         arguments = dict(
-                            shape=shape, converted=converted, implementation=self.fast, steps=steps,
+                            shape=shape, kind=kind, implementation=self.fast, steps=steps,
                             parallel=parallel(**layout), batches=batches, micro_batch_size=micro,
                             profile=part == "scaling" and self.on_gpu and self.settings.profile > 0,
                         )  # fmt: skip
@@ -393,9 +395,8 @@ class Plan:
                 found += [(dict(tp=2, pp=2, sp=True), True), (dict(tp=4, sp=True), True)]
         return found
 
-    def _trained(self, part: str, shape: str, converted: bool, size: int, layout: str) -> Callable[[Any], None]:
-        kind = "converted" if converted else "original"
-        model = _model(shape, converted, self.fast)
+    def _trained(self, part: str, shape: str, kind: str, size: int, layout: str) -> Callable[[Any], None]:
+        model = _model(shape, kind, self.fast)
 
         def report(found: dict[str, Any]) -> None:
             if part == "scaling":
@@ -477,7 +478,7 @@ class Plan:
             )
 
         arguments = dict(
-            shape=shape, converted=True, implementation=self.fast, parallel=parallel(**layout),
+            shape=shape, kind="converted", implementation=self.fast, parallel=parallel(**layout),
             folder=str(self.folder / "stall"), layers=layers, steps=self.settings.steps, saves=2,
         )  # fmt: skip
         self.add("save", self.size, "save_stall", name, model, report, 80, arguments)
@@ -539,8 +540,8 @@ class Plan:
         )  # fmt: skip
 
 
-def _model(shape: str, converted: bool, more: str) -> str:
-    return f"{shape} {'converted' if converted else 'original'} {more.replace('transformer_engine', 'TE')}"
+def _model(shape: str, kind: str, more: str) -> str:
+    return f"{shape} {kind} {more.replace('transformer_engine', 'TE')}"
 
 
 class Runner:

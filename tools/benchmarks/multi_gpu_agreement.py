@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import parallel_state
-from shapes import SHAPES, make_architecture, model_name
+from shapes import KINDS, SHAPES, make_architecture
 
 from mha2mla_megatron.checkpoint.mapping import megatron_shapes
 from mha2mla_megatron.data.dataset import sample_batches
@@ -39,14 +39,14 @@ class Run:
     def __init__(
         self,
         shape: str,
-        converted: bool,
+        kind: str,
         dtype: str,
         implementation: str,
         parallel: dict[str, Any],
         filled: bool = True,
     ) -> None:
         sizes, self.dtype = SHAPES[shape], getattr(torch, dtype)
-        self.architecture = make_architecture(sizes, model_name(converted))
+        self.architecture = make_architecture(sizes, KINDS[kind])
         self.settings = FinetuneSettings(
             micro_batch_size=1,
             global_batch_size=SAMPLES,

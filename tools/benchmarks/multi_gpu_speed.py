@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed
 from megatron.core import parallel_state
-from shapes import SHAPES, Shape, make_architecture, model_name
+from shapes import KINDS, SHAPES, Shape, make_architecture
 from timing import device_time
 from train_step import random_batches
 
@@ -37,8 +37,8 @@ LONGEST_SAVE = 120
 class Training:
     """Random weights and the same random batch over and over, in the type that the device trains in."""
 
-    def __init__(self, shape: Shape, converted: bool, implementation: str, parallel: dict[str, Any]) -> None:
-        self.shape, self.architecture = shape, make_architecture(shape, model_name(converted))
+    def __init__(self, shape: Shape, kind: str, implementation: str, parallel: dict[str, Any]) -> None:
+        self.shape, self.architecture = shape, make_architecture(shape, KINDS[kind])
         layout = ParallelConfig(**parallel)
         self.device = initialize_parallel(layout)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -73,7 +73,7 @@ class Training:
 
 def train(
     shape: str,
-    converted: bool,
+    kind: str,
     implementation: str,
     parallel: dict[str, Any],
     batches: dict[str, int],
@@ -89,7 +89,7 @@ def train(
     """
     sizes = SHAPES[shape]
     run = Training(
-        replace(sizes, micro_batch_size=micro_batch_size or sizes.micro_batch_size), converted, implementation, parallel
+        replace(sizes, micro_batch_size=micro_batch_size or sizes.micro_batch_size), kind, implementation, parallel
     )
     found = {}
     for name, count in batches.items():
@@ -112,7 +112,7 @@ def train(
 
 def save_stall(
     shape: str,
-    converted: bool,
+    kind: str,
     implementation: str,
     parallel: dict[str, Any],
     folder: str,
@@ -130,7 +130,7 @@ def save_stall(
     """
     sizes = replace(SHAPES[shape], layers=layers)
     sizes = replace(sizes, sequence_length=sequence_length or sizes.sequence_length)
-    run, root = Training(sizes, converted, implementation, parallel), Path(folder)
+    run, root = Training(sizes, kind, implementation, parallel), Path(folder)
     layout = run.settings.parallel.sizes(torch.distributed.get_world_size())
     for _ in range(WARMUP):
         run.step()

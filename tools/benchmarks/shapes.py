@@ -51,8 +51,14 @@ SHAPES = {
 """135M to 1.7B are SmolLM's; 7B is Llama-2's with 8 of its 32 layers, which is what one GPU of 80 GB trains; small is
 like 135M with key/value heads that 4 processes can share (SmolLM-135M has 3)."""
 
-CONVERSIONS = {"mla-68.75": ("joint", 2), "mla-87.5": ("joint", 8), "split-68.75": ("split", 4)}
-"""What is converted how, by the cache that it saves in percent: uniform r = d/8, and latents of G d / this number.
+CONVERSIONS = {
+    "mla-68.75": ("joint", 2),
+    "mla-87.5": ("joint", 8),
+    "split-68.75": ("split", 4),
+    "shared-68.75": ("joint", 2),
+}
+"""What is converted how, by the cache that it saves in percent: uniform r = d/8, and latents of G d / this number; of
+shared rotated keys r = 3d/8, and latents of as many numbers more as these save.
 
 Every layer has a table of pairs for each head, whatever the strategy that chose them: 2-norm trains at the same speed.
 """
@@ -60,9 +66,8 @@ Every layer has a table of pairs for each head, whatever the strategy that chose
 MODELS = ("original", *CONVERSIONS)
 
 
-def model_name(converted: bool) -> str:
-    """The one that stands for all conversions where only one is run."""
-    return "mla-68.75" if converted else "original"
+KINDS = {"original": "original", "converted": "mla-68.75", "shared": "shared-68.75"}
+"""The models that stand for all of their kind where only one is run."""
 
 
 def original_config(shape: Shape) -> dict[str, Any]:
@@ -78,10 +83,14 @@ def original_config(shape: Shape) -> dict[str, Any]:
 def conversion(shape: Shape, model: str) -> MHA2MLAConfig:
     """How `original_config` becomes this one of `CONVERSIONS`."""
     method, part = CONVERSIONS[model]
-    return MHA2MLAConfig(
-        PartialRopeConfig(strategy="uniform", qk_rope_head_dim=shape.head_dim // 8),
-        LowRankConfig(method=method, kv_lora_rank=shape.groups * shape.head_dim // part),
-    )
+    own, latents = shape.head_dim // 8, shape.groups * shape.head_dim // part
+    if not model.startswith("shared"):
+        return MHA2MLAConfig(
+            PartialRopeConfig(strategy="uniform", qk_rope_head_dim=own),
+            LowRankConfig(method=method, kv_lora_rank=latents),
+        )
+    rope = PartialRopeConfig(strategy="activation", scores="none", shared=True, qk_rope_head_dim=3 * own)
+    return MHA2MLAConfig(rope, LowRankConfig(method=method, kv_lora_rank=latents + (shape.groups - 3) * own))
 
 
 def make_architecture(shape: Shape, model: str) -> Architecture:

@@ -72,7 +72,8 @@ class BenchmarkSettings:
     """Which shapes are timed: tiny, 135M, 360M, 1.7B, 7B."""
 
     models: list[str] = field(default_factory=lambda: ["original", "mla-68.75"])
-    """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75."""
+    """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75,
+    shared-68.75 (one rotated key for all heads)."""
 
     implementations: list[str] = field(default_factory=lambda: ["auto"])
     """Which are timed: those of `implementation` in tools/finetune.py, with +graph, +fp8, +latent, +full, +teacher for
