@@ -26,6 +26,7 @@ from mha2mla_megatron.calibration.pairs import (
 from mha2mla_megatron.calibration.shared_rope import (
     Directions,
     best_dims,
+    led_by,
     rotated_queries,
     shared_directions,
     split_keys,
@@ -109,7 +110,7 @@ class AttentionConverter:
             self.scores = load_scores(
                 Path(str(rope.scores)), original.num_layers, original.num_key_value_heads, original.head_dim
             )
-        if rope.strategy == "activation" or rope.query_map:
+        if rope.strategy == "activation" or rope.query_map or rope.shared:
             files.add(str(rope.scores))
         if low_rank.statistics is not None:
             files.add(str(low_rank.statistics))
@@ -181,7 +182,7 @@ class AttentionConverter:
         losses = source.pair_losses
         assert losses is not None, "there are no statistics"
         if source.directions is not None:
-            return source.directions.losses[layout.qk_rope_head_dim // 2 :].sum().item()
+            return self._directions(source, layout).losses[layout.qk_rope_head_dim // 2 :].sum().item()
         kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
         return max(0.0, (losses.sum() - kept.sum()).item())
 
@@ -221,9 +222,10 @@ class AttentionConverter:
 
     def _shared(self, source: _Layer, layout: LatentLayout) -> _Split:
         """All heads rotate the same mixtures of their keys, and have their own best dims of the rest."""
-        assert source.statistics is not None and source.directions is not None and self.statistics is not None
+        assert source.statistics is not None and self.statistics is not None
         weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
-        directions, moment = source.directions, source.statistics.input_moment / self.statistics.tokens
+        directions = self._directions(source, layout)
+        moment = source.statistics.input_moment / self.statistics.tokens
 
         def heads(rows: torch.Tensor) -> torch.Tensor:
             return rows.to(torch.float64).unflatten(0, (-1, d))
@@ -249,6 +251,15 @@ class AttentionConverter:
         order = torch.arange(d).repeat(layout.num_key_value_heads, 1)
         k_nope = (for_keys @ keys.left).flatten(0, 1)
         return _Split(keys.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, order)
+
+    def _directions(self, source: _Layer, layout: LatentLayout) -> Directions:
+        """What all heads may rotate, in the order in which the strategy takes it."""
+        directions, r = source.directions, layout.qk_rope_head_dim
+        assert directions is not None
+        if self.mla.partial_rope.strategy == "activation" or r == 0:
+            return directions
+        (pairs,) = kept_pairs(self.mla.partial_rope, r, 1, layout.head_dim, None)
+        return led_by(directions, pairs)
 
     def _read_layer(self, layer: int) -> _Layer:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope

@@ -11,6 +11,8 @@ from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, l
 
 ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm", "activation")
 SCORED_STRATEGIES = ("2-norm", "activation")
+SHARED_STRATEGIES = ("activation", "high", "low", "uniform", "ends")
+"""With which all heads can share one rotated key: the frequencies are chosen, or given, once for all of them."""
 OBJECTIVES = ("weights", "inputs", "balanced", "outputs", "tempered")
 BEST_OBJECTIVE = "tempered"
 """What `auto` stands for where there are statistics: the best measured one (docs/conversion.md)."""
@@ -40,13 +42,14 @@ class PartialRopeConfig:
     [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
 
     shared: bool | None = None
-    """One rotated key for all heads, of the directions over heads and frequencies whose rotation matters most (strategy
-    activation), instead of one for each key/value head. None: true where a cache budget of at most half of the original
-    cache chooses r, and several query heads share each of several key/value heads (GQA) without norms; else false."""
+    """One rotated key for all heads, of the mixtures of heads whose rotation matters most (strategy activation; of
+    high, low, uniform and ends one of each frequency), instead of one for each key/value head. None: true where a cache
+    budget of at most half of the original cache chooses r, and several query heads share each of several key/value
+    heads (GQA) without norms; else false."""
 
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
-    activation, false for the others."""
+    activation and where rotated keys are shared, false for the others."""
 
     def __post_init__(self) -> None:
         require_one_of("partial_rope.strategy", self.strategy, ("auto", *ROPE_STRATEGIES))
@@ -72,14 +75,14 @@ class PartialRopeConfig:
         strategy, r = self.chosen_strategy, self.qk_rope_head_dim
         if strategy in SCORED_STRATEGIES and self.scores is None:
             raise UserError(f"partial_rope.strategy={strategy} needs partial_rope.scores=FILE")
-        if self.shared and strategy != "activation":
+        if self.shared and (self.scores is None or strategy not in SHARED_STRATEGIES):
             raise UserError(
-                f"partial_rope.shared=true: the directions that are shared come from statistics: "
-                f"partial_rope.strategy is {strategy}, needed activation"
+                f"partial_rope.shared=true needs statistics (of tools/calibrate.py) and one of the strategies "
+                f"{', '.join(SHARED_STRATEGIES)}; strategy is {strategy}, scores {self.scores}"
             )
         if r is None:
             r = head_dim if strategy == "full" else self.usual_rope_dim(num_key_value_heads, head_dim)
-        query_map = strategy == "activation" if self.query_map is None else self.query_map
+        query_map = (strategy == "activation" or bool(self.shared)) if self.query_map is None else self.query_map
         if query_map and self.scores is None:
             raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")
         return dataclasses.replace(

@@ -3,8 +3,8 @@
 DeepSeek's attention has one rotated key head of width R for all query heads, interleaved (pair i is dims 2i and
 2i + 1), one latent with an RMSNorm behind it, the scale (n + R)^-1/2, and one layout for all layers.
 
-Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, R = G r, c
-latent width, n unrotated dims of a query head.
+Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, R = G r, or r
+where all heads share one rotated key, c latent width, n unrotated dims of a query head.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class DeepseekAttention:
 def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> dict[str, Any]:
     """Write the converted model of `source` as a DeepSeek-V2 model; returns its config.
 
-    A query head's r rotated dims stand in its key/value head's block of the shared head, zeros in the others. The
-    blocks' frequencies repeat, which no ordinary table does: it is written as `longrope`, whose factors are free.
+    A query head's r rotated dims stand in its key/value head's block of the shared head, zeros in the others; where all
+    heads share one rotated key already, there is one block. The blocks' frequencies repeat, which no ordinary table
+    does: it is written as `longrope`, whose factors are free.
 
     Raises UserError before anything is written for a model that this layout cannot express.
     """
@@ -105,11 +106,6 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
             f"{source}: r or c differ by layer, DeepSeek's layout has one of each: convert with "
             "allocation.per_layer=false, or give them as one number"
         )
-    if layout.shared_rope:
-        raise UserError(
-            f"{source}: partial_rope.shared=true: each layer rotates frequencies of its own, some twice, DeepSeek's "
-            "layout has one rotary table: convert with partial_rope.strategy=uniform, high, low or ends"
-        )
     if not 0 < layout.qk_rope_head_dim < layout.head_dim:
         raise UserError(f"{source}: qk_rope_head_dim={layout.qk_rope_head_dim}: all or nothing is rotated")
     reader = HFReader(source, model)
@@ -121,6 +117,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
                 "rotary table: convert with partial_rope.strategy=uniform, high, low or ends"
             )
     groups, r, d = layout.num_key_value_heads, layout.qk_rope_head_dim, layout.head_dim
+    blocks = layout.rope_heads
 
     def attention(layer: int) -> DeepseekAttention:
         weights = {
@@ -129,15 +126,15 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
         }
         q = weights["q_proj"].unflatten(0, (-1, d))  # [H, d, h]
         per_group = len(q) // groups
-        q_rope = q.new_zeros(len(q), groups, r, q.shape[-1])
+        q_rope = q.new_zeros(len(q), blocks, r, q.shape[-1])
         heads = torch.arange(len(q))
-        q_rope[heads, heads // per_group] = _interleaved(q[:, :r])
+        q_rope[heads, heads // (len(q) // blocks)] = _interleaved(q[:, :r])
         # Keys may read the first columns of the latent alone.
         unread = layout.value_rank - layout.key_rank
         weights["k_up_proj"] = torch.nn.functional.pad(weights["k_up_proj"], (0, unread))
         ups = [weights[name].unflatten(0, (groups, -1)) for name in ("k_up_proj", "v_up_proj")]
         k_up, v_up = (up.repeat_interleave(per_group, 0) for up in ups)
-        k_rope = _interleaved(weights["k_rope_proj"].unflatten(0, (groups, r))).flatten(0, 1)
+        k_rope = _interleaved(weights["k_rope_proj"].unflatten(0, (blocks, r))).flatten(0, 1)
         return DeepseekAttention(q[:, r:], q_rope.flatten(1, 2), k_rope, weights["kv_down_proj"], k_up, v_up)
 
     frequencies = inverse_frequencies(model)[pairs].flatten()
@@ -165,14 +162,22 @@ def _interleaved(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _rope_parameters(model: Architecture, frequencies: torch.Tensor) -> dict[str, Any]:
-    """The config's rotary table: an ordinary one where the frequencies are theta^(-2i/R), else longrope's factors.
+    """The config's rotary table: an ordinary one where the frequencies are t^(-2i/R) for some t, such as uniform pairs
+    of one head (t is theta) or its r/2 fastest ones (t is theta^(r/d)), else longrope's factors.
 
     frequencies: float [R/2], of the shared head's pairs.
     """
     theta, width = float(model.rope_parameters["rope_theta"]), 2 * len(frequencies)
-    factors = (1 / (frequencies.double() * theta ** (torch.arange(0, width, 2) / width).double())).tolist()
-    if all(abs(factor - 1) < 1e-6 for factor in factors):
-        return {"rope_type": "default", "rope_theta": theta}
+
+    def factors_of(theta: float) -> list[float]:
+        return (1 / (frequencies.double() * theta ** (torch.arange(0, width, 2) / width).double())).tolist()
+
+    # The last frequency says which t it would have to be.
+    own = float(frequencies[-1]) ** (-width / (width - 2)) if width > 2 else theta
+    for base in (theta, own):
+        if all(abs(factor - 1) < 1e-6 for factor in factors_of(base)):
+            return {"rope_type": "default", "rope_theta": base}
+    factors = factors_of(theta)
     length = model.max_position_embeddings
     return {
         "rope_type": "longrope", "rope_theta": theta, "short_factor": factors, "long_factor": factors, "factor": 1.0,

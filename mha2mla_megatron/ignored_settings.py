@@ -18,8 +18,9 @@ def refuse_ignored_rope(rope: PartialRopeConfig, statistics: str | None) -> None
         ("query_map", strategy == "full" and bool(rope.query_map), "of strategies that leave out rotations"),
         (
             "scores",
-            strategy not in SCORED_STRATEGIES and not rope.query_map and rope.scores not in (None, statistics),
-            f"of strategies {' and '.join(SCORED_STRATEGIES)}, and of query_map=true",
+            not (strategy in SCORED_STRATEGIES or rope.query_map or rope.shared)
+            and rope.scores not in (None, statistics),
+            f"of strategies {' and '.join(SCORED_STRATEGIES)}, of query_map=true, and of shared=true",
         ),
     ):
         if given:

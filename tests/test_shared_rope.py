@@ -247,7 +247,11 @@ def test_decoding_is_the_expanded_form(tmp_path: Path, grouped: tuple[Path, Path
 
 REFUSED = {
     "no statistics": (["partial_rope.shared=true", "partial_rope.strategy=uniform"], ["shared", "activation"]),
-    "another strategy": (["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=high"], ["shared", "high"]),
+    "all rotations": (["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=full"], ["shared", "full"]),
+    "scores of heads": (
+        ["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=2-norm"],
+        ["shared", "2-norm"],
+    ),
     "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
     "wider than a head": (["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_rope_head_dim=18"], ["18", "16"]),
 }
@@ -262,8 +266,22 @@ def test_bad_settings_are_refused(tmp_path: Path, grouped: tuple[Path, Path], ca
     assert not (tmp_path / "out").exists()
 
 
-def test_other_layouts_refuse_it_by_name(tmp_path: Path, text: Path) -> None:
-    model, statistics = make_model(tmp_path, text)
+def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
+    """One mixture of each of the fastest frequencies, in every layer: DeepSeek's layout has the table for that, with a
+    base of its own, and transformers' class gives the same logits. Rounding once more: see test_export_deepseek.py."""
+    model, statistics = make_model(tmp_path, text, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     words = ["partial_rope.shared=true", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
-    shared = convert(model, tmp_path / "shared", statistics, *words)
-    assert "partial_rope.shared" in refused("export_deepseek", shared, tmp_path / "deepseek")
+    words.append("partial_rope.qk_rope_head_dim=8")
+    shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.strategy=high")
+    for layer in range(3):
+        pairs = load_file(shared / "model.safetensors")[f"model.layers.{layer}.self_attn.rope_pairs"]
+        assert pairs.tolist() == [[0, 1, 2, 3]]
+    run_tool("export_deepseek", shared, tmp_path / "deepseek")
+    config = json.loads((tmp_path / "deepseek" / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "default" and config["qk_rope_head_dim"] == 8
+    assert config["rope_parameters"]["rope_theta"] == pytest.approx(10000.0 ** (8 / D), rel=1e-6)
+    found, expected = logits(tmp_path / "deepseek", statistics), logits(shared, statistics)
+    assert (found - expected).abs().max() < 2 * FLOAT32
+    # The strategy that chooses may choose otherwise in each layer, which no single table has.
+    chosen = convert(model, tmp_path / "chosen", statistics, *words)
+    assert "differ between layers" in refused("export_deepseek", chosen, tmp_path / "other")

@@ -17,6 +17,7 @@ Shape letters: h inputs, H query heads, G key/value heads, d head dim, P = d/2 p
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,15 @@ def shared_directions(keys: torch.Tensor, input_moment: torch.Tensor, losses: to
     return Directions(
         pairs[order], values.flatten()[order].clamp_min(0), reads.flatten(0, 1)[order], writes.flatten(0, 1)[order]
     )
+
+
+def led_by(directions: Directions, pairs: torch.Tensor) -> Directions:
+    """The same, but first the one that matters most of each of these frequencies, int64 [n], whatever the others are
+    worth."""
+    first = torch.stack([(directions.pairs == pair).nonzero()[0, 0] for pair in pairs])
+    others = torch.ones_like(directions.pairs, dtype=torch.bool).index_fill(0, first, False).nonzero()[:, 0]
+    order = torch.cat((first, others))
+    return Directions(*(getattr(directions, field.name)[order] for field in dataclasses.fields(directions)))
 
 
 def split_keys(rows: torch.Tensor, directions: Directions, qk_rope_head_dim: int) -> SharedKeys:
