@@ -282,6 +282,12 @@ def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
     assert config["rope_parameters"]["rope_theta"] == pytest.approx(10000.0 ** (8 / D), rel=1e-6)
     found, expected = logits(tmp_path / "deepseek", statistics), logits(shared, statistics)
     assert (found - expected).abs().max() < 2 * FLOAT32
+    # A budget can be spent so, too.
+    words = ["partial_rope.shared=true", "partial_rope.strategy=high", "cache_budget=0.5", "allocation.per_layer=false"]
+    alike = convert(model, tmp_path / "alike", statistics, *words, "allocation.min_rope=8")
+    run_tool("export_deepseek", alike, tmp_path / "deepseek_alike")
+    assert (logits(tmp_path / "deepseek_alike", statistics) - logits(alike, statistics)).abs().max() < 2 * FLOAT32
     # The strategy that chooses may choose otherwise in each layer, which no single table has.
+    words = ["partial_rope.shared=true", "partial_rope.qk_rope_head_dim=8", "low_rank.kv_lora_rank=20"]
     chosen = convert(model, tmp_path / "chosen", statistics, *words)
     assert "differ between layers" in refused("export_deepseek", chosen, tmp_path / "other")
