@@ -245,6 +245,20 @@ def test_decoding_is_the_expanded_form(tmp_path: Path, grouped: tuple[Path, Path
     assert torch.equal(found[:, 12:], predicted)
 
 
+def test_a_model_of_before(tmp_path: Path, grouped: tuple[Path, Path]) -> None:
+    """A config.json that does not know the setting is one of pairs of each head's own."""
+    model, statistics = grouped
+    words = ["partial_rope.qk_rope_head_dim=4", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
+    folder = convert(model, tmp_path / "mla", statistics, *words)
+    before = logits(folder, statistics)
+    config = json.loads((folder / "config.json").read_text())
+    del config["mha2mla"]["partial_rope"]["shared"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(folder, statistics), before)
+    run_tool("convert_hf_to_megatron", folder, tmp_path / "megatron")
+    run_tool("verify_conversion", folder, tmp_path / "megatron")
+
+
 REFUSED = {
     "no statistics": (["partial_rope.shared=true", "partial_rope.strategy=uniform"], ["shared", "activation"]),
     "all rotations": (["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=full"], ["shared", "full"]),
