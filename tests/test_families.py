@@ -288,7 +288,7 @@ def test_data_aware_conversion(tmp_path: Path, sources: dict[str, Path], text: P
     statistics = tmp_path / "statistics.safetensors"
     sizes = ["samples=8", "sequence_length=24", "stored_samples=8"]
     run_tool("calibrate", sources[name], text, statistics, *sizes)
-    words = [f"statistics={statistics}", *AWARE[name], "allocation.rank_multiple=4"]
+    words = [f"statistics={statistics}", *AWARE[name], "allocation.rope_multiple=2", "allocation.rank_multiple=4"]
     errors = {}
     for case, more in {"plain": [], "healed": ["heal.steps=40", "heal.batch_tokens=96"]}.items():
         run_tool("convert_mha_to_mla", sources[name], tmp_path / case, *words, *more)
