@@ -186,13 +186,14 @@ def test_refusals(tmp_path: Path, model: Path, text: Path, statistics: Path) -> 
 
 
 def test_the_ablation_is_what_it_says() -> None:
-    """Thirteen rows at three cache sizes of 384 elements, G = 3."""
+    """Sixteen rows at three cache sizes of 384 elements, G = 3; a shared rotated key is cached once."""
     settings = load_settings(SweepSettings, ["base.statistics=statistics"], ROOT / "examples" / "ablation.yaml")
     rows = expand_rows(settings)
-    assert len(rows) == 39 and len({row.group for row in rows}) == 13
+    assert len(rows) == 48 and len({row.group for row in rows}) == 16
     for group in {row.group for row in rows}:
         elements = []
         for row in (row.settings for row in rows if row.group == group):
             r, c = row.partial_rope.qk_rope_head_dim, row.low_rank.kv_lora_rank
-            elements.append(row.cache_elements if row.budgeted else 3 * r + c)
+            heads = 1 if row.partial_rope.shared else 3
+            elements.append(row.cache_elements if row.budgeted else heads * r + c)
         assert elements == [120, 72, 48], group
