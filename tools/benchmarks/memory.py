@@ -31,7 +31,7 @@ from mha2mla_megatron.training.optimizer import build_optimizer
 from mha2mla_megatron.training.step import build_training_model, train_step
 
 sys.path.insert(0, str(Path(__file__).parent))
-from shapes import SHAPES, Shape, make_architecture, model_name
+from shapes import KINDS, SHAPES, Shape, make_architecture
 from train_step import random_batches
 
 USAGE = "memory.py [key=value ...]"
@@ -108,8 +108,8 @@ def main(argv: list[str]) -> None:
     for name in settings.shapes:
         for implementation in settings.implementations:
             for recompute in settings.recompute:
-                for converted in (False, True) if recompute != "latent" else (True,):
-                    shape, architecture = SHAPES[name], make_architecture(SHAPES[name], model_name(converted))
+                for model in ("original", "converted") if recompute != "latent" else ("converted",):
+                    shape, architecture = SHAPES[name], make_architecture(SHAPES[name], KINDS[model])
                     run = PlanSettings(
                         micro_batch_size=shape.micro_batch_size, global_batch_size=shape.micro_batch_size, gpus=1,
                         implementation=implementation, recompute=recompute, dtype="bfloat16",
@@ -117,7 +117,6 @@ def main(argv: list[str]) -> None:
                     )  # fmt: skip
                     (stage,) = plan_stages(architecture, run)
                     plan, real = planned(stage), measured(architecture, run, shape, device)
-                    model = "converted" if converted else "original"
                     rows.append({"shape": name, "implementation": implementation, "recompute": recompute,
                                  "model": model, "plan": plan, "measured": real})  # fmt: skip
                     parts = "   ".join(
