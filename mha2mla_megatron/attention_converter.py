@@ -152,8 +152,8 @@ class AttentionConverter:
         converted = {
             "o_proj.weight": weights["o_proj.weight"],
             "q_proj.weight": split.queries(weights["q_proj.weight"]),
+            "v_proj.weight": weights["v_proj.weight"],
         }
-        converted["v_proj.weight"] = weights["v_proj.weight"]
         if r > 0:
             converted["k_rope_proj.weight"] = split.k_rope
             converted["rope_pairs"] = split.pairs

@@ -191,10 +191,8 @@ class MHA2MLAConfig:
         no_rope_layers: layers, from 0, that rotate nothing in the original; their r is 0, whatever the strategy.
         Raises UserError for lists of another length than L and for an r or c that the model cannot have.
         """
-        rope, low_rank = (
-            self.partial_rope.resolve(num_key_value_heads, head_dim),
-            self.low_rank.resolve(num_key_value_heads),
-        )
+        rope = self.partial_rope.resolve(num_key_value_heads, head_dim)
+        low_rank = self.low_rank.resolve(num_key_value_heads)
         if no_rope_layers and isinstance(rope.qk_rope_head_dim, int):
             dims = [0 if layer in no_rope_layers else rope.qk_rope_head_dim for layer in range(num_layers)]
             rope = dataclasses.replace(rope, qk_rope_head_dim=dims)

@@ -36,9 +36,8 @@ class QKVPlan:
     """What `latent_qkv` is given besides tensors.
 
     shape: the heads of this process. shared_rope: whether all heads, those of other processes too, have one rotated
-    key. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the
-    projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too. key_rank: how
-    many columns k_up reads.
+    key. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the projections q, k_rope, k_nope, v,
+    kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too. key_rank: how many columns k_up reads.
     """
 
     shape: HeadShape
