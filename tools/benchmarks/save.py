@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
 def measure(settings: SaveSettings, size: int, folder: Path) -> list[str]:
     """The row of so many processes. Raises UserError where they fail."""
     arguments = dict(
-        shape=settings.shape, converted=True, parallel={}, folder=str(folder / f"steps-{size}"), steps=1,
+        shape=settings.shape, kind="converted", parallel={}, folder=str(folder / f"steps-{size}"), steps=1,
         implementation="transformer_engine" if has_transformer_engine() else "local", layers=settings.layers,
         saves=settings.saves, sequence_length=settings.sequence_length,
     )  # fmt: skip
