@@ -71,6 +71,11 @@ class Architecture:
         """hidden size, query heads, key/value heads, head dim."""
         return self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
 
+    @property
+    def whole_cache_elements(self) -> int:
+        """Elements per token and layer of a cache of whole keys and values."""
+        return 2 * self.num_key_value_heads * self.head_dim
+
     def window(self, layer: int) -> int | None:
         """How many tokens a layer sees; None: all."""
         return self.sliding_window if layer in self.window_layers else None

@@ -62,6 +62,8 @@ class _Layer:
     """[G, P], what the strategy ranks pairs by."""
     query_map: torch.Tensor | None
     """[H, P, 2]; None: the queries as they are."""
+    unrotated_scale: float
+    """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
     columns: torch.Tensor | None
     directions: Directions | None
     """What to rotate where all heads share it; None: pairs of the heads."""
@@ -83,8 +85,8 @@ class _Split:
     """What becomes of the queries' rows, [H d, ...], weights or bias."""
     unrotated: torch.Tensor
     """float64 [G, d - r, d]: what a head's unrotated queries are made of, after the query map."""
-    order: torch.Tensor
-    """int64 [G, d], of a head's rows; of use where they are only moved."""
+    norms: dict[str, torch.Tensor]
+    """q_norm.weight and k_norm.weight, float64 [G, d], of a model that has them."""
 
 
 class AttentionConverter:
@@ -125,7 +127,7 @@ class AttentionConverter:
     def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
         """The layer in the given shapes: rows reordered to [r | d - r] per head, then K_nope and V factored."""
         if self.original.mla is None:
-            converted, pairs, metric = self._partial_rope(layer, layout)
+            converted, pairs, metric = self._partial_rope(self._layer(layer), layout)
         else:
             converted, metric = dict(self._layer(layer).weights), IDENTITY
             pairs = converted.get("rope_pairs", torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)).cpu()
@@ -144,9 +146,11 @@ class AttentionConverter:
             converted, pairs, _relative_errors(torch.cat((k_rope, k_nope)), v, k_nope, factors, layout)
         )
 
-    def _partial_rope(self, layer: int, layout: LatentLayout) -> tuple[dict[str, torch.Tensor], torch.Tensor, Metric]:
+    def _partial_rope(
+        self, source: _Layer, layout: LatentLayout
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, Metric]:
         """The layer with nothing factored, the pairs that it rotates, and the objective over its [K_nope; V]."""
-        source, weights = self._layer(layer), self._layer(layer).weights
+        weights = source.weights
         r, d = layout.qk_rope_head_dim, layout.head_dim
         split = self._split(source, layout)
         converted = {
@@ -168,12 +172,7 @@ class AttentionConverter:
             converted["v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
             converted["o_proj.bias"] = weights["o_proj.bias"]
-        if "q_norm.weight" in weights:
-            # A head's root mean square does not depend on the order of its dims; the norms' weights follow them.
-            for norm in ("q_norm.weight", "k_norm.weight"):
-                converted[norm] = weights[norm].to(torch.float64)[split.order]
-            # Here, as the norm would undo a map of the queries before it.
-            converted["q_norm.weight"][:, r:] *= self._unrotated_scale(layer)
+        converted.update(split.norms)
         return converted, split.pairs, self._metric(source, split)
 
     def pair_loss(self, layer: int, layout: LatentLayout) -> float:
@@ -218,7 +217,13 @@ class AttentionConverter:
         k_rope, k_nope = keys(weights["k_proj.weight"])
         biases = keys(weights["k_proj.bias"]) if "k_proj.bias" in weights else None
         unrotated = torch.eye(d, dtype=torch.float64, device=self.device)[order[:, r:]]
-        return _Split(pairs, k_rope, k_nope, biases, queries, unrotated, order)
+        norms = {}
+        if "q_norm.weight" in weights:
+            # A head's root mean square does not depend on the order of its dims; the norms' weights follow them.
+            norms = {name: weights[name].to(torch.float64)[order] for name in ("q_norm.weight", "k_norm.weight")}
+            # Here, as the norm would undo a map of the queries before it.
+            norms["q_norm.weight"][:, r:] *= source.unrotated_scale
+        return _Split(pairs, k_rope, k_nope, biases, queries, unrotated, norms)
 
     def _shared(self, source: _Layer, layout: LatentLayout) -> _Split:
         """All heads rotate the same mixtures of their keys, and have their own best dims of the rest."""
@@ -248,9 +253,9 @@ class AttentionConverter:
         if "k_proj.bias" in weights:
             bias = split_keys(heads(weights["k_proj.bias"]), directions, r)
             biases = bias.rotated, torch.einsum("gnd,gd->gn", for_keys, bias.left).flatten()
-        order = torch.arange(d).repeat(layout.num_key_value_heads, 1)
         k_nope = (for_keys @ keys.left).flatten(0, 1)
-        return _Split(keys.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, order)
+        # Norms stand between a head's keys and their rotation: with them no mixture of heads can be rotated.
+        return _Split(keys.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, norms={})
 
     def _directions(self, source: _Layer, layout: LatentLayout) -> Directions:
         """What all heads may rotate, in the order in which the strategy takes it."""
@@ -269,11 +274,11 @@ class AttentionConverter:
             if not weight.isfinite().all():
                 raise UserError(f"{self.reader.folder}: {prefix}{name} has values that are not finite")
         scores = None if self.scores is None else self.scores[layer]
-        scale = self._unrotated_scale(layer)
+        scale = 1.0 if layer in self.original.no_rope_layers else self.attention_factor**2
         unfitted = scaling_map(scale, self.original.num_attention_heads, self.original.head_dim // 2)
         query_map = None if scale == 1 or self.original.qk_norm else unfitted
         if self.statistics is None:
-            return _Layer(weights, None, None, scores, query_map, None, None)
+            return _Layer(weights, None, None, scores, query_map, scale, None, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
         rotates = layer not in self.original.no_rope_layers
         if rope.query_map and rotates:
@@ -291,11 +296,7 @@ class AttentionConverter:
         if rope.shared:
             keys = weights["k_proj.weight"].to(torch.float64).unflatten(0, (-1, self.original.head_dim))
             directions = shared_directions(keys, statistics.input_moment / tokens, losses)
-        return _Layer(weights, statistics, losses, scores, query_map, columns, directions)
-
-    def _unrotated_scale(self, layer: int) -> float:
-        """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
-        return 1.0 if layer in self.original.no_rope_layers else self.attention_factor**2
+        return _Layer(weights, statistics, losses, scores, query_map, scale, columns, directions)
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
         return kept_pairs(

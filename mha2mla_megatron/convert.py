@@ -154,12 +154,17 @@ class ConvertSettings:
 
     def budget(self, original: Architecture) -> int:
         """Cached elements per token that may remain, over all layers."""
-        before = 2 * original.num_key_value_heads * original.head_dim
-        elements = self.cache_elements if self.cache_budget is None else self.cache_budget * before
+        return int(self.cache_share(original) * original.whole_cache_elements * original.num_layers + 1e-6)
+
+    def cache_share(self, original: Architecture) -> float:
+        """The part of the original's cache that may remain, of a model with a budget."""
+        if self.cache_budget is not None:
+            return self.cache_budget
+        elements, before = self.cache_elements, original.whole_cache_elements
         assert elements is not None
         if elements > before:
             raise UserError(f"cache_elements: {elements:g} per token and layer; the original caches {before}")
-        return int(elements * original.num_layers + 1e-6)
+        return elements / before
 
 
 def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict[str, Any] | None:
@@ -179,8 +184,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
         rope = original.mla.partial_rope
     mla = MHA2MLAConfig(rope, settings.low_rank)
     if settings.budgeted:
-        share = settings.budget(original) / (2 * original.num_key_value_heads * original.head_dim * original.num_layers)
-        mla = _open_ranks(mla, original, share)
+        mla = _open_ranks(mla, original, settings.cache_share(original))
     mla = original.resolve(mla)
     if settings.heal.steps > 0 and launched_ranks().world > 1:
         raise UserError(

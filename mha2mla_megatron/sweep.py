@@ -119,7 +119,7 @@ def sweep(source: Path, text: Path, target: Path, settings: SweepSettings) -> di
     }
     keys = {row.name: _hash({**inputs, "settings": files.by_content(row.settings)}) for row in rows}
     done = {entry["key"]: entry for entry in found["rows"] + found["earlier"] if "refused" not in entry}
-    first, before = found["original"], 2 * original.num_key_value_heads * original.head_dim
+    first, before = found["original"], original.whole_cache_elements
     if first.get("key") != _hash(inputs):
         print("== original", file=sys.stderr, flush=True)
         first = {"name": "original", "key": _hash(inputs), **_measure(source, text, settings)}

@@ -147,7 +147,7 @@ class Quality:
     def _evaluate(self, entry: Entry, folder: Path) -> None:
         found, settings = self.results[entry.name], self.settings
         architecture = read_architecture(folder)
-        before = 2 * architecture.num_key_value_heads * architecture.head_dim * architecture.num_layers
+        before = architecture.whole_cache_elements * architecture.num_layers
         layers = range(architecture.num_layers)
         after = before if entry.conversion is None else sum(architecture.layout(i).cache_elements for i in layers)
         found["cache_elements"], found["cache_fraction"] = after / architecture.num_layers, after / before
