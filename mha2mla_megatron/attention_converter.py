@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.calibration.key_mixtures import KeyMixtures, Mixtures
 from mha2mla_megatron.calibration.metric import IDENTITY, Metric, make_columns, make_rows
 from mha2mla_megatron.calibration.pairs import (
     apply_query_map,
@@ -23,15 +24,9 @@ from mha2mla_megatron.calibration.pairs import (
     per_group,
     scaling_map,
 )
-from mha2mla_megatron.calibration.shared_rope import (
-    Directions,
-    best_dims,
-    led_by,
-    rotated_queries,
-    shared_directions,
-    split_keys,
-)
+from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, split_keys
 from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics, model_fingerprint
+from mha2mla_megatron.calibration.substitution import rotations
 from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.errors import UserError
@@ -65,7 +60,7 @@ class _Layer:
     unrotated_scale: float
     """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
     columns: torch.Tensor | None
-    directions: Directions | None
+    mixtures: KeyMixtures | None
     """What to rotate where all heads share it; None: pairs of the heads."""
 
 
@@ -180,10 +175,11 @@ class AttentionConverter:
         source = self._layer(layer)
         losses = source.pair_losses
         assert losses is not None, "there are no statistics"
-        if source.directions is not None:
-            return self._directions(source, layout).losses[layout.qk_rope_head_dim // 2 :].sum().item()
-        kept = losses.gather(1, self._pairs(source, layout).to(losses.device))
-        return max(0.0, (losses.sum() - kept.sum()).item())
+        if source.mixtures is not None:
+            kept = self._mixtures(source.mixtures, layout).gain
+        else:
+            kept = losses.gather(1, self._pairs(source, layout).to(losses.device)).sum().item()
+        return max(0.0, losses.sum().item() - kept)
 
     def rank_losses(self, layer: int, layout: LatentLayout) -> list[torch.Tensor]:
         """The price of every rank from 0 on, in the objective, for each latent, keys' before values': float64 [ranks],
@@ -197,7 +193,9 @@ class AttentionConverter:
         return [torch.zeros(1, dtype=torch.float64)] * missing + losses
 
     def _split(self, source: _Layer, layout: LatentLayout) -> _Split:
-        return self._own_pairs(source, layout) if source.directions is None else self._shared(source, layout)
+        if source.mixtures is None:
+            return self._own_pairs(source, layout)
+        return self._shared(source, self._mixtures(source.mixtures, layout), layout)
 
     def _own_pairs(self, source: _Layer, layout: LatentLayout) -> _Split:
         """Each head rotates pairs of its own: rows are moved, and of queries mapped."""
@@ -225,11 +223,10 @@ class AttentionConverter:
             norms["q_norm.weight"][:, r:] *= source.unrotated_scale
         return _Split(pairs, k_rope, k_nope, biases, queries, unrotated, norms)
 
-    def _shared(self, source: _Layer, layout: LatentLayout) -> _Split:
+    def _shared(self, source: _Layer, mixtures: Mixtures, layout: LatentLayout) -> _Split:
         """All heads rotate the same mixtures of their keys, and have their own best dims of the rest."""
         assert source.statistics is not None and self.statistics is not None
         weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
-        directions = self._directions(source, layout)
         moment = source.statistics.input_moment / self.statistics.tokens
 
         def heads(rows: torch.Tensor) -> torch.Tensor:
@@ -239,7 +236,7 @@ class AttentionConverter:
             none = torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)
             return rows if source.query_map is None else apply_query_map(rows, source.query_map, none)
 
-        keys = split_keys(heads(weights["k_proj.weight"]), directions, r)
+        keys = split_keys(heads(weights["k_proj.weight"]), mixtures)
         for_queries, for_keys = best_dims(mapped(heads(weights["q_proj.weight"])), keys.left, moment, d - r)
 
         def queries(rows: torch.Tensor) -> torch.Tensor:
@@ -247,24 +244,23 @@ class AttentionConverter:
             own = torch.einsum(
                 "gnd,gid...->gin...", for_queries, mapped(whole).unflatten(0, (layout.num_key_value_heads, -1))
             )
-            return torch.cat((rotated_queries(whole, directions, r), own.flatten(0, 1)), 1).flatten(0, 1)
+            return torch.cat((rotated_queries(whole, mixtures), own.flatten(0, 1)), 1).flatten(0, 1)
 
         biases = None
         if "k_proj.bias" in weights:
-            bias = split_keys(heads(weights["k_proj.bias"]), directions, r)
+            bias = split_keys(heads(weights["k_proj.bias"]), mixtures)
             biases = bias.rotated, torch.einsum("gnd,gd->gn", for_keys, bias.left).flatten()
         k_nope = (for_keys @ keys.left).flatten(0, 1)
         # Norms stand between a head's keys and their rotation: with them no mixture of heads can be rotated.
-        return _Split(keys.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, norms={})
+        return _Split(mixtures.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, norms={})
 
-    def _directions(self, source: _Layer, layout: LatentLayout) -> Directions:
-        """What all heads may rotate, in the order in which the strategy takes it."""
-        directions, r = source.directions, layout.qk_rope_head_dim
-        assert directions is not None
-        if self.mla.partial_rope.strategy == "activation" or r == 0:
-            return directions
+    def _mixtures(self, mixtures: KeyMixtures, layout: LatentLayout) -> Mixtures:
+        """What all heads rotate, as the strategy chooses it."""
+        r = layout.qk_rope_head_dim
+        if self.mla.partial_rope.strategy == "activation":
+            return mixtures.best(r // 2)
         (pairs,) = kept_pairs(self.mla.partial_rope, r, 1, layout.head_dim, None)
-        return led_by(directions, pairs)
+        return mixtures.of_frequencies(pairs)
 
     def _read_layer(self, layer: int) -> _Layer:
         prefix, rope = f"model.layers.{layer}.self_attn.", self.mla.partial_rope
@@ -292,11 +288,12 @@ class AttentionConverter:
         if rope.strategy == "activation":
             scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
-        directions = None
+        mixtures = None
         if rope.shared:
             keys = weights["k_proj.weight"].to(torch.float64).unflatten(0, (-1, self.original.head_dim))
-            directions = shared_directions(keys, statistics.input_moment / tokens, losses)
-        return _Layer(weights, statistics, losses, scores, query_map, scale, columns, directions)
+            turned = rotations(losses, statistics.substitution_moments / tokens, fitted=bool(rope.query_map))
+            mixtures = KeyMixtures(keys, statistics.input_moment / tokens, turned)
+        return _Layer(weights, statistics, losses, scores, query_map, scale, columns, mixtures)
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
         return kept_pairs(

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mha2mla_megatron.calibration import collect
+from mha2mla_megatron.calibration import pair_moments
 from tests.conftest import PROSE, make_llama, make_tokenizer, refused, run_tool
 
 H, D, L, S = 4, 16, 3, 32
 P = D // 2
-UNLABELLED = ("query_norms", "key_norms", "input_moment", "score_moments")
+UNLABELLED = ("query_norms", "key_norms", "input_moment", "score_moments", "substitution_moments")
 SUMS = (*UNLABELLED, "gradient_energy", "weighted_input_moment", "gradient_moment", "loss_moments")
 
 
@@ -89,10 +89,30 @@ def reference_sums(folder: Path, tokens: torch.Tensor, seed: int) -> dict[str, t
             "gradient_moment": torch.einsum("ti,tj->ij", y, y),
             "score_moments": torch.einsum("bhmn,bhmnpx,bhmnpy->hpxy", weights, centred, centred),
             "loss_moments": torch.einsum("bhmpx,bhmpy->hpxy", effects, effects),
+            "substitution_moments": neighbours_moments(q, k, turn, weights),
         }
         assert set(layer_sums) == set(SUMS)
         sums.update({f"layers.{index}.{name}": tensor for name, tensor in layer_sums.items()})
     return sums
+
+
+def neighbours_moments(q: torch.Tensor, k: torch.Tensor, turn: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(t, f1, f2) of every eighth query, with f1 and f2 of each pair at the angles of the pair before it and of the one
+    after it: [2, H, P, 3, 3]. q, k: complex pairs [b, H or G, S, P]; turn: angles [S, P]; weights: [b, H, S, S]."""
+    unturned = q.conj()[:, :, :, None] * k.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None] * D**-0.5
+    between = turn[None] - turn[:, None]
+    turned = unturned * torch.polar(torch.ones_like(between), between)
+    before, after = torch.zeros_like(between), torch.zeros_like(between)
+    before[..., 1:], after[..., :-1] = between[..., :-1], between[..., 1:]
+    sums = []
+    for angles, none in ((before, 0), (after, -1)):
+        instead = unturned * torch.polar(torch.ones_like(angles), angles)
+        features = torch.stack((turned.real, instead.real, instead.imag), -1)
+        features = features - torch.einsum("bhmn,bhmnpx->bhmpx", weights, features)[:, :, :, None]
+        every_eighth = (weights[:, :, 7::8], features[:, :, 7::8], features[:, :, 7::8])
+        sums.append(torch.einsum("bhmn,bhmnpx,bhmnpy->hpxy", *every_eighth) * (S / len(range(7, S, 8))))
+        sums[-1][:, none] = 0  # the first pair has none before it, the last one none after it
+    return torch.stack(sums)
 
 
 def probed_attention(
@@ -128,7 +148,7 @@ def probed_attention(
 def test_every_sum_is_that_of_autograd(
     tmp_path: Path, text: Path, groups: int, bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collect, "BLOCK_BYTES", {"cpu": 300_000})  # 5 or 10 queries at a time, the last ones fewer
+    monkeypatch.setattr(pair_moments, "BLOCK_BYTES", {"cpu": 300_000})  # 5 or 10 queries at a time, the last ones fewer
     model = make_tokenizer(make_llama(tmp_path / "model", groups=groups, bias=bias, tied=not bias, seed=5))
     file = calibrate(model, text, tmp_path / "s.safetensors", "batch_size=4", "seed=3")
     found = load_file(file)

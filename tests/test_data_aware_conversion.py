@@ -169,6 +169,7 @@ class Samples:
             gradient_moment=y.T @ y,
             score_moments=nothing,
             loss_moments=nothing,
+            substitution_moments=nothing,
         )
 
     def metric(self, objective: str, damping: float = 1e-12) -> Metric:

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, shared_directions, split_keys
+from mha2mla_megatron.calibration.key_mixtures import KeyMixtures, Run, longest_run
+from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, split_keys
+from mha2mla_megatron.calibration.substitution import Rotations, neighbours, rotations
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 
 D, S = 16, 32
@@ -58,21 +60,30 @@ def grouped(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path,
 # The choice
 
 
+def as_they_are(prices: torch.Tensor, heads: int) -> Rotations:
+    """No pair is turned by another frequency. prices: [G, P]."""
+    pairs = prices.shape[1]
+    one = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    return Rotations(torch.diag_embed(prices).transpose(0, 1), one.repeat(pairs, heads, pairs, 1))
+
+
 def test_all_mixtures_together_are_the_rotated_product() -> None:
-    """With all N mixtures kept nothing is left of the keys, and the rotated queries and keys have the products of the
+    """With all G P mixtures kept nothing is left of the keys, and the rotated queries and keys have the products of the
     heads' own, at any distance."""
     groups, per_group, pairs, h = 3, 2, 4, 40
     keys, queries = random(groups, 2 * pairs, h, seed=1), random(groups * per_group, 2 * pairs, h, seed=2)
     root, prices = random(h, h, seed=3), random(groups, pairs, seed=4).square()
-    directions = shared_directions(keys, root @ root.T, prices)
-    assert torch.isclose(directions.losses.sum(), prices.sum(), rtol=1e-9)
-    assert (directions.losses.diff() <= 0).all()
-    r = 2 * groups * pairs
-    split = split_keys(keys, directions, r)
-    assert split.left.abs().max() < 1e-9 * keys.abs().max() and (split.pairs.diff() >= 0).all()
+    choices = KeyMixtures(keys, root @ root.T, as_they_are(prices, groups * per_group))
+    every = choices.best(groups * pairs)
+    assert every.gain == pytest.approx(prices.sum().item(), rel=1e-9)
+    gains = [choices.best(count).gain for count in range(groups * pairs + 1)]
+    steps = torch.tensor(gains, dtype=torch.float64).diff()
+    assert gains[0] == 0 and (steps > 0).all() and (steps.diff() <= 0).all()
+    split = split_keys(keys, every)
+    assert split.left.abs().max() < 1e-9 * keys.abs().max() and (every.pairs.diff() >= 0).all()
     frequencies, distance = torch.tensor([1.0, 0.3, 0.1, 0.03], dtype=torch.float64), 7.0
     x, y = random(h, seed=5), random(h, seed=6)
-    shared = rotated_queries(queries, directions, r) @ x @ rotate(split.rotated @ y, frequencies[split.pairs], distance)
+    shared = rotated_queries(queries, every) @ x @ rotate(split.rotated @ y, frequencies[every.pairs], distance)
     own = keys.repeat_interleave(per_group, 0) @ y
     exact = ((queries @ x) * rotate(own, frequencies, distance)).sum(-1)
     assert torch.allclose(shared, exact, rtol=1e-9, atol=1e-9 * exact.abs().max().item())
@@ -84,7 +95,7 @@ def test_the_first_mixture_costs_least() -> None:
     groups, h = 4, 12
     keys, root, prices = random(groups, 2, h, seed=1), random(h, h, seed=2), random(groups, 1, seed=3).square()
     moment = root @ root.T
-    directions = shared_directions(keys, moment, prices)
+    first = KeyMixtures(keys, moment, as_they_are(prices, groups)).best(1)
     k = torch.complex(*keys.unbind(1))  # [G, h]
     second = k @ moment.to(k.dtype) @ k.mH
 
@@ -93,13 +104,90 @@ def test_the_first_mixture_costs_least() -> None:
         with_keys, energy = second @ reads.conj(), (reads @ second @ reads.conj()).real
         return (prices[:, 0] * with_keys.abs().square() / energy / second.diagonal().real).sum().item()
 
-    assert explained(directions.reads[0]) == pytest.approx(directions.losses[0].item(), rel=1e-9)
+    (reads,) = first.reads[..., 0]
+    assert explained(reads) == pytest.approx(first.gain, rel=1e-9)
     for seed in range(200):
         other = torch.view_as_complex(random(groups, 2, seed=seed)) * (0.1 if seed % 2 else 10)
-        assert explained(directions.reads[0] + other) <= directions.losses[0].item() * (1 + 1e-12)
-    split = split_keys(keys, directions, 2)
+        assert explained(reads + other) <= first.gain * (1 + 1e-12)
+    split = split_keys(keys, first)
     cross = torch.complex(*split.left.unbind(1)) @ moment.to(k.dtype) @ torch.complex(*split.rotated).conj()
     assert cross.abs().max() < 1e-9 * second.abs().max()
+
+
+def test_a_pair_is_worth_less_with_a_neighbours_frequency() -> None:
+    """By as much as least squares cannot make of it, over samples of what it adds with its own and with the
+    neighbour's; and its query is turned and scaled by the coefficients."""
+    groups, per_group, pairs, samples = 2, 2, 8, 50
+    heads, shifts = groups * per_group, neighbours(pairs)
+    drawn = random(len(shifts), heads, pairs, samples, 3, seed=1)
+    drawn[..., 0] += 2 * drawn[..., 1]
+    drawn[:, :, :, :, 0] = drawn[:1, :, :, :, 0]  # t does not depend on the neighbour
+    moments = drawn.mT @ drawn / samples
+    alone = 0.5 * moments[0, ..., 0, 0]  # of no rotation at all, and no query map: [H, P]
+    losses = alone.unflatten(0, (groups, per_group)).sum(1)
+    found = rotations(losses, moments)
+    for b in range(pairs):
+        for p in range(pairs):
+            for group in range(groups):
+                expected = losses[group, p].item() if b == p else 0.0
+                if b - p in shifts:
+                    for head in range(group * per_group, (group + 1) * per_group):
+                        t, f = drawn[shifts.index(b - p), head, p].split([1, 2], -1)
+                        fit = torch.linalg.lstsq(f, t).solution
+                        expected += (alone[head, p] - 0.5 * (t - f @ fit).square().mean()).item()
+                        # A ridge of 1e-9 keeps the fit defined where f1 and f2 are proportional.
+                        assert torch.allclose(found.query_maps[b, head, p], fit[:, 0], atol=1e-7)
+                assert found.gains[b, group, p].item() == pytest.approx(expected, abs=1e-7), (b, p, group)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_cut_is_the_best(groups: int) -> None:
+    """Against every cut of the frequencies into runs, for every number of mixtures that some price of a mixture leaves;
+    for others, which the best of two neighbours stands in for, never more than the best. And one of each given
+    frequency."""
+    pairs, h = 16, 60
+    keys, root = random(groups, 2 * pairs, h, seed=1), random(h, h, seed=2)
+    keys[:, 1:pairs:2] += keys[:, 0:pairs:2]  # neighbours that are alike
+    given = as_they_are(random(groups, pairs, seed=3).square(), groups)
+    for shift in neighbours(pairs):
+        own = torch.arange(max(0, -shift), min(pairs, pairs - shift))
+        given.gains[own + shift, :, own] = given.gains[own, :, own] * 0.9 ** abs(shift)
+    choices = KeyMixtures(keys, root @ root.T, given)
+
+    def cuts(start: int) -> list[list[Run]]:
+        if start == pairs:
+            return [[]]
+        found = []
+        for size in (1, 2):
+            if start + size <= pairs:
+                worth = given.gains[start : start + size, :, start : start + size].sum((1, 2))
+                run = Run(start, start + size, start + int(worth.argmax()))
+                found += [[run, *rest] for rest in cuts(start + size)]
+        return found
+
+    assert longest_run(pairs) == 2
+    worths = (sorted((worth for run in cut for worth in choices.worths(run)), reverse=True) for cut in cuts(0))
+    every = torch.tensor(list(worths), dtype=torch.float64).cumsum(1)
+    best = every.max(0).values.tolist()  # of count - 1
+    exact = 0
+    for count in range(1, groups * pairs):
+        gain, before = choices.best(count).gain, best[count - 2] if count > 1 else 0.0
+        assert gain <= best[count - 1] * (1 + 1e-9)
+        # A price leaves `count` where the best gains bend there.
+        if all(
+            (best[count - 1] - best[i - 1]) * (j - count) > (best[j - 1] - best[count - 1]) * (count - i)
+            for i in range(1, count)
+            for j in range(count + 1, groups * pairs + 1)
+        ):
+            assert gain == pytest.approx(best[count - 1], rel=1e-9), count
+            exact += 1
+        assert gain >= before
+    assert exact > groups * pairs / 3
+    frequencies = torch.tensor([0, 1, 5, 6, 12])
+    of_each = choices.of_frequencies(frequencies)
+    assert torch.equal(of_each.pairs, frequencies)
+    turned = (of_each.writes.abs().sum(1) > 0).sum(1)  # how many pairs each stands for
+    assert turned.tolist() == [1, 2, 2, 2, 2]  # the run of 0 would have 1 in it, and 5 has 4 as 6 has 7
 
 
 def test_best_dims_lose_least() -> None:
@@ -174,6 +262,26 @@ def test_heads_that_are_mixtures_of_one_lose_nothing(tmp_path: Path, text: Path)
     shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.shared=true")
     assert (logits(shared, statistics) - logits(model, statistics)).abs().max() < FLOAT32
     assert load_file(shared / "model.safetensors")["model.layers.0.self_attn.k_rope_proj.weight"].shape[0] == D
+
+
+def test_pairs_of_one_frequency_that_are_mixtures_of_one_lose_nothing(tmp_path: Path, text: Path) -> None:
+    """rope_theta=1 turns all pairs alike. Keys of all heads and of two pairs are one's, turned and scaled: half as many
+    rotated keys are all of them."""
+    model = make_tokenizer(make_llama(tmp_path / "model", rope_theta=1.0))
+    weights = load_file(model / "model.safetensors")
+    for layer in range(3):
+        name = f"model.layers.{layer}.self_attn.k_proj.weight"
+        keys = torch.complex(*weights[name].unflatten(0, (-1, 2, D // 2)).float().unbind(1))  # [G, P, h]
+        factors = torch.view_as_complex(random(len(keys), D // 2, 1, 2, seed=layer, dtype=torch.float32))
+        keys = factors * keys[:1, ::2].repeat_interleave(2, 1)
+        weights[name] = torch.cat((keys.real, keys.imag), 1).flatten(0, 1).to(weights[name].dtype)
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    statistics = tmp_path / "s.safetensors"
+    run_tool("calibrate", model, text, statistics, f"sequence_length={S}", "samples=8", "batch_size=8")
+    words = ["partial_rope.shared=true", "low_rank.method=none", f"partial_rope.qk_rope_head_dim={D // 2}"]
+    for strategy in ("activation", "uniform"):
+        shared = convert(model, tmp_path / strategy, statistics, *words, f"partial_rope.strategy={strategy}")
+        assert (logits(shared, statistics) - logits(model, statistics)).abs().max() < FLOAT32
 
 
 @pytest.mark.parametrize("method", ["joint", "split"])

@@ -24,14 +24,17 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.calibration.original import Head, Layer, OriginalModel
+from mha2mla_megatron.calibration.pair_moments import (
+    block_size,
+    functionals,
+    grouped_matmul,
+    hidden_keys,
+    products,
+    softmax_moments,
+)
 from mha2mla_megatron.calibration.statistics import LayerStatistics, empty_statistics, layer_shapes
+from mha2mla_megatron.calibration.substitution import substitution_moments
 from mha2mla_megatron.progress import Progress
-
-BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 2 << 30}
-"""For a block of queries: their attention rows, and BLOCK_NUMBERS for each pair of dims. Little enough for a CPU's
-caches, enough to keep a GPU busy."""
-
-BLOCK_NUMBERS = 100
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,11 @@ def _add_layer(
     )
     sums.score_moments += score
     sums.loss_moments += loss
+    if layer not in architecture.no_rope_layers:
+        cos, sin = (table.float() for table in tables)
+        sums.substitution_moments += substitution_moments(
+            queries.flatten(1, 2), keys, (cos, sin), attention.scaling, window
+        )
     y = torch.cat((gradient_k, gradient_v), 1).transpose(1, 2).flatten(2).flatten(0, 1)  # [b S, (H + G) d]
     sums.gradient_moment += y.T @ y
     energy = y.square().sum(-1)  # [b S]
@@ -247,69 +255,28 @@ def _attention_sums(
     gradient_v = torch.zeros_like(values)
     score = queries.new_zeros(groups, per_group, d // 2, 3, 3)
     loss = torch.zeros_like(score)
-    products = _products(keys)  # [b, G, S, 10 P]
-    for rows in _query_blocks(queries):
-        seen = rows.stop
-        hidden = torch.ones(seen - rows.start, seen, dtype=torch.bool, device=queries.device).triu(rows.start + 1)
-        if window is not None:
-            hidden |= torch.ones_like(hidden).tril(rows.start - window)
-
-        def each(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-            """left [b, G, N, m, i] times right [b, G, i, j], for all query heads of a group in one product."""
-            return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
-
-        logits = each(rotated_queries[..., rows, :], keys[:, :, :seen, :d].transpose(2, 3)) * scaling  # [b, G, N, m, t]
+    keys_products = products(keys)  # [b, G, S, 10 P]
+    length, step = queries.shape[3], block_size(queries)
+    for start in range(0, length, step):
+        seen = min(start + step, length)
+        rows = slice(start, seen)
+        hidden = hidden_keys(torch.arange(start, seen, device=queries.device), seen, window)
+        # [b, G, N, m, t]:
+        logits = grouped_matmul(rotated_queries[..., rows, :], keys[:, :, :seen, :d].transpose(2, 3)) * scaling
         p = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
         downstream = gradients[..., rows, :]
         # The softmax's backward, with respect to the unscaled logits: p (do . v - do . o).
         own = (downstream * outputs[..., rows, :]).sum(-1, keepdim=True)
-        g = p * (each(downstream, values[:, :, :seen].transpose(2, 3)) - own) * scaling
+        g = p * (grouped_matmul(downstream, values[:, :, :seen].transpose(2, 3)) - own) * scaling
         gradient_k[..., :seen, :] += g.transpose(3, 4) @ queries[..., rows, :]
         gradient_v[:, :, :seen] += p.flatten(2, 3).transpose(2, 3) @ downstream.flatten(2, 3)
 
-        functionals = _functionals(queries[..., rows, :], rotated_queries[..., rows, :])  # [b, G, N, m, 3, 4, P]
-        effects = (functionals * each(g, keys[:, :, :seen]).unflatten(-1, (1, 4, -1))).sum(5)  # [b, G, N, m, 3, P]
+        linear = functionals(rotated_queries[..., rows, :], queries[..., rows, :])  # [b, G, N, m, 3, 4, P]
+        parts = grouped_matmul(g, keys[:, :, :seen]).unflatten(-1, (1, 4, -1))
+        effects = (linear * parts).sum(5)  # [b, G, N, m, 3, P]
         loss += torch.einsum("bgnmxp,bgnmyp->gnpxy", effects, effects)
-        mean = each(p, keys[:, :, :seen]).unflatten(-1, (4, -1))
-        second = each(p, products[:, :, :seen]).unflatten(-1, (10, -1))
-        covariance = second[..., _SYMMETRIC, :] - mean[..., _FIRST, :] * mean[..., _SECOND, :]  # [b, G, N, m, 16, P]
-        applied = (functionals.unsqueeze(5) * covariance.unflatten(-2, (1, 4, 4))).sum(6)
-        score += torch.einsum("bgnmxip,bgnmyip->gnpxy", applied, functionals) * scaling**2
+        score += softmax_moments(p, keys[:, :, :seen], keys_products[:, :, :seen], linear) * scaling**2
     return gradient_k.flatten(1, 2), gradient_v, score.flatten(0, 1), loss.flatten(0, 1)
-
-
-def _query_blocks(queries: torch.Tensor) -> Iterator[slice]:
-    """The S rows of queries [b, G, N, S, d] in blocks of as many as `BLOCK_BYTES` lets be in memory at a time."""
-    b, groups, per_group, length, d = queries.shape
-    row = 4 * b * groups * per_group * (4 * length + BLOCK_NUMBERS * d // 2)
-    step = max(1, min(length, BLOCK_BYTES[queries.device.type] // row))
-    for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
-
-
-def _functionals(queries: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
-    """(t, f1, f2) of each pair as linear functions of its key's (rotated, rotated', unrotated, unrotated') parts.
-
-    queries, rotated: [..., m, d]. Returns [..., m, 3, 4, P].
-    """
-    first, second = queries.chunk(2, -1)
-    zero = torch.zeros_like(first)
-    t = torch.stack((*rotated.chunk(2, -1), zero, zero), -2)
-    f1 = torch.stack((zero, zero, first, second), -2)
-    f2 = torch.stack((zero, zero, -second, first), -2)
-    return torch.stack((t, f1, f2), -3)
-
-
-_PAIRS = [(i, j) for i in range(4) for j in range(i, 4)]
-_SYMMETRIC = [_PAIRS.index((min(i, j), max(i, j))) for i in range(4) for j in range(4)]
-_FIRST = [i for i in range(4) for _ in range(4)]
-_SECOND = [j for _ in range(4) for j in range(4)]
-
-
-def _products(keys: torch.Tensor) -> torch.Tensor:
-    """The ten different products of a pair's four key parts. keys: [..., 4 P] -> [..., 10 P]."""
-    parts = keys.unflatten(-1, (4, -1))
-    return torch.cat([parts[..., i, :] * parts[..., j, :] for i, j in _PAIRS], -1)
 
 
 def _pair_norms(x: torch.Tensor) -> torch.Tensor:

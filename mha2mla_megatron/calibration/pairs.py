@@ -67,3 +67,14 @@ def apply_query_map(rows: torch.Tensor, query_map: torch.Tensor, pairs: torch.Te
     a, b = a.view(shape), b.view(shape)
     first, second = rows.to(torch.float64).chunk(2, 1)
     return torch.cat((a * first - b * second, a * second + b * first), 1)
+
+
+def complex_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """A head's rows [heads, d, ...] as pairs: complex128 [heads, P, ...]."""
+    first, second = rows.to(torch.float64).chunk(2, 1)
+    return torch.complex(first, second)
+
+
+def real_dims(pairs: torch.Tensor, dim: int) -> torch.Tensor:
+    """Complex pairs along `dim` as twice as many dims, float64, half-split."""
+    return torch.cat((pairs.real, pairs.imag), dim)

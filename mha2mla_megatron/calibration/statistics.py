@@ -1,7 +1,7 @@
 """The statistics file: sums over calibration tokens that say what each part of an attention layer does.
 
 Shape letters: L layers, h hidden size, H query heads, G key/value heads, d head dim, P = d/2 rotary pairs, n stored
-sequences, S their length.
+sequences, S their length, K neighbours (`substitution.neighbours`).
 
 All sums run over tokens (or over queries, which are tokens), so files of several runs merge by adding. For one layer:
 
@@ -13,6 +13,7 @@ All sums run over tokens (or over queries, which are tokens), so files of severa
     gradient_moment         [W, W]           y y^T, W = (H + G) d
     score_moments           [H, P, 3, 3]     second moments of (t, f1, f2) under the softmax, centred per query
     loss_moments            [H, P, 3, 3]     the same, of their effects on the loss
+    substitution_moments    [K, H, P, 3, 3]  as score_moments, with f1 and f2 of pair j turned as pair j + k instead
 
 y is a token's gradient: for each query head with respect to the unrotated key as that head sees it, then for each
 key/value head with respect to the value. t is what pair j adds to an attention logit, f1 = Re(conj(q_j) k_j) and
@@ -35,11 +36,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mha2mla_megatron.architecture import Architecture
+from mha2mla_megatron.calibration.substitution import neighbours
 from mha2mla_megatron.checkpoint.hf import HFReader, lay_out
 from mha2mla_megatron.errors import UserError, first_line
 from mha2mla_megatron.files import require_file
 
-FORMAT = "mha2mla_statistics 1"
+FORMAT = "mha2mla_statistics 2"
 
 
 @dataclass
@@ -54,6 +56,7 @@ class LayerStatistics:
     gradient_moment: torch.Tensor
     score_moments: torch.Tensor
     loss_moments: torch.Tensor
+    substitution_moments: torch.Tensor
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -81,6 +84,7 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
         "gradient_moment": (width, width),
         "score_moments": (heads, d // 2, 3, 3),
         "loss_moments": (heads, d // 2, 3, 3),
+        "substitution_moments": (len(neighbours(d // 2)), heads, d // 2, 3, 3),
     }
 
 
@@ -229,7 +233,10 @@ def _open(file: Path) -> Any:
 def _metadata(file: Path, tensors: Any) -> dict[str, Any]:
     metadata = tensors.metadata() or {}
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{file}: not a statistics file of tools/calibrate.py (format {metadata.get('format')!r})")
+        raise UserError(
+            f"{file}: not a statistics file of this version's tools/calibrate.py (format {metadata.get('format')!r}, "
+            f"not {FORMAT!r})"
+        )
     try:
         provenance = json.loads(metadata["provenance"])
         _ = provenance["tokens"], provenance["model"]["fingerprint"], provenance["model"]["source"]

@@ -158,6 +158,7 @@ def make_layer(
         gradient_moment=moment(width),
         score_moments=torch.empty(0),
         loss_moments=torch.empty(0),
+        substitution_moments=torch.empty(0),
     )
     order = head_row_order(torch.arange(settings.rope // 2).repeat(settings.groups, 1), d)
     unrotated = torch.eye(d, dtype=torch.float64)[order[:, settings.rope :]].to(device)
