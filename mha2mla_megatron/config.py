@@ -42,10 +42,10 @@ class PartialRopeConfig:
     [L, G, d/2], or the original project's qk_tensor_*.pth of ranks."""
 
     shared: bool | None = None
-    """One rotated key for all heads, of the mixtures of heads whose rotation matters most (strategy activation; of
-    high, low, uniform and ends one of each frequency), instead of one for each key/value head. None: true where a cache
-    budget of at most half of the original cache chooses r, and several query heads share each of several key/value
-    heads (GQA) without norms; else false."""
+    """One rotated key for all heads, of the mixtures of heads and neighbouring frequencies whose rotation matters most
+    (strategy activation; of high, low, uniform and ends one of each frequency), instead of one for each key/value head.
+    None: true where a cache budget of at most half of the original cache chooses r, and several query heads share each
+    of several key/value heads (GQA) without norms; else false."""
 
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for

@@ -389,21 +389,22 @@ def test_bad_settings_are_refused(tmp_path: Path, grouped: tuple[Path, Path], ca
 
 
 def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
-    """One mixture of each of the fastest frequencies, in every layer: DeepSeek's layout has the table for that, with a
+    """One mixture of each of the given frequencies, in every layer: DeepSeek's layout has the table for that, with a
     base of its own, and transformers' class gives the same logits. Rounding once more: see test_export_deepseek.py."""
     model, statistics = make_model(tmp_path, text, rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
     words = ["partial_rope.shared=true", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
     words.append("partial_rope.qk_rope_head_dim=8")
-    shared = convert(model, tmp_path / "shared", statistics, *words, "partial_rope.strategy=high")
-    for layer in range(3):
-        pairs = load_file(shared / "model.safetensors")[f"model.layers.{layer}.self_attn.rope_pairs"]
-        assert pairs.tolist() == [[0, 1, 2, 3]]
-    run_tool("export_deepseek", shared, tmp_path / "deepseek")
-    config = json.loads((tmp_path / "deepseek" / "config.json").read_text())
-    assert config["rope_parameters"]["rope_type"] == "default" and config["qk_rope_head_dim"] == 8
-    assert config["rope_parameters"]["rope_theta"] == pytest.approx(10000.0 ** (8 / D), rel=1e-6)
-    found, expected = logits(tmp_path / "deepseek", statistics), logits(shared, statistics)
-    assert (found - expected).abs().max() < 2 * FLOAT32
+    for strategy, expected_pairs, base in (("high", [0, 1, 2, 3], 10000.0 ** (8 / D)), ("uniform", [0, 2, 4, 6], 1e4)):
+        shared = convert(model, tmp_path / strategy, statistics, *words, f"partial_rope.strategy={strategy}")
+        for layer in range(3):
+            pairs = load_file(shared / "model.safetensors")[f"model.layers.{layer}.self_attn.rope_pairs"]
+            assert pairs.tolist() == [expected_pairs]
+        exported = tmp_path / f"deepseek_{strategy}"
+        run_tool("export_deepseek", shared, exported)
+        config = json.loads((exported / "config.json").read_text())
+        assert config["rope_parameters"]["rope_type"] == "default" and config["qk_rope_head_dim"] == 8
+        assert config["rope_parameters"]["rope_theta"] == pytest.approx(base, rel=1e-6)
+        assert (logits(exported, statistics) - logits(shared, statistics)).abs().max() < 2 * FLOAT32
     # A budget can be spent so, too.
     words = ["partial_rope.shared=true", "partial_rope.strategy=high", "cache_budget=0.5", "allocation.per_layer=false"]
     alike = convert(model, tmp_path / "alike", statistics, *words, "allocation.min_rope=8")

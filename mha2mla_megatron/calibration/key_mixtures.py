@@ -76,8 +76,7 @@ class KeyMixtures:
     def __init__(self, keys: torch.Tensor, input_moment: torch.Tensor, rotations: Rotations) -> None:
         """keys: weights [G, d, h]; input_moment: E[x x^T], [h, h]. Float64."""
         self.groups, self.pairs = keys.shape[0], keys.shape[1] // 2
-        flat = complex_pairs(keys).flatten(0, 1)
-        second = flat @ input_moment.to(flat.dtype) @ flat.mH
+        second = complex_pairs(keys @ input_moment).flatten(0, 1) @ complex_pairs(keys).flatten(0, 1).mH
         self._second = second.view(self.groups, self.pairs, self.groups, self.pairs)  # E[k_gp conj(k_hq)]
         self._energy = second.diagonal().real.view(self.groups, self.pairs)
         self._rotations = rotations
@@ -104,7 +103,7 @@ class KeyMixtures:
                 low = high = price
                 break
             low, high = (price, high) if exceeding > count else (low, price)
-        found = [self._largest(cut_at(price), count) for price in {low, high}]
+        found = [self._largest(cut_at(price), count) for price in (low, high)]
         return self._mixtures(max(found, key=lambda kept: sum(candidate.worth for candidate in kept)))
 
     def of_frequencies(self, frequencies: torch.Tensor) -> Mixtures:
@@ -173,7 +172,8 @@ class KeyMixtures:
         values, vectors = torch.linalg.eigh(scaled)
         value, vector = values[-1 - index].clamp_min(1e-300), vectors[:, -1 - index]
         reads = vector.conj() * scale  # of E|mixture|^2 = value
-        writes = second @ reads.conj()
+        # Pairs that are worth nothing with this frequency (others of the run are) keep what they are.
+        writes = torch.where(scale > 0, second @ reads.conj(), 0.0)
         # Of a mixture's size and phase nothing depends: writes get norm 1, and a largest entry that is real. So of one
         # pair alone the mixture is that pair's key.
         largest = writes[writes.abs().argmax()]
