@@ -83,11 +83,12 @@ class Architecture:
     def resolve(self, mla: MHA2MLAConfig) -> MHA2MLAConfig:
         """A conversion of this model with nothing left open. Raises UserError for what this model cannot have."""
         if self.qk_norm:
-            if mla.partial_rope.shared:
-                raise UserError(
-                    "partial_rope.shared: not possible for a model with norms on queries and keys, which are of each "
-                    "head alone: leave it unset"
-                )
+            for key in ("shared", "mixed"):
+                if getattr(mla.partial_rope, key):
+                    raise UserError(
+                        f"partial_rope.{key}: not possible for a model with norms on queries and keys, which are of "
+                        "each head's dims as they are: leave it unset"
+                    )
             if mla.partial_rope.query_map:
                 raise UserError(
                     "partial_rope.query_map: not possible for a model with norms on queries and keys, which would undo "

@@ -60,8 +60,8 @@ class _Layer:
     unrotated_scale: float
     """What stands in for the factor on cos and sin in the scores of dims that are no longer rotated."""
     columns: torch.Tensor | None
-    mixtures: KeyMixtures | None
-    """What to rotate where all heads share it; None: pairs of the heads."""
+    mixtures: list[KeyMixtures] | None
+    """What each of the R rotated keys can be made of; None: pairs of one head, as they are."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class AttentionConverter:
             self.scores = load_scores(
                 Path(str(rope.scores)), original.num_layers, original.num_key_value_heads, original.head_dim
             )
-        if rope.strategy == "activation" or rope.query_map or rope.shared:
+        if rope.strategy == "activation" or rope.query_map or rope.mixed:
             files.add(str(rope.scores))
         if low_rank.statistics is not None:
             files.add(str(low_rank.statistics))
@@ -176,7 +176,7 @@ class AttentionConverter:
         losses = source.pair_losses
         assert losses is not None, "there are no statistics"
         if source.mixtures is not None:
-            kept = self._mixtures(source.mixtures, layout).gain
+            kept = sum(self._chosen(mixtures, layout).gain for mixtures in source.mixtures)
         else:
             kept = losses.gather(1, self._pairs(source, layout).to(losses.device)).sum().item()
         return max(0.0, losses.sum().item() - kept)
@@ -195,7 +195,7 @@ class AttentionConverter:
     def _split(self, source: _Layer, layout: LatentLayout) -> _Split:
         if source.mixtures is None:
             return self._own_pairs(source, layout)
-        return self._shared(source, self._mixtures(source.mixtures, layout), layout)
+        return self._mixed(source, [self._chosen(one, layout) for one in source.mixtures], layout)
 
     def _own_pairs(self, source: _Layer, layout: LatentLayout) -> _Split:
         """Each head rotates pairs of its own: rows are moved, and of queries mapped."""
@@ -223,8 +223,9 @@ class AttentionConverter:
             norms["q_norm.weight"][:, r:] *= source.unrotated_scale
         return _Split(pairs, k_rope, k_nope, biases, queries, unrotated, norms)
 
-    def _shared(self, source: _Layer, mixtures: Mixtures, layout: LatentLayout) -> _Split:
-        """All heads rotate the same mixtures of their keys, and have their own best dims of the rest."""
+    def _mixed(self, source: _Layer, mixtures: list[Mixtures], layout: LatentLayout) -> _Split:
+        """Each rotated key, of one head or of all, is made of mixtures of its heads' keys; and each head has its own
+        best dims of the rest. mixtures: R."""
         assert source.statistics is not None and self.statistics is not None
         weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
         moment = source.statistics.input_moment / self.statistics.tokens
@@ -232,30 +233,39 @@ class AttentionConverter:
         def heads(rows: torch.Tensor) -> torch.Tensor:
             return rows.to(torch.float64).unflatten(0, (-1, d))
 
+        def keys(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """[R r, ...] rotated, and what is left, [G, d, ...]."""
+            parts = [
+                split_keys(part, its) for part, its in zip(heads(rows).chunk(len(mixtures)), mixtures, strict=True)
+            ]
+            return torch.cat([part.rotated for part in parts]), torch.cat([part.left for part in parts])
+
         def mapped(rows: torch.Tensor) -> torch.Tensor:
             none = torch.empty(layout.num_key_value_heads, 0, dtype=torch.int64)
             return rows if source.query_map is None else apply_query_map(rows, source.query_map, none)
 
-        keys = split_keys(heads(weights["k_proj.weight"]), mixtures)
-        for_queries, for_keys = best_dims(mapped(heads(weights["q_proj.weight"])), keys.left, moment, d - r)
+        k_rope, left = keys(weights["k_proj.weight"])
+        for_queries, for_keys = best_dims(mapped(heads(weights["q_proj.weight"])), left, moment, d - r)
 
         def queries(rows: torch.Tensor) -> torch.Tensor:
             whole = heads(rows)
-            own = torch.einsum(
-                "gnd,gid...->gin...", for_queries, mapped(whole).unflatten(0, (layout.num_key_value_heads, -1))
-            )
-            return torch.cat((rotated_queries(whole, mixtures), own.flatten(0, 1)), 1).flatten(0, 1)
+            parts = zip(whole.chunk(len(mixtures)), mixtures, strict=True)
+            rotated = torch.cat([rotated_queries(part, its) for part, its in parts])
+            of_groups = mapped(whole).unflatten(0, (layout.num_key_value_heads, -1))
+            own = torch.einsum("gnd,gid...->gin...", for_queries, of_groups).flatten(0, 1)
+            return torch.cat((rotated, own), 1).flatten(0, 1)
 
         biases = None
         if "k_proj.bias" in weights:
-            bias = split_keys(heads(weights["k_proj.bias"]), mixtures)
-            biases = bias.rotated, torch.einsum("gnd,gd->gn", for_keys, bias.left).flatten()
-        k_nope = (for_keys @ keys.left).flatten(0, 1)
-        # Norms stand between a head's keys and their rotation: with them no mixture of heads can be rotated.
-        return _Split(mixtures.pairs.cpu()[None], keys.rotated, k_nope, biases, queries, for_queries, norms={})
+            rotated, rest = keys(weights["k_proj.bias"])
+            biases = rotated, torch.einsum("gnd,gd->gn", for_keys, rest).flatten()
+        pairs = torch.stack([its.pairs for its in mixtures]).cpu()
+        k_nope = (for_keys @ left).flatten(0, 1)
+        # Norms stand between a head's keys and their rotation: with them no mixture can be rotated.
+        return _Split(pairs, k_rope, k_nope, biases, queries, for_queries, norms={})
 
-    def _mixtures(self, mixtures: KeyMixtures, layout: LatentLayout) -> Mixtures:
-        """What all heads rotate, as the strategy chooses it."""
+    def _chosen(self, mixtures: KeyMixtures, layout: LatentLayout) -> Mixtures:
+        """The mixtures that are rotated, as the strategy chooses them."""
         r = layout.qk_rope_head_dim
         if self.mla.partial_rope.strategy == "activation":
             return mixtures.best(r // 2)
@@ -289,10 +299,15 @@ class AttentionConverter:
             scores = losses
         columns = make_columns(self.mla.low_rank.objective, statistics, tokens, self.mla.low_rank.damping)
         mixtures = None
-        if rope.shared:
+
+        if rope.mixed:
             keys = weights["k_proj.weight"].to(torch.float64).unflatten(0, (-1, self.original.head_dim))
             turned = rotations(losses, statistics.substitution_moments / tokens, fitted=bool(rope.query_map))
-            mixtures = KeyMixtures(keys, statistics.input_moment / tokens, turned)
+            count = 1 if rope.shared else self.original.num_key_value_heads
+            mixtures = [
+                KeyMixtures(part, statistics.input_moment / tokens, its)
+                for part, its in zip(keys.chunk(count), turned.chunk(count), strict=True)
+            ]
         return _Layer(weights, statistics, losses, scores, query_map, scale, columns, mixtures)
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:

@@ -11,7 +11,7 @@ from mha2mla_megatron.hf.layout_mha2mla import LOW_RANK_METHODS, LatentLayout, l
 
 ROPE_STRATEGIES = ("full", "high", "low", "uniform", "ends", "2-norm", "activation")
 SCORED_STRATEGIES = ("2-norm", "activation")
-SHARED_STRATEGIES = ("activation", "high", "low", "uniform", "ends")
+MIXED_STRATEGIES = ("activation", "high", "low", "uniform", "ends")
 """With which all heads can share one rotated key: the frequencies are chosen, or given, once for all of them."""
 OBJECTIVES = ("weights", "inputs", "balanced", "outputs", "tempered")
 BEST_OBJECTIVE = "tempered"
@@ -47,9 +47,13 @@ class PartialRopeConfig:
     None: true where a cache budget of at most half of the original cache chooses r, and several query heads share each
     of several key/value heads (GQA) without norms; else false."""
 
+    mixed: bool | None = None
+    """Each rotated key is made of mixtures of its head's pairs of neighbouring frequencies (strategies as of shared,
+    whose keys are always mixed), instead of pairs as they are. None: false but where they are shared."""
+
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
-    activation and where rotated keys are shared, false for the others."""
+    activation and where rotated keys are mixed, false for the others."""
 
     def __post_init__(self) -> None:
         require_one_of("partial_rope.strategy", self.strategy, ("auto", *ROPE_STRATEGIES))
@@ -75,18 +79,24 @@ class PartialRopeConfig:
         strategy, r = self.chosen_strategy, self.qk_rope_head_dim
         if strategy in SCORED_STRATEGIES and self.scores is None:
             raise UserError(f"partial_rope.strategy={strategy} needs partial_rope.scores=FILE")
-        if self.shared and (self.scores is None or strategy not in SHARED_STRATEGIES):
+        if self.shared and self.mixed is False:
             raise UserError(
-                f"partial_rope.shared=true needs statistics (of tools/calibrate.py) and one of the strategies "
-                f"{', '.join(SHARED_STRATEGIES)}; strategy is {strategy}, scores {self.scores}"
+                "partial_rope.mixed=false: shared keys are mixtures of the heads'; leave one of the two unset"
+            )
+        mixed = bool(self.shared or self.mixed)
+        if mixed and (self.scores is None or strategy not in MIXED_STRATEGIES):
+            key = "shared" if self.shared else "mixed"
+            raise UserError(
+                f"partial_rope.{key}=true needs statistics (of tools/calibrate.py) and one of the strategies "
+                f"{', '.join(MIXED_STRATEGIES)}; strategy is {strategy}, scores {self.scores}"
             )
         if r is None:
             r = head_dim if strategy == "full" else self.usual_rope_dim(num_key_value_heads, head_dim)
-        query_map = (strategy == "activation" or bool(self.shared)) if self.query_map is None else self.query_map
+        query_map = (strategy == "activation" or mixed) if self.query_map is None else self.query_map
         if query_map and self.scores is None:
             raise UserError("partial_rope.query_map=true needs partial_rope.scores=FILE (of tools/calibrate.py)")
         return dataclasses.replace(
-            self, strategy=strategy, qk_rope_head_dim=r, query_map=query_map, shared=bool(self.shared)
+            self, strategy=strategy, qk_rope_head_dim=r, query_map=query_map, shared=bool(self.shared), mixed=mixed
         )
 
 

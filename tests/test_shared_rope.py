@@ -278,10 +278,43 @@ def test_pairs_of_one_frequency_that_are_mixtures_of_one_lose_nothing(tmp_path: 
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     statistics = tmp_path / "s.safetensors"
     run_tool("calibrate", model, text, statistics, f"sequence_length={S}", "samples=8", "batch_size=8")
-    words = ["partial_rope.shared=true", "low_rank.method=none", f"partial_rope.qk_rope_head_dim={D // 2}"]
+    words = ["low_rank.method=none", f"partial_rope.qk_rope_head_dim={D // 2}"]
     for strategy in ("activation", "uniform"):
-        shared = convert(model, tmp_path / strategy, statistics, *words, f"partial_rope.strategy={strategy}")
-        assert (logits(shared, statistics) - logits(model, statistics)).abs().max() < FLOAT32
+        for key in ("shared", "mixed"):
+            folder = tmp_path / f"{strategy}_{key}"
+            convert(model, folder, statistics, *words, f"partial_rope.strategy={strategy}", f"partial_rope.{key}=true")
+            assert (logits(folder, statistics) - logits(model, statistics)).abs().max() < FLOAT32
+
+
+def test_mixed_keys_of_each_head(tmp_path: Path, grouped: tuple[Path, Path], text: Path) -> None:
+    """Of one head it is what shared is; with all dims rotated nothing is lost; a head may have a frequency twice, in
+    Hugging Face's form and in Megatron's."""
+    one, its_statistics = make_model(tmp_path / "one", text, groups=1, bias=True)
+    words = ["partial_rope.qk_rope_head_dim=6", "low_rank.method=joint", "low_rank.kv_lora_rank=12"]
+    shared, mixed = (
+        load_file(
+            convert(one, tmp_path / key, its_statistics, *words, f"partial_rope.{key}=true") / "model.safetensors"
+        )
+        for key in ("shared", "mixed")
+    )
+    assert shared.keys() == mixed.keys()
+    assert all(torch.equal(tensor, mixed[name]) for name, tensor in shared.items())
+
+    model, statistics = grouped
+    words = ["partial_rope.mixed=true", "low_rank.method=none"]
+    whole = convert(model, tmp_path / "whole", statistics, *words, f"partial_rope.qk_rope_head_dim={D}")
+    assert (logits(whole, statistics) - logits(model, statistics)).abs().max() < FLOAT32
+    words = ["partial_rope.mixed=true", "partial_rope.qk_rope_head_dim=6", "low_rank.method=joint"]
+    folder = convert(model, tmp_path / "mla", statistics, *words, "low_rank.kv_lora_rank=20")
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.rope_pairs"
+    assert stored[name].shape == (2, 3)
+    run_tool("verify_conversion", model, folder)
+    run_tool("convert_hf_to_megatron", folder, tmp_path / "megatron")
+    run_tool("verify_conversion", folder, tmp_path / "megatron")
+    stored[name] = stored[name][:, [0, 0, 1]].contiguous()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    run_tool("verify_conversion", folder, folder)
 
 
 @pytest.mark.parametrize("method", ["joint", "split"])
@@ -374,6 +407,11 @@ REFUSED = {
         ["STATISTICS", "partial_rope.shared=true", "partial_rope.strategy=2-norm"],
         ["shared", "2-norm"],
     ),
+    "mixed without statistics": (["partial_rope.mixed=true", "partial_rope.strategy=low"], ["mixed", "activation"]),
+    "shared and not mixed": (
+        ["STATISTICS", "partial_rope.shared=true", "partial_rope.mixed=false"],
+        ["shared", "mixed"],
+    ),
     "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
     "wider than a head": (["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_rope_head_dim=18"], ["18", "16"]),
 }
@@ -399,6 +437,7 @@ def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
         for layer in range(3):
             pairs = load_file(shared / "model.safetensors")[f"model.layers.{layer}.self_attn.rope_pairs"]
             assert pairs.tolist() == [expected_pairs]
+        run_tool("verify_conversion", model, shared)
         exported = tmp_path / f"deepseek_{strategy}"
         run_tool("export_deepseek", shared, exported)
         config = json.loads((exported / "config.json").read_text())

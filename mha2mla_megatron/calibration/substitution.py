@@ -90,6 +90,11 @@ class Rotations:
     query_maps: torch.Tensor
     """float64 [P, H, P, 2]: what becomes of the query then; (1, 0) with its own frequency."""
 
+    def chunk(self, count: int) -> list[Rotations]:
+        """Those of `count` parts of the heads."""
+        parts = zip(self.gains.chunk(count, 1), self.query_maps.chunk(count, 1), strict=True)
+        return [Rotations(gains, query_maps.contiguous()) for gains, query_maps in parts]
+
 
 def rotations(losses: torch.Tensor, moments: torch.Tensor, fitted: bool = True) -> Rotations:
     """losses: [G, P], of rotating nothing; moments: `substitution_moments` per token, float64; fitted: whether queries

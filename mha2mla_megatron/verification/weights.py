@@ -12,7 +12,7 @@ import torch
 
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.checkpoint.either import ModelTensors
-from mha2mla_megatron.config import SCORED_STRATEGIES
+from mha2mla_megatron.config import SCORED_STRATEGIES, PartialRopeConfig
 from mha2mla_megatron.errors import UserError
 from mha2mla_megatron.frequencies import attention_factor
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
@@ -170,10 +170,10 @@ class WeightChecks:
             pairs = torch.empty(layout.rope_heads, 0, dtype=torch.int64)
             if layout.qk_rope_head_dim > 0:
                 stored = self._read(ours, prefix + "rope_pairs")
-                if stored is None or _bad_pairs(stored, layout):
+                if stored is None or _bad_pairs(stored, layout, model.mla.partial_rope):
                     continue  # reported elsewhere
                 pairs = stored
-            for ours_name, theirs_name, change in _moves(layout, pairs, queries):
+            for ours_name, theirs_name, change in _moves(layout, pairs, queries, bool(model.mla.partial_rope.mixed)):
                 found, source = self._read(ours, prefix + ours_name), self._read(theirs, prefix + theirs_name)
                 if found is not None and source is not None:
                     moved = change(source)
@@ -190,9 +190,9 @@ class WeightChecks:
             pairs = self._read(label, name)
             if pairs is None:
                 continue
-            problem = _bad_pairs(pairs, layout)
+            problem = _bad_pairs(pairs, layout, rope)
             if problem is None and rope.strategy not in SCORED_STRATEGIES:
-                rule = kept_pairs(rope, layout.qk_rope_head_dim, layout.num_key_value_heads, layout.head_dim, None)
+                rule = kept_pairs(rope, layout.qk_rope_head_dim, layout.rope_heads, layout.head_dim, None)
                 if not torch.equal(pairs, rule):
                     problem = f"not the pairs of partial_rope.strategy={rope.strategy}"
             if problem is not None:
@@ -204,14 +204,14 @@ def _layouts(model: Architecture) -> list[LatentLayout] | None:
 
 
 def _moves(
-    layout: LatentLayout, pairs: torch.Tensor, queries: bool
+    layout: LatentLayout, pairs: torch.Tensor, queries: bool, mixed: bool
 ) -> Iterator[tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]]:
     """(name in the conversion, name in the original, what becomes of it) of one layer's attention but the factors.
 
-    queries: whether they are only moved, not mapped or scaled. Shared rotated keys are mixtures of all heads' rows, and
-    what is left of these too.
+    queries: whether they are only moved, not mapped or scaled. mixed: rotated keys are mixtures of rows, and what is
+    left of these too.
     """
-    if layout.shared_rope:
+    if mixed:
         for name in ("o_proj.weight", "o_proj.bias", "v_proj.weight", "v_proj.bias"):
             yield name, name, lambda rows: rows
         yield "v_up_proj.bias", "v_proj.bias", lambda rows: rows
@@ -237,14 +237,14 @@ def _healing_steps(side: ModelTensors) -> int | None:
         return None
 
 
-def _bad_pairs(pairs: torch.Tensor, layout: LatentLayout) -> str | None:
-    """Why these are not pairs of a head. pairs: [R, r/2]."""
+def _bad_pairs(pairs: torch.Tensor, layout: LatentLayout, rope: PartialRopeConfig) -> str | None:
+    """Why these are not pairs of a head. pairs: [R, r/2]. Mixed keys may have a frequency several times."""
     if pairs.dtype != torch.int64:
         return f"{pairs.dtype} are no numbers of pairs"
     last = layout.head_dim // 2 - 1
     if not 0 <= int(pairs.min()) <= int(pairs.max()) <= last:
         return f"pairs from {int(pairs.min())} to {int(pairs.max())}; a head has 0 to {last}"
-    if not layout.shared_rope and any(len(set(row)) < len(row) for row in pairs.tolist()):
+    if not rope.mixed and any(len(set(row)) < len(row) for row in pairs.tolist()):
         return "a head has the same pair twice"
     return None
 
