@@ -16,6 +16,7 @@ import torch
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.calibration.key_mixtures import KeyMixtures, Mixtures
 from mha2mla_megatron.calibration.metric import IDENTITY, Metric, make_columns, make_rows
+from mha2mla_megatron.calibration.mixed_keys import best_dims, rotated_queries, split_keys
 from mha2mla_megatron.calibration.pairs import (
     apply_query_map,
     fit_query_map,
@@ -24,7 +25,6 @@ from mha2mla_megatron.calibration.pairs import (
     per_group,
     scaling_map,
 )
-from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, split_keys
 from mha2mla_megatron.calibration.statistics import LayerStatistics, Statistics, model_fingerprint
 from mha2mla_megatron.calibration.substitution import rotations
 from mha2mla_megatron.checkpoint.hf import HFReader

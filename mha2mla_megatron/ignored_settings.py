@@ -20,7 +20,7 @@ def refuse_ignored_rope(rope: PartialRopeConfig, statistics: str | None) -> None
             "scores",
             not (strategy in SCORED_STRATEGIES or rope.query_map or rope.shared or rope.mixed)
             and rope.scores not in (None, statistics),
-            f"of strategies {' and '.join(SCORED_STRATEGIES)}, and of query_map, shared or mixed=true",
+            f"of strategies {' and '.join(SCORED_STRATEGIES)}, of query_map=true, and of shared or mixed=true",
         ),
     ):
         if given:

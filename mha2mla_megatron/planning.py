@@ -1,10 +1,11 @@
 """From a cache budget to r and c of every layer: losses of all choices, scaled by what was measured, then allocated.
 
-For one layer the loss of (r, c) is modelled as alpha pair_loss(r) + beta rank_loss(r, c), of split with the sum of the
-keys' and the values' rank losses, which are in one unit; so their widths are chosen apart. Both terms are computed from
-the statistics; alpha and beta are set by two measurements of each layer, converted alone at a reference point, as the
-Kullback-Leibler divergence of the model's next-token distribution from the original's. So they hold what second-order
-statistics leave out: the softmax's curvature, and what later layers make of the error.
+For one layer the loss of (r, c) is modelled as alpha pair_loss(r)^gamma + beta rank_loss(r, c), of split with the sum
+of the keys' and the values' rank losses, which are in one unit; so their widths are chosen apart. Both losses are
+computed from the statistics; alpha, gamma and beta are set by three measurements of each layer, converted alone at a
+reference point and with its smallest r, as the Kullback-Leibler divergence of the model's next-token distribution from
+the original's. So they hold what second-order statistics leave out: the softmax's curvature, and what later layers make
+of the error.
 
 Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/value heads.
 """
@@ -90,6 +91,18 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class _Measured:
+    """Kullback-Leibler divergences of the model with one layer converted."""
+
+    pairs: float
+    """With the reference's r, nothing factored."""
+    both: float
+    """With the reference's r and c."""
+    fewest_pairs: float
+    """With the layer's smallest r, nothing factored."""
+
+
+@dataclass(frozen=True)
 class _Losses:
     """A layer's losses, as the statistics have them or scaled to nats."""
 
@@ -167,11 +180,9 @@ class Planner:
             found.update(part)
         return [found[layer] for layer in sizes]
 
-    def _spend(
-        self, budget: int, reference: tuple[int, int], measured: list[tuple[float, float]], losses: list[_Losses]
-    ) -> Plan:
+    def _spend(self, budget: int, reference: tuple[int, int], measured: list[_Measured], losses: list[_Losses]) -> Plan:
         scaled = [
-            self._scale(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
+            self._scaled(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
         ]
         if self.settings.per_layer:
             picked = allocate([self._choices([one], [layer]) for layer, one in enumerate(scaled)], budget)
@@ -186,8 +197,13 @@ class Planner:
                 "cost": sum(choice.cost for choice in picked),
                 "reference": {"qk_rope_head_dim": reference[0], "kv_lora_rank": reference[1]},
                 "layers": [
-                    {"kl_pairs": pairs, "kl_pairs_and_rank": both, "predicted_loss": choice.loss}
-                    for (pairs, both), choice in zip(measured, picked, strict=True)
+                    {
+                        "kl_pairs": found.pairs,
+                        "kl_pairs_and_rank": found.both,
+                        "kl_fewest_pairs": found.fewest_pairs,
+                        "predicted_loss": choice.loss,
+                    }
+                    for found, choice in zip(measured, picked, strict=True)
                 ],
             },
         )
@@ -236,8 +252,8 @@ class Planner:
         return self.rope_dims[0], self._ranks(self.rope_dims[0])[0]
 
     @torch.no_grad()
-    def _measure(self, reference: tuple[int, int], layers: list[int]) -> dict[int, tuple[float, float]]:
-        """KL divergence from the original with one layer converted: pairs alone, pairs and rank. For each of layers.
+    def _measure(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Measured]:
+        """KL divergences from the original with each of `layers` converted alone.
 
         All these models go through the layers side by side, each from its converted layer on, so that every original
         layer is read once. Their hidden states wait on the host.
@@ -245,15 +261,18 @@ class Planner:
         model = self.model
         count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
         original = model.embed(self.sequences[-count:].long())
-        progress = Progress("measure", sum(2 * (self.original.num_layers - layer) for layer in layers), "layers")
+        progress = Progress("measure", sum(3 * (self.original.num_layers - layer) for layer in layers), "layers")
         variants: dict[tuple[int, int], torch.Tensor] = {}
         for index in range(self.original.num_layers):
             layer = model.layer(index)
             for key, hidden in variants.items():
                 variants[key] = layer.run(hidden.to(model.device)).cpu()
             if index in layers:
-                r, c = min(reference[0], self._dims(index)[-1]), reference[1]
-                for which, layout in enumerate((self._layout(r, None), self._layout(r, c))):
+                dims, c = self._dims(index), reference[1]
+                r = min(reference[0], dims[-1])
+                for which, layout in enumerate(
+                    (self._layout(r, None), self._layout(r, c), self._layout(dims[0], None))
+                ):
                     tensors = self.converter.convert(index, layout).tensors
                     attention = make_attention(self.original, layout, tensors, model.device)
                     variants[index, which] = layer.run(original, attention).cpu()
@@ -270,7 +289,7 @@ class Planner:
             return (expected.exp() * ratio).sum(-1).mean().item()
 
         found = {key: divergence(hidden) for key, hidden in variants.items()}
-        return {layer: (found[layer, 0], found[layer, 1]) for layer in layers}
+        return {layer: _Measured(*(found[layer, which] for which in range(3))) for layer in layers}
 
     def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
         """The losses of each of `layers` at every r it can have."""
@@ -286,18 +305,17 @@ class Planner:
         progress.close()
         return found
 
-    def _scale(
-        self, layer: int, reference: tuple[int, int], divergences: tuple[float, float], losses: _Losses
-    ) -> _Losses:
-        """One layer's losses. divergences: measured at the reference, with pairs alone, and with both."""
-        dims, (pairs, both) = self._dims(layer), divergences
-        r0, c0 = min(reference[0], dims[-1]), reference[1]
+    def _scaled(self, layer: int, reference: tuple[int, int], measured: _Measured, losses: _Losses) -> _Losses:
+        """One layer's losses in nats."""
+        dims, (r0, c0) = self._dims(layer), reference
+        r0 = min(r0, dims[-1])
         rank_loss = sum(_at(curve, c0) for curve in losses.ranks[r0])
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
-        alpha = max(pairs, 0.01 * both, 1e-6) / max(losses.pairs[r0], 1e-30)
-        beta = max(both - pairs, 0.1 * both, 1e-6) / max(rank_loss, 1e-30)
+        pairs = max(measured.pairs, 0.01 * measured.both, 1e-6)
+        beta = max(measured.both - measured.pairs, 0.1 * measured.both, 1e-6) / max(rank_loss, 1e-30)
+        of_pairs = _through((losses.pairs[r0], pairs), (losses.pairs[dims[0]], max(pairs, measured.fewest_pairs)))
         return _Losses(
-            {r: alpha * losses.pairs[r] for r in dims},
+            {r: of_pairs(losses.pairs[r]) for r in dims},
             {r: [beta * curve for curve in _between(losses.ranks, r)] for r in dims},
         )
 
@@ -356,6 +374,17 @@ class Planner:
             loss = one.pairs[own] + sum(_at(curve, rank) for curve, rank in zip(one.ranks[own], widths, strict=True))
             picked.append(Choice(own, c, k, self._layout(own, c, k).cache_elements, loss))
         return picked
+
+
+def _through(point: tuple[float, float], other: tuple[float, float]) -> Callable[[float], float]:
+    """y = alpha x^gamma through two points (x, y); through the first and 0 where the other is no larger."""
+    (x, y), (other_x, other_y) = point, other
+    if x < 1e-9 * other_x:  # nothing is lost at the first: only the other says something
+        x, y = other
+    if not x < other_x:
+        return lambda loss: y * loss / max(x, 1e-30)
+    gamma = min(max(math.log(other_y / y) / math.log(other_x / x), 0.5), 3.0)  # beyond, a measurement is noise
+    return lambda loss: y * (loss / x) ** gamma
 
 
 def _at(curve: torch.Tensor, rank: int) -> float:

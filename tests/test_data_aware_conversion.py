@@ -591,6 +591,7 @@ def test_a_budget_is_divided_between_keys_and_values(
     the rows whitened by the inputs' second moment."""
     given = [f"statistics={statistics}", "low_rank.objective=inputs", "low_rank.damping=1e-12"]
     words = ["cache_budget=0.4", "low_rank.method=split", "allocation.rank_multiple=4", "partial_rope.shared=false"]
+    words.append("allocation.max_rope=12")  # so that there are keys to factor
     folder = convert(model, tmp_path / "mla", *given, *words, f"allocation.per_layer={per_layer}")
     layers = check_budget(folder, statistics, 0.4 * BEFORE * L)
     rope = [layer["qk_rope_head_dim"] for layer in layers]
@@ -616,6 +617,24 @@ def test_a_budget_is_divided_between_keys_and_values(
         others = [(n, k + c - n) for n in range(4, min(len(keys), k + c - 3), 4) if k + c - n < len(values)]
         best = min(keys[n] + values[m] for n, m in others)
         assert keys[k] + values[c] <= best * (1 + 1e-6)
+
+
+def test_layers_are_measured_alone(tmp_path: Path, model: Path, statistics: Path) -> None:
+    """What the report says was measured with a layer's fewest pairs is the divergence of a model that keeps all
+    rotations but in this layer, over the stored tokens."""
+    words = [f"statistics={statistics}", "cache_budget=0.4", "partial_rope.shared=false", "allocation.tokens=64"]
+    report = report_of(convert(model, tmp_path / "mla", *words))
+    count = max(1, 64 // tokens_of(statistics).shape[1])
+    tokens = load_file(statistics)["sequences"][-count:].long()
+    expected = logits(model, tokens)[:, 3::4].log_softmax(-1)
+    for index, found in enumerate(report["allocation"]["layers"]):
+        rope = [0 if layer == index else D for layer in range(L)]
+        words = [f"statistics={statistics}", f"partial_rope.qk_rope_head_dim={rope}", "low_rank.method=none"]
+        other = logits(convert(model, tmp_path / f"only_{index}", *words), tokens)[:, 3::4].log_softmax(-1)
+        divergence = (expected.exp() * (expected - other)).sum(-1).mean().item()
+        # float32 on both sides, of a divergence near 0.1.
+        assert found["kl_fewest_pairs"] == pytest.approx(divergence, rel=1e-3)
+        assert found["kl_fewest_pairs"] > found["kl_pairs"] > 0
 
 
 def test_the_whole_budget_loses_nothing(tmp_path: Path, model: Path, statistics: Path) -> None:

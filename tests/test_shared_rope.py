@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mha2mla_megatron.calibration.key_mixtures import KeyMixtures, Run, longest_run
-from mha2mla_megatron.calibration.shared_rope import best_dims, rotated_queries, split_keys
+from mha2mla_megatron.calibration.mixed_keys import best_dims, rotated_queries, split_keys
 from mha2mla_megatron.calibration.substitution import Rotations, neighbours, rotations
 from tests.conftest import make_llama, make_tokenizer, refused, run_tool
 

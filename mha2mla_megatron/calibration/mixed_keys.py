@@ -1,4 +1,4 @@
-"""One rotated key for all heads: the mixtures of their keys that are rotated, and what is left for each head.
+"""Rotated keys that are mixtures, of one head or of all: what is rotated, and what is left for each head.
 
 What the mixtures (`key_mixtures`) do not explain of a head's keys, d dims of it, is not rotated; queries of these dims
 get the query map as for pairs of a head's own. A head has d - r such dims: those that carry most of the products with
@@ -18,7 +18,7 @@ from mha2mla_megatron.calibration.pairs import complex_pairs, real_dims
 
 
 @dataclass(frozen=True)
-class SharedKeys:
+class SplitKeys:
     """A layer's keys, split."""
 
     rotated: torch.Tensor
@@ -28,12 +28,12 @@ class SharedKeys:
     """[G, d, ...]: what the rotated part does not explain of each head's keys."""
 
 
-def split_keys(rows: torch.Tensor, mixtures: Mixtures) -> SharedKeys:
+def split_keys(rows: torch.Tensor, mixtures: Mixtures) -> SplitKeys:
     """rows: weights or biases of all key heads, [G, d, ...]."""
     keys = complex_pairs(rows)
     mixed = torch.einsum("ngp,gp...->n...", mixtures.reads, keys)
     left = keys - torch.einsum("ngp,n...->gp...", mixtures.writes, mixed)
-    return SharedKeys(real_dims(mixed, 0), real_dims(left, 1))
+    return SplitKeys(real_dims(mixed, 0), real_dims(left, 1))
 
 
 def rotated_queries(rows: torch.Tensor, mixtures: Mixtures) -> torch.Tensor:
