@@ -86,7 +86,7 @@ def share_rotated_keys(folder: Path) -> None:
     """Let all heads of a converted model have their layer's first rotated key, at frequencies that occur twice."""
     config, tensors = json.loads((folder / "config.json").read_text()), tensors_of(folder)
     rope = config["mha2mla"]["partial_rope"]
-    rope |= {"shared": True, "strategy": "activation", "scores": "statistics.safetensors"}
+    rope |= {"shared": True, "mixed": True, "strategy": "activation", "scores": "statistics.safetensors"}
     for layer, r in enumerate(rope["qk_rope_head_dim"]):
         attention = f"model.layers.{layer}.self_attn."
         for name in [name for name in tensors if name.startswith(f"{attention}k_rope_proj.")]:
