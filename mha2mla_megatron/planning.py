@@ -261,21 +261,18 @@ class Planner:
         model = self.model
         count = max(1, min(len(self.sequences), self.settings.tokens // self.sequences.shape[1]))
         original = model.embed(self.sequences[-count:].long())
-        progress = Progress("measure", sum(3 * (self.original.num_layers - layer) for layer in layers), "layers")
-        variants: dict[tuple[int, int], torch.Tensor] = {}
+        wanted = {layer: self._measured_layouts(layer, reference) for layer in layers}
+        runs = sum(len(set(layouts)) * (self.original.num_layers - layer) for layer, layouts in wanted.items())
+        progress = Progress("measure", runs, "layers")
+        variants: dict[tuple[int, LatentLayout], torch.Tensor] = {}
         for index in range(self.original.num_layers):
             layer = model.layer(index)
             for key, hidden in variants.items():
                 variants[key] = layer.run(hidden.to(model.device)).cpu()
-            if index in layers:
-                dims, c = self._dims(index), reference[1]
-                r = min(reference[0], dims[-1])
-                for which, layout in enumerate(
-                    (self._layout(r, None), self._layout(r, c), self._layout(dims[0], None))
-                ):
-                    tensors = self.converter.convert(index, layout).tensors
-                    attention = make_attention(self.original, layout, tensors, model.device)
-                    variants[index, which] = layer.run(original, attention).cpu()
+            for layout in dict.fromkeys(wanted.get(index, ())):
+                tensors = self.converter.convert(index, layout).tensors
+                attention = make_attention(self.original, layout, tensors, model.device)
+                variants[index, layout] = layer.run(original, attention).cpu()
             original = layer.run(original)
             progress.advance(len(variants))
             del layer  # before the next one is read
@@ -289,7 +286,13 @@ class Planner:
             return (expected.exp() * ratio).sum(-1).mean().item()
 
         found = {key: divergence(hidden) for key, hidden in variants.items()}
-        return {layer: _Measured(*(found[layer, which] for which in range(3))) for layer in layers}
+        return {layer: _Measured(*(found[layer, layout] for layout in layouts)) for layer, layouts in wanted.items()}
+
+    def _measured_layouts(self, layer: int, reference: tuple[int, int]) -> tuple[LatentLayout, ...]:
+        """Of the figures of `_Measured`, in their order; some are the same where the layer has but one r."""
+        dims, (r, c) = self._dims(layer), reference
+        r = min(r, dims[-1])
+        return self._layout(r, None), self._layout(r, c), self._layout(dims[0], None)
 
     def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
         """The losses of each of `layers` at every r it can have."""

@@ -25,10 +25,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.calibration.original import Head, Layer, OriginalModel
 from mha2mla_megatron.calibration.pair_moments import (
+    attention_weights,
     block_size,
     functionals,
     grouped_matmul,
-    hidden_keys,
     products,
     softmax_moments,
 )
@@ -260,10 +260,8 @@ def _attention_sums(
     for start in range(0, length, step):
         seen = min(start + step, length)
         rows = slice(start, seen)
-        hidden = hidden_keys(torch.arange(start, seen, device=queries.device), seen, window)
-        # [b, G, N, m, t]:
-        logits = grouped_matmul(rotated_queries[..., rows, :], keys[:, :, :seen, :d].transpose(2, 3)) * scaling
-        p = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
+        index = torch.arange(start, seen, device=queries.device)
+        p = attention_weights(rotated_queries[..., rows, :], keys[:, :, :seen, :d], index, scaling, window)
         downstream = gradients[..., rows, :]
         # The softmax's backward, with respect to the unscaled logits: p (do . v - do . o).
         own = (downstream * outputs[..., rows, :]).sum(-1, keepdim=True)

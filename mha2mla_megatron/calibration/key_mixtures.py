@@ -1,4 +1,4 @@
-"""Which mixtures of all heads' keys to rotate: few that stand for many pairs of similar frequencies.
+"""Which mixtures of the heads' keys to rotate: few that stand for many pairs of similar frequencies.
 
 A pair of dims is a complex number that turns with its frequency; so pairs of one frequency, of whatever heads, may be
 mixed by complex numbers before the rotation or after it. Pairs of neighbouring frequencies may be, too, at the price of
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class KeyMixtures:
 
     def best(self, count: int) -> Mixtures:
         """`count` mixtures, of whichever frequencies are worth most. count: at most G P."""
-        runs = self._runs()
+        runs = self._runs
         each = [torch.tensor(self.worths(run), dtype=torch.float64) for run in runs]
         padded = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
 
@@ -126,6 +127,7 @@ class KeyMixtures:
             self._worths[run] = values.clamp_min(0).flip(0).tolist()
         return self._worths[run]
 
+    @cached_property
     def _runs(self) -> list[Run]:
         """Runs of 1, 2, 4, ... pairs, from every half of a run's length on, each with the frequency that suits it best.
         (All lengths from every pair on would be several times as many and hardly better.)"""
@@ -158,28 +160,29 @@ class KeyMixtures:
         maps = torch.view_as_complex(self._rotations.query_maps)  # [P, H, P]
         query_map = torch.ones_like(maps[0])
         kept = sorted(kept, key=lambda candidate: (candidate.run.frequency, candidate.index))
+        components = {run: self._components(run) for _, run, _ in kept}
+        for run in components:
+            query_map[:, run.start : run.stop] = maps[run.frequency, :, run.start : run.stop]
         for row, (_, run, index) in enumerate(kept):
-            pairs = slice(run.start, run.stop)
-            query_map[:, pairs] = maps[run.frequency, :, pairs]
-            for whole, part in zip((reads, writes), self._component(run, index), strict=True):
-                whole[row, :, pairs] = part
+            for whole, part in zip((reads, writes), components[run], strict=True):
+                whole[row, :, run.start : run.stop] = part[index]
         frequencies = torch.tensor([run.frequency for _, run, _ in kept], dtype=torch.int64, device=device)
         return Mixtures(frequencies, reads, writes, query_map, sum(candidate.worth for candidate in kept))
 
-    def _component(self, run: Run, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """reads and writes of a run's index-th mixture, complex128 [G, the run's length] each."""
+    def _components(self, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
+        """reads and writes of a run's n mixtures, those worth most first: complex128 [n, G, the run's length] each."""
         scaled, second, scale = self._scaled(run)
         values, vectors = torch.linalg.eigh(scaled)
-        value, vector = values[-1 - index].clamp_min(1e-300), vectors[:, -1 - index]
-        reads = vector.conj() * scale  # of E|mixture|^2 = value
+        reads = vectors.mH.flip(0) * scale  # of E|mixture|^2 = the eigenvalue
         # Pairs that are worth nothing with this frequency (others of the run are) keep what they are.
-        writes = torch.where(scale > 0, second @ reads.conj(), 0.0)
+        writes = torch.where(scale > 0, reads.conj() @ second.T, 0.0)
         # Of a mixture's size and phase nothing depends: writes get norm 1, and a largest entry that is real. So of one
         # pair alone the mixture is that pair's key.
-        largest = writes[writes.abs().argmax()]
-        factor = largest / largest.abs().clamp_min(1e-300) * writes.norm()
-        shape = (self.groups, run.stop - run.start)
-        return (reads * factor / value).view(shape), (writes / torch.where(factor == 0, 1.0, factor)).view(shape)
+        largest = writes.gather(1, writes.abs().argmax(1, keepdim=True))
+        factor = largest / largest.abs().clamp_min(1e-300) * writes.norm(dim=1, keepdim=True)
+        reads = reads * factor / values.flip(0)[:, None].clamp_min(1e-300)
+        writes = writes / torch.where(factor == 0, 1.0, factor)
+        return reads.unflatten(1, (self.groups, -1)), writes.unflatten(1, (self.groups, -1))
 
 
 def best_cut(worths: Mapping[Run, float], pairs: int, required: Collection[int] = ()) -> list[Run]:

@@ -30,17 +30,24 @@ def block_size(queries: torch.Tensor) -> int:
     return max(1, min(length, BLOCK_BYTES[queries.device.type] // row))
 
 
-def hidden_keys(rows: torch.Tensor, seen: int, window: int | None) -> torch.Tensor:
-    """bool [m, seen]: the keys that the queries at these positions, int64 [m], do not see. window: how many a query
-    sees, None: all up to itself."""
-    keys, rows = torch.arange(seen, device=rows.device), rows[:, None]
-    hidden = keys > rows
-    return hidden if window is None else hidden | (keys <= rows - window)
-
-
 def grouped_matmul(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left [b, G, N, m, i] times right [b, G, i, j], for all query heads of a group in one product."""
     return (left.flatten(2, 3) @ right).unflatten(2, left.shape[2:4])
+
+
+def attention_weights(
+    queries: torch.Tensor, keys: torch.Tensor, rows: torch.Tensor, scaling: float, window: int | None
+) -> torch.Tensor:
+    """The probabilities of the queries at positions `rows`, int64 [m], over the first t keys: [b, G, N, m, t].
+
+    queries: [b, G, N, m, d], keys: [b, G, t, d], rotated; window: how many keys a query sees, None: all up to itself.
+    """
+    index, rows = torch.arange(keys.shape[2], device=rows.device), rows[:, None]
+    hidden = index > rows
+    if window is not None:
+        hidden |= index <= rows - window
+    logits = grouped_matmul(queries, keys.transpose(2, 3)) * scaling
+    return logits.masked_fill_(hidden, float("-inf")).softmax(-1)
 
 
 def functionals(rotated: torch.Tensor, instead: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,9 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mha2mla_megatron.calibration.pair_moments import (
+    attention_weights,
     block_size,
     functionals,
-    grouped_matmul,
-    hidden_keys,
     products,
     softmax_moments,
 )
@@ -70,8 +69,7 @@ def substitution_moments(
         for rows in blocks:
             seen = int(rows[-1]) + 1
             q = own_queries[..., rows, :]
-            logits = grouped_matmul(q, own_keys[:, :, :seen].transpose(2, 3)) * scaling
-            p = logits.masked_fill_(hidden_keys(rows, seen, window), float("-inf")).softmax(-1)
+            p = attention_weights(q, own_keys[:, :, :seen], rows, scaling, window)
             linear = functionals(q, as_neighbour[..., rows, :])
             moments += softmax_moments(p, parts[:, :, :seen], parts_products[:, :, :seen], linear)
         exists = (pair + shift >= 0) & (pair + shift < d // 2)
