@@ -174,8 +174,7 @@ class KeyMixtures:
         scaled, second, scale = self._scaled(run)
         values, vectors = torch.linalg.eigh(scaled)
         reads = vectors.mH.flip(0) * scale  # of E|mixture|^2 = the eigenvalue
-        # Pairs that are worth nothing with this frequency (others of the run are) keep what they are.
-        writes = torch.where(scale > 0, reads.conj() @ second.T, 0.0)
+        writes = reads.conj() @ second.T
         # Of a mixture's size and phase nothing depends: writes get norm 1, and a largest entry that is real. So of one
         # pair alone the mixture is that pair's key.
         largest = writes.gather(1, writes.abs().argmax(1, keepdim=True))
