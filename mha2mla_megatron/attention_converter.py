@@ -66,20 +66,20 @@ class _Layer:
 
 @dataclass(frozen=True)
 class _Split:
-    """A layer's queries and keys, each head's rows in the order [r rotated | d - r others]."""
+    """A layer's queries and keys, each head's rows in the order [r rotated | n others]."""
 
     pairs: torch.Tensor
     """int64 [R, r/2], on the CPU."""
     k_rope: torch.Tensor
     """[R r, h]."""
     k_nope: torch.Tensor
-    """[G (d - r), h]."""
+    """[G n, h]."""
     biases: tuple[torch.Tensor, torch.Tensor] | None
     """Of k_rope and k_nope."""
     queries: Callable[[torch.Tensor], torch.Tensor]
     """What becomes of the queries' rows, [H d, ...], weights or bias."""
     unrotated: torch.Tensor
-    """float64 [G, d - r, d]: what a head's unrotated queries are made of, after the query map."""
+    """float64 [G, n, d]: what a head's unrotated queries are made of, after the query map."""
     norms: dict[str, torch.Tensor]
     """q_norm.weight and k_norm.weight, float64 [G, d], of a model that has them."""
 
@@ -120,7 +120,7 @@ class AttentionConverter:
             self.statistics = Statistics(Path(file), original, model_fingerprint(reader, original))
 
     def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
-        """The layer in the given shapes: rows reordered to [r | d - r] per head, then K_nope and V factored."""
+        """The layer in the given shapes: rows reordered to [r | n] per head, then K_nope and V factored."""
         if self.original.mla is None:
             converted, pairs, metric = self._partial_rope(self._layer(layer), layout)
         else:
@@ -146,7 +146,7 @@ class AttentionConverter:
     ) -> tuple[dict[str, torch.Tensor], torch.Tensor, Metric]:
         """The layer with nothing factored, the pairs that it rotates, and the objective over its [K_nope; V]."""
         weights = source.weights
-        r, d = layout.qk_rope_head_dim, layout.head_dim
+        r, n = layout.qk_rope_head_dim, layout.qk_nope_head_dim
         split = self._split(source, layout)
         converted = {
             "o_proj.weight": weights["o_proj.weight"],
@@ -156,13 +156,13 @@ class AttentionConverter:
         if r > 0:
             converted["k_rope_proj.weight"] = split.k_rope
             converted["rope_pairs"] = split.pairs
-        if r < d:
+        if n > 0:
             converted["k_nope_proj.weight"] = split.k_nope
         if split.biases is not None:
             converted["q_proj.bias"] = split.queries(weights["q_proj.bias"])
             if r > 0:
                 converted["k_rope_proj.bias"] = split.biases[0]
-            if r < d and "k_norm.weight" in weights:
+            if n > 0 and "k_norm.weight" in weights:
                 converted["k_nope_proj.bias"] = split.biases[1]
             converted["v_proj.bias"] = weights["v_proj.bias"]
         if "o_proj.bias" in weights:
@@ -227,7 +227,7 @@ class AttentionConverter:
         """Each rotated key, of one head or of all, is made of mixtures of its heads' keys; and each head has its own
         best dims of the rest. mixtures: R."""
         assert source.statistics is not None and self.statistics is not None
-        weights, d, r = source.weights, layout.head_dim, layout.qk_rope_head_dim
+        weights, d = source.weights, layout.head_dim
         moment = source.statistics.input_moment / self.statistics.tokens
 
         def heads(rows: torch.Tensor) -> torch.Tensor:
@@ -245,7 +245,9 @@ class AttentionConverter:
             return rows if source.query_map is None else apply_query_map(rows, source.query_map, none)
 
         k_rope, left = keys(weights["k_proj.weight"])
-        for_queries, for_keys = best_dims(mapped(heads(weights["q_proj.weight"])), left, moment, d - r)
+        for_queries, for_keys = best_dims(
+            mapped(heads(weights["q_proj.weight"])), left, moment, layout.qk_nope_head_dim
+        )
 
         def queries(rows: torch.Tensor) -> torch.Tensor:
             whole = heads(rows)

@@ -51,6 +51,11 @@ class PartialRopeConfig:
     """Each rotated key is made of mixtures of its head's pairs of neighbouring frequencies (strategies as of shared,
     whose keys are always mixed), instead of pairs as they are. None: false but where they are shared."""
 
+    qk_nope_head_dim: int | None = None
+    """Where rotated keys are mixtures: how many dims of each head are not rotated, at most d; of what mixtures leave of
+    a head's keys those that matter most. All d lose nothing, at the price of query and key heads of r + d dims; the
+    cache is the same. None: d - r, and never fewer."""
+
     query_map: bool | None = None
     """Fold the least-squares stand-in for each lost rotation into the queries (needs statistics). None: true for
     activation and where rotated keys are mixed, false for the others."""
@@ -58,6 +63,8 @@ class PartialRopeConfig:
     def __post_init__(self) -> None:
         require_one_of("partial_rope.strategy", self.strategy, ("auto", *ROPE_STRATEGIES))
         _numbers("partial_rope.qk_rope_head_dim", self.qk_rope_head_dim, minimum=0, even=True)
+        if self.qk_nope_head_dim is not None:
+            require_at_least("partial_rope.qk_nope_head_dim", self.qk_nope_head_dim, 1)
         if self.uniform_start < 0:
             raise UserError(f"partial_rope.uniform_start: {self.uniform_start} is negative")
         if self.ends_high_pairs is not None and self.ends_high_pairs < 0:
@@ -89,6 +96,15 @@ class PartialRopeConfig:
             raise UserError(
                 f"partial_rope.{key}=true needs statistics (of tools/calibrate.py) and one of the strategies "
                 f"{', '.join(MIXED_STRATEGIES)}; strategy is {strategy}, scores {self.scores}"
+            )
+        if self.qk_nope_head_dim is not None and not mixed:
+            raise UserError(
+                "partial_rope.qk_nope_head_dim: of rotated keys that are mixtures; give partial_rope.shared=true or "
+                "mixed=true, or leave it unset: of a head's own pairs d - r dims are left"
+            )
+        if self.qk_nope_head_dim is not None and self.qk_nope_head_dim > head_dim:
+            raise UserError(
+                f"partial_rope.qk_nope_head_dim: {self.qk_nope_head_dim} is more than the head dim {head_dim}"
             )
         if r is None:
             r = head_dim if strategy == "full" else self.usual_rope_dim(num_key_value_heads, head_dim)
@@ -231,7 +247,8 @@ class MHA2MLAConfig:
         assert r is not None, "the config is not resolved"
         c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))
         heads = hidden_size, num_attention_heads, num_key_value_heads, head_dim
-        return LatentLayout(*heads, r, self.low_rank.method, c, k, bool(self.partial_rope.shared))
+        rope = self.partial_rope
+        return LatentLayout(*heads, r, self.low_rank.method, c, k, bool(rope.shared), rope.qk_nope_head_dim or 0)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:

@@ -397,6 +397,7 @@ def _convert_layer(
     return {f"{_attention(layer)}.{name}": tensor for name, tensor in tensors.items()}, {
         "layer": layer,
         "qk_rope_head_dim": layout.qk_rope_head_dim,
+        "qk_nope_head_dim": layout.qk_nope_head_dim,
         "kv_lora_rank": layout.kv_lora_rank,
         "k_lora_rank": layout.k_lora_rank,
         "latent_width": layout.kv_down_dim,

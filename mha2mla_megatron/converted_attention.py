@@ -24,7 +24,11 @@ def make_attention(
         qk_norm=original.qk_norm,
         rms_norm_eps=original.rms_norm_eps,
         mha2mla={
-            "partial_rope": {"qk_rope_head_dim": layout.qk_rope_head_dim, "shared": layout.shared_rope},
+            "partial_rope": {
+                "qk_rope_head_dim": layout.qk_rope_head_dim,
+                "qk_nope_head_dim": layout.qk_nope_head_dim,
+                "shared": layout.shared_rope,
+            },
             "low_rank": {
                 "method": layout.method,
                 "kv_lora_rank": layout.kv_lora_rank,

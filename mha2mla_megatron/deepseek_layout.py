@@ -106,7 +106,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
             f"{source}: r or c differ by layer, DeepSeek's layout has one of each: convert with "
             "allocation.per_layer=false, or give them as one number"
         )
-    if not 0 < layout.qk_rope_head_dim < layout.head_dim:
+    if layout.qk_rope_head_dim == 0 or layout.qk_nope_head_dim == 0:
         raise UserError(f"{source}: qk_rope_head_dim={layout.qk_rope_head_dim}: all or nothing is rotated")
     reader = HFReader(source, model)
     pairs = reader["model.layers.0.self_attn.rope_pairs"]
@@ -116,7 +116,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
                 f"{source}: the pairs that are rotated differ between layers 0 and {layer}, DeepSeek's layout has one "
                 "rotary table: convert with partial_rope.strategy=uniform, high, low or ends"
             )
-    groups, r, d = layout.num_key_value_heads, layout.qk_rope_head_dim, layout.head_dim
+    groups, r = layout.num_key_value_heads, layout.qk_rope_head_dim
     blocks = layout.rope_heads
 
     def attention(layer: int) -> DeepseekAttention:
@@ -124,7 +124,7 @@ def export_deepseek(source: Path, target: Path, settings: DeepseekSettings) -> d
             name: reader[f"model.layers.{layer}.self_attn.{name}.weight"]
             for name in ("q_proj", "k_rope_proj", "kv_down_proj", "k_up_proj", "v_up_proj")
         }
-        q = weights["q_proj"].unflatten(0, (-1, d))  # [H, d, h]
+        q = weights["q_proj"].unflatten(0, (-1, layout.qk_head_dim))  # [H, r + n, h]
         per_group = len(q) // groups
         q_rope = q.new_zeros(len(q), blocks, r, q.shape[-1])
         heads = torch.arange(len(q))

@@ -129,9 +129,10 @@ class Planner:
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
-        # Of shared keys a head keeps d - r dims of its own, whose loss is not in the prices: half of them are enough.
-        shared = converter.mla.partial_rope.shared
-        usual = d // 2 if shared else d
+        # A head may keep d - r dims beside shared keys, whose loss is not in the prices: half of them are enough.
+        rope = converter.mla.partial_rope
+        shared = rope.shared
+        usual = d // 2 if shared and rope.qk_nope_head_dim is None else d
         limit = usual if settings.max_rope is None else min(settings.max_rope, d)
         self.rope_multiple = step = settings.rope_multiple or (8 if shared else 2)
         self.rope_dims = [r for r in range(0, limit + 1, step) if r >= settings.min_rope]
@@ -227,7 +228,8 @@ class Planner:
         """c None: nothing factored."""
         mla = self.converter.mla
         method = "none" if c is None else mla.low_rank.method
-        return LatentLayout(*self.original.heads, r, method, c, k, bool(mla.partial_rope.shared))
+        rope = mla.partial_rope
+        return LatentLayout(*self.original.heads, r, method, c, k, bool(rope.shared), rope.qk_nope_head_dim or 0)
 
     def _ranks(self, r: int) -> list[int]:
         """Multiples within the bounds that a layer with this r can have, of split for both latents."""
@@ -250,6 +252,10 @@ class Planner:
                 return r, fitting[-1]
         # Layers that rotate nothing are the only ones that cost so little.
         return self.rope_dims[0], self._ranks(self.rope_dims[0])[0]
+
+    def _own_reference(self, layer: int, reference: tuple[int, int]) -> tuple[int, int]:
+        """The reference with no more rotated dims than the layer can have."""
+        return min(reference[0], self._dims(layer)[-1]), reference[1]
 
     @torch.no_grad()
     def _measure(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Measured]:
@@ -290,9 +296,8 @@ class Planner:
 
     def _measured_layouts(self, layer: int, reference: tuple[int, int]) -> tuple[LatentLayout, ...]:
         """Of the figures of `_Measured`, in their order; some are the same where the layer has but one r."""
-        dims, (r, c) = self._dims(layer), reference
-        r = min(r, dims[-1])
-        return self._layout(r, None), self._layout(r, c), self._layout(dims[0], None)
+        r, c = self._own_reference(layer, reference)
+        return self._layout(r, None), self._layout(r, c), self._layout(self._dims(layer)[0], None)
 
     def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
         """The losses of each of `layers` at every r it can have."""
@@ -300,7 +305,7 @@ class Planner:
         progress = Progress("allocate", len(layers), "layers")
         for layer in layers:
             dims = self._dims(layer)
-            knots = self._knots(dims, min(reference[0], dims[-1]))
+            knots = self._knots(dims, self._own_reference(layer, reference)[0])
             ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in knots}
             pairs = {r: converter.pair_loss(layer, self._layout(r, None)) for r in {*dims, *knots}}
             found[layer] = _Losses(pairs, ranks)
@@ -310,8 +315,7 @@ class Planner:
 
     def _scaled(self, layer: int, reference: tuple[int, int], measured: _Measured, losses: _Losses) -> _Losses:
         """One layer's losses in nats."""
-        dims, (r0, c0) = self._dims(layer), reference
-        r0 = min(r0, dims[-1])
+        dims, (r0, c0) = self._dims(layer), self._own_reference(layer, reference)
         rank_loss = sum(_at(curve, c0) for curve in losses.ranks[r0])
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
         pairs = max(measured.pairs, 0.01 * measured.both, 1e-6)

@@ -44,6 +44,8 @@ class Case:
     groups: int
     head_dim: int
     rope_dim: int
+    nope_dim: int
+    """head_dim - rope_dim, or more."""
     latent: int
     key_latent: int
     """Columns that keys read; of split and joint they may be others."""
@@ -58,15 +60,15 @@ class Case:
     @property
     def shape(self) -> HeadShape:
         rope_heads = 1 if self.shared_rope else self.groups
-        return HeadShape(self.groups * self.group_size, self.groups, rope_heads, self.head_dim, self.rope_dim)
+        return HeadShape(self.groups * self.group_size, self.groups, rope_heads, self.rope_dim, self.nope_dim)
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        d, g, nope = self.head_dim, self.groups, self.shape.nope_dim
+        d, g, nope = self.head_dim, self.groups, self.nope_dim
         key = self.method in ("joint", "split", "key") and nope > 0
         value = self.method in ("joint", "split", "value")
         latents = self.latent if self.method == "joint" else key * self.key_latent + value * self.latent
         sizes = {
-            "q": (self.shape.query_heads * d, self.hidden),
+            "q": (self.shape.query_heads * (self.rope_dim + nope), self.hidden),
             "k_rope": (self.shape.rope_heads * self.rope_dim, self.hidden),
             "k_nope": (0 if key else g * nope, self.hidden),
             "v": (0 if value else g * d, self.hidden),
@@ -85,13 +87,15 @@ class Case:
 
 def random_case(rng: random.Random) -> Case:
     head_dim = rng.choice([4, 10, 16, 64, 80, 128])
+    rope_dim = rng.choice([0, 2, head_dim // 4 * 2, head_dim])
     method, latent = rng.choice(["joint", "split", "key", "value", "none"]), rng.choice([1, 8, 24])
     return Case(
         method=method,
         group_size=rng.choice([1, 1, 2, 3]),
         groups=rng.choice([1, 2, 3, 5]),
         head_dim=head_dim,
-        rope_dim=rng.choice([0, 2, head_dim // 4 * 2, head_dim]),
+        rope_dim=rope_dim,
+        nope_dim=rng.choice([head_dim - rope_dim, head_dim - rope_dim, head_dim - rope_dim // 2, head_dim]),
         latent=latent,
         key_latent={"split": rng.choice([1, 8, 24]), "joint": rng.choice([latent, (latent + 1) // 2])}.get(
             method, latent
@@ -114,7 +118,7 @@ def expected(
         bias = w.get(f"{name}.bias")
         return torch.nn.functional.linear(source, w[f"{name}.weight"], bias).unflatten(-1, (-1, width))
 
-    d, r = case.head_dim, case.rope_dim
+    d, r, nope = case.head_dim, case.rope_dim, case.nope_dim
     c_k = c_v = None
     if "kv_down.weight" in w:
         c_k = c_v = x @ w["kv_down.weight"].t()
@@ -122,17 +126,17 @@ def expected(
             c_k = c_k[..., : case.key_latent]
         if case.method == "split" and "k_up.weight" in w:
             c_k, c_v = c_k.split([case.key_latent, case.latent], dim=-1)
-    query = heads("q", x, d)
+    query = heads("q", x, r + nope)
     parts = [heads("k_rope", x, r).repeat_interleave(case.groups // case.shape.rope_heads, dim=2)] if r else []
     if "k_up.weight" in w:
-        parts.append(heads("k_up", c_k, d - r))
-    elif d > r:
-        parts.append(heads("k_nope", x, d - r))
+        parts.append(heads("k_up", c_k, nope))
+    elif nope:
+        parts.append(heads("k_nope", x, nope))
     value = heads("v", x, d) if "v.weight" in w else heads("v_up", c_v, d)
 
     def rotated(part: torch.Tensor) -> torch.Tensor:
         angle = angles[:, None, pairs].repeat_interleave(part.shape[2] // len(pairs), dim=2)
-        first, second, rest = part.split([r // 2, r // 2, d - r], dim=-1)
+        first, second, rest = part.split([r // 2, r // 2, nope], dim=-1)
         cos, sin = angle.cos().to(part.dtype), angle.sin().to(part.dtype)
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
@@ -154,8 +158,9 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
     pairs = torch.stack([torch.randperm(half, generator=generator)[: case.rope_dim // 2] for _ in heads])
     if case.shared_rope:
         pairs = torch.randint(half, pairs.shape, generator=generator)
-    sizes = [case.shape.query_heads, case.groups, case.groups]
-    seeds = [draw(case.length, case.batch, heads, case.head_dim) for heads in sizes]
+    dims = case.shape.head_dim
+    sizes = [(case.shape.query_heads, dims), (case.groups, dims), (case.groups, case.head_dim)]
+    seeds = [draw(case.length, case.batch, *size) for size in sizes]
 
     def by_definition(kind: torch.dtype) -> dict[str, torch.Tensor]:
         leaves = {name: t.detach().to(device, kind, copy=True).requires_grad_() for name, t in {"x": x, **w}.items()}
@@ -181,7 +186,8 @@ def errors(case: Case, seed: int, dtype: torch.dtype, device: str) -> dict[str, 
                     parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
                 parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         joint = case.method == "joint"
-        plan = QKVPlan(case.shape, case.shared_rope, tuple(names), joint, case.key_latent, OneProcess(), False)
+        own = case.head_dim, case.shared_rope
+        plan = QKVPlan(case.shape, *own, tuple(names), joint, case.key_latent, OneProcess(), False)
         *found, latents = latent_qkv(plan, own_x, angles.to(device), pairs.to(device), parameters)
         if "k_up.weight" in w:
             key = rebuild_key(

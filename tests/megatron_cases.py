@@ -43,16 +43,19 @@ def original_config(**changes: Any) -> dict[str, Any]:
 
 def converted_config(method: str, shared: bool = False, **changes: Any) -> dict[str, Any]:
     """The config.json of a converted model whose layers all differ in r and c. shared: all heads of a layer have one
-    rotated key."""
+    rotated key, and at least 12 dims of their own, so that queries and keys of some layers are wider than values."""
     times = changes.get("num_hidden_layers", 4) // 4
+    key_widths = KEY_WIDTHS.get(method)
+    rope = PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times)
+    if shared:  # from statistics alone
+        own = dict(shared=True, qk_nope_head_dim=12)
+        rope = dataclasses.replace(rope, **own, strategy="activation", scores="statistics.safetensors")
+        key_widths = key_widths and [width or 5 for width in key_widths]
     low_rank = LowRankConfig(
         method=method,
         kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times,
-        k_lora_rank=KEY_WIDTHS[method] * times if method in KEY_WIDTHS else None,
+        k_lora_rank=key_widths and key_widths * times,
     )
-    rope = PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times)
-    if shared:  # from statistics alone
-        rope = dataclasses.replace(rope, shared=True, strategy="activation", scores="statistics.safetensors")
     mla = MHA2MLAConfig(rope, low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
 

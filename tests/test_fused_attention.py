@@ -18,23 +18,26 @@ def test_interpreted_kernel() -> None:
     assert out == "40 cases\n", out + err
 
 
-@pytest.mark.parametrize("rope_heads", [3, 1])
-def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch, rope_heads: int) -> None:
+@pytest.mark.parametrize(("rope_heads", "wide", "expected"), [(3, False, 36), (1, False, 36), (1, True, 20)])
+def test_layers_share_kernels(monkeypatch: pytest.MonkeyPatch, rope_heads: int, wide: bool, expected: int) -> None:
     """33 layers with 0 to d rotated dims: a kernel for each power of two, from 8 on, that holds half of these and each
-    that holds the others, for what can be moved at once (all even, or by four), and for each direction."""
+    that holds the others, for what can be moved at once (all even, by four, or where the others are always d by eight),
+    and for each direction."""
     pytest.importorskip("triton")
     from mha2mla_megatron.model.rotary_kernel import HeadShape, rotate_and_join, rotate_and_split
 
     heads, groups, d, rows = 9, 3, 64, 8
     with counted_variants(monkeypatch) as variants:
         for r in range(0, d + 1, 2):
-            shape, x = HeadShape(heads, groups, rope_heads, d, r), torch.zeros(rows, heads * d + rope_heads * r + 96)
-            queries, k_rope, _ = x.split([heads * d, rope_heads * r, 96], dim=1)
+            n = d if wide else d - r
+            shape = HeadShape(heads, groups, rope_heads, r, n)
+            widths = [heads * (r + n), rope_heads * r, 96]
+            queries, k_rope, _ = torch.zeros(rows, sum(widths)).split(widths, dim=1)
             rest = (torch.zeros(4, d), torch.zeros(rope_heads, r // 2, dtype=torch.int64), shape)
-            k_nope = torch.zeros(rows, groups * (d - r))
+            k_nope = torch.zeros(rows, groups * n)
             query, key = rotate_and_join(queries, k_rope, k_nope, *rest)
             rotate_and_split(query, key, queries, k_rope, k_nope, *rest)
-    assert len(variants["_move_heads"]) == 36
+    assert len(variants["_move_heads"]) == expected
 
 
 @pytest.mark.gpu

@@ -310,20 +310,22 @@ def reference_logits(architecture: Architecture, tensors: dict[str, torch.Tensor
     for layer in range(architecture.num_layers):
         p, layout = f"model.layers.{layer}.self_attn.", architecture.layout(layer)
         r = layout.qk_rope_head_dim
+        width = len(weights[p + "q_proj.weight"]) // heads
+        rest = width - r
         n = norm(x, f"model.layers.{layer}.input_layernorm.weight")
         latent = linear(n, p + "kv_down_proj") if p + "kv_down_proj.weight" in weights else n
         c_k = latent[..., : weights[p + "k_up_proj.weight"].shape[1] if layout.factors_key else 0]
         c_v = latent[..., latent.shape[-1] - weights[p + "v_up_proj.weight"].shape[1] if layout.factors_value else 0 :]
         key_name = "k_up_proj" if layout.factors_key else "k_nope_proj"
-        nope = linear(c_k if layout.factors_key else n, p + key_name) if r < d else n[..., :0]
+        nope = linear(c_k if layout.factors_key else n, p + key_name) if rest else n[..., :0]
         value = linear(c_v, p + "v_up_proj") if layout.factors_value else linear(n, p + "v_proj")
         query, rope = linear(n, p + "q_proj"), linear(n, p + "k_rope_proj") if r else n[..., :0]
         shared = layout.rope_heads == 1
         contexts = []
         for head in range(heads):
             g = head // (heads // groups)
-            q, v = query[..., head * d : (head + 1) * d], value[..., g * d : (g + 1) * d]
-            scores = q[..., r:] @ nope[..., g * (d - r) : (g + 1) * (d - r)].mT
+            q, v = query[..., head * width : (head + 1) * width], value[..., g * d : (g + 1) * d]
+            scores = q[..., r:] @ nope[..., g * rest : (g + 1) * rest].mT
             if r:
                 own = 0 if shared else g
                 pairs = weights[p + "rope_pairs"][own]

@@ -317,6 +317,66 @@ def test_mixed_keys_of_each_head(tmp_path: Path, grouped: tuple[Path, Path], tex
     run_tool("verify_conversion", folder, folder)
 
 
+@pytest.mark.parametrize("key", ["shared", "mixed"])
+def test_beside_all_unrotated_dims_no_product_is_lost(tmp_path: Path, grouped: tuple[Path, Path], key: str) -> None:
+    """With n = d the products of each query head with its keys at one position, where rotations cancel, are the
+    original's, read off the files' weights; with fewer dims they are not. (No query map, which changes them.)"""
+    model, statistics = grouped
+    words = [f"partial_rope.{key}=true", "partial_rope.qk_rope_head_dim=8", "partial_rope.query_map=false"]
+    original = load_file(model / "model.safetensors")
+
+    def largest_error(name: str, *more: str) -> float:
+        folder = convert(model, tmp_path / name, statistics, *words, "low_rank.method=none", *more)
+        converted, worst = load_file(folder / "model.safetensors"), 0.0
+        for layer in range(3):
+            prefix = f"model.layers.{layer}.self_attn."
+            q, k = (original[f"{prefix}{one}_proj.weight"].double().unflatten(0, (-1, D)) for one in "qk")
+            new_q, k_nope, k_rope = (
+                converted[f"{prefix}{one}_proj.weight"].double().unflatten(0, (heads, -1))
+                for one, heads in (("q", len(q)), ("k_nope", len(k)), ("k_rope", 1 if key == "shared" else len(k)))
+            )
+            for head in range(len(q)):
+                group = head // (len(q) // len(k))
+                keys = torch.cat((k_rope[group % len(k_rope)], k_nope[group]))
+                exact = q[head].T @ k[group]
+                worst = max(worst, ((new_q[head].T @ keys - exact).norm() / exact.norm()).item())
+        return worst
+
+    assert largest_error("all", f"partial_rope.qk_nope_head_dim={D}") < FLOAT32
+    if key == "shared":  # a head's own mixtures may be so few pairs' that d - r dims are all that is left
+        some, fewest = largest_error("some", "partial_rope.qk_nope_head_dim=11"), largest_error("fewest")
+        assert 1e-3 < some < fewest
+
+
+@pytest.mark.parametrize(("key", "least"), [("shared", 8), ("mixed", 12)])
+def test_queries_and_keys_wider_than_values(tmp_path: Path, grouped: tuple[Path, Path], key: str, least: int) -> None:
+    """A budget may then give a layer more than d/2 rotated dims; the cache is r and c as before; every form of the
+    model is the same one; and it decodes from its cache."""
+    model, statistics = grouped
+    words = ["cache_budget=0.7", f"partial_rope.{key}=true", f"partial_rope.qk_nope_head_dim={D}", "heal.steps=3"]
+    folder = convert(model, tmp_path / "mla", statistics, *words, f"allocation.min_rope={least}")
+    layers = json.loads((folder / "conversion_report.json").read_text())["layers"]
+    assert any(layer["qk_rope_head_dim"] > D // 2 for layer in layers)
+    heads = 1 if key == "shared" else 2
+    for layer in layers:
+        assert layer["cache_elements_after"] == heads * layer["qk_rope_head_dim"] + layer["latent_width"]
+        assert layer["qk_nope_head_dim"] == D
+    run_tool("verify_conversion", model, folder)
+    run_tool("convert_hf_to_megatron", folder, tmp_path / "megatron")
+    run_tool("verify_conversion", folder, tmp_path / "megatron")
+    run_tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+    found, expected = (load_file(one / "model.safetensors") for one in (tmp_path / "back", folder))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    loaded, tokens = load(folder), load_file(statistics)["sequences"][:2, :20].long()
+    for mla_decode in ("expanded", "absorbed"):
+        loaded.config.mla_decode = mla_decode
+        with torch.no_grad():
+            past = loaded(tokens[:, :12], use_cache=True).past_key_values
+            steps = [loaded(tokens[:, i : i + 1], past_key_values=past).logits for i in range(12, 20)]
+            whole = loaded(tokens, use_cache=False).logits
+        assert (torch.cat(steps, 1) - whole[:, 12:]).abs().max() < FLOAT32
+
+
 @pytest.mark.parametrize("method", ["joint", "split"])
 def test_a_budget_with_healing(tmp_path: Path, grouped: tuple[Path, Path], method: str) -> None:
     """r + c elements are cached; the exported model says so, loads, and is nearer to the original than one whose layers
@@ -412,6 +472,18 @@ REFUSED = {
         ["STATISTICS", "partial_rope.shared=true", "partial_rope.mixed=false"],
         ["shared", "mixed"],
     ),
+    "unrotated dims of pairs": (
+        ["STATISTICS", "partial_rope.shared=false", "partial_rope.qk_nope_head_dim=16"],
+        ["qk_nope_head_dim", "mixed"],
+    ),
+    "more unrotated dims than a head has": (
+        ["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_nope_head_dim=17"],
+        ["qk_nope_head_dim", "17", "16"],
+    ),
+    "no unrotated dims": (
+        ["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_nope_head_dim=0"],
+        ["qk_nope_head_dim", "0"],
+    ),
     "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
     "wider than a head": (["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_rope_head_dim=18"], ["18", "16"]),
 }
@@ -433,7 +505,10 @@ def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
     words = ["partial_rope.shared=true", "low_rank.method=joint", "low_rank.kv_lora_rank=20"]
     words.append("partial_rope.qk_rope_head_dim=8")
     for strategy, expected_pairs, base in (("high", [0, 1, 2, 3], 10000.0 ** (8 / D)), ("uniform", [0, 2, 4, 6], 1e4)):
-        shared = convert(model, tmp_path / strategy, statistics, *words, f"partial_rope.strategy={strategy}")
+        more = [f"partial_rope.strategy={strategy}"]
+        if strategy == "uniform":  # DeepSeek's queries and keys are wider than its values, too
+            more.append(f"partial_rope.qk_nope_head_dim={D}")
+        shared = convert(model, tmp_path / strategy, statistics, *words, *more)
         for layer in range(3):
             pairs = load_file(shared / "model.safetensors")[f"model.layers.{layer}.self_attn.rope_pairs"]
             assert pairs.tolist() == [expected_pairs]
@@ -442,6 +517,7 @@ def test_given_frequencies_of_all_heads(tmp_path: Path, text: Path) -> None:
         run_tool("export_deepseek", shared, exported)
         config = json.loads((exported / "config.json").read_text())
         assert config["rope_parameters"]["rope_type"] == "default" and config["qk_rope_head_dim"] == 8
+        assert config["qk_nope_head_dim"] == (D if strategy == "uniform" else D - 8) and config["v_head_dim"] == D
         assert config["rope_parameters"]["rope_theta"] == pytest.approx(base, rel=1e-6)
         assert (logits(exported, statistics) - logits(shared, statistics)).abs().max() < 2 * FLOAT32
     # A budget can be spent so, too.

@@ -17,7 +17,8 @@ class MHA2MLALlamaConfig(LlamaConfig):
     """LlamaConfig plus what the conversion decided. Raises ValueError for shapes that no converted model has.
 
     mha2mla: the resolved conversion settings; read here: `partial_rope.qk_rope_head_dim`, `low_rank.method`,
-        `low_rank.kv_lora_rank` and, where it is there, `low_rank.k_lora_rank` (numbers, or lists with one per layer).
+        `low_rank.kv_lora_rank` and, where it is there, `low_rank.k_lora_rank` (numbers, or lists with one per layer);
+        `partial_rope.shared` and `partial_rope.qk_nope_head_dim`, where they are there.
     attention_bias: biases on the query, key and value projections.
     attention_output_bias: bias on the output projection.
     qk_norm: RMSNorm over each query and key head before rotation. Keys are cached normalised, so never from a latent.
@@ -68,6 +69,8 @@ class MHA2MLALlamaConfig(LlamaConfig):
                     )
                 if self.qk_norm and self.layout(layer).shared_rope:
                     raise ValueError("partial_rope.shared: true, but qk_norm: normalised keys are each head's own")
+                if self.qk_norm and self.layout(layer).qk_head_dim != self.head_dim:
+                    raise ValueError("partial_rope.qk_nope_head_dim: not with qk_norm, whose weights are head_dim each")
 
     def _check_layers(self) -> None:
         """Raises ValueError for lists that are not one entry for each layer, unknown types, a window without length."""
@@ -101,6 +104,7 @@ class MHA2MLALlamaConfig(LlamaConfig):
             layer_value(low_rank["kv_lora_rank"], layer),
             layer_value(low_rank.get("k_lora_rank"), layer),
             rope.get("shared") or False,
+            rope.get("qk_nope_head_dim") or 0,
         )
 
 

@@ -26,13 +26,13 @@ def absorbed_is_cheaper(layout: LatentLayout, new_tokens: int) -> bool:
     """The cost rule of `mla_decode=auto`: fewer multiplications per cached row.
 
     Expanded: each row's latents are multiplied by the up-projections, once, and then its keys and values by H s query
-    rows of head dim d. Absorbed: nothing is rebuilt, but the H s query rows are as wide as the cache.
+    rows of head dims r + n and d. Absorbed: nothing is rebuilt, but the H s query rows are as wide as the cache.
     """
     rows = layout.num_attention_heads * new_tokens
     rebuild = layout.key_rank * layout.nope_dim + layout.value_rank * layout.value_dim
     keys, values = layout.key_columns, layout.value_columns
     absorbed_width = layout.rope_dim + keys.stop - keys.start + values.stop - values.start
-    return rows * absorbed_width <= rebuild + rows * 2 * layout.head_dim
+    return rows * absorbed_width <= rebuild + rows * (layout.qk_head_dim + layout.head_dim)
 
 
 def spread_over_groups(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """What one converted attention layer is made of: its projections, their shapes and what it caches.
 
-Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, c latent width,
-R heads of rotated keys: G, or 1 that all share.
+Shape letters: h hidden size, H query heads, G key/value heads, d head dim, r rotary dims kept per head, n other dims of
+a query or key head, c latent width, R heads of rotated keys: G, or 1 that all share.
 The Hugging Face model, the Megatron model and the converters all read a layer's parts from here.
 """
 
@@ -26,7 +26,7 @@ class LatentLayout:
     `method` says what is factored: `joint` (keys and values share one latent of width c), `split` (a latent each),
     `key` or `value` (only that one), `none` (partial RoPE alone). k_lora_rank: how many columns keys are made of, of
     joint the first ones of the latent, of split the width of their own; None: c. shared_rope: whether all heads
-    have one rotated key.
+    have one rotated key. least_nope_head_dim: dims of a key head that are not rotated, if these are more than d - r.
     """
 
     hidden_size: int
@@ -38,15 +38,21 @@ class LatentLayout:
     kv_lora_rank: int | None
     k_lora_rank: int | None = None
     shared_rope: bool = False
+    least_nope_head_dim: int = 0
 
     @property
     def qk_nope_head_dim(self) -> int:
-        """d - r: the dims of a key head that lost their rotation."""
-        return self.head_dim - self.qk_rope_head_dim
+        """n: the dims of a query or key head that are not rotated; d - r unless more were asked for."""
+        return max(self.head_dim - self.qk_rope_head_dim, self.least_nope_head_dim)
+
+    @property
+    def qk_head_dim(self) -> int:
+        """r + n: dims of a query or key head; those of a value head are d."""
+        return self.qk_rope_head_dim + self.qk_nope_head_dim
 
     @property
     def nope_dim(self) -> int:
-        """G (d - r): rows of K_nope."""
+        """G n: rows of K_nope."""
         return self.num_key_value_heads * self.qk_nope_head_dim
 
     @property
@@ -66,7 +72,7 @@ class LatentLayout:
 
     @property
     def factors_key(self) -> bool:
-        """Whether K_nope comes from a latent. A layer that rotates every dim (r = d) has no K_nope."""
+        """Whether K_nope comes from a latent. A layer that rotates every dim (n = 0) has no K_nope."""
         return self.nope_dim > 0 and self.method in ("joint", "split", "key")
 
     @property
@@ -126,7 +132,7 @@ class LatentLayout:
 
     @property
     def cache_elements(self) -> int:
-        """Cached numbers per token: R r + c (joint), R r and both latents (split), R r + G (d - r) + G d (none)."""
+        """Cached numbers per token: R r + c (joint), R r and both latents (split), R r + G n + G d (none)."""
         return self.rope_dim + sum(self.cache_parts)
 
     def check(self) -> None:
@@ -145,6 +151,9 @@ class LatentLayout:
         r, c = self.qk_rope_head_dim, self.kv_lora_rank
         if not is_whole(r) or r % 2 or not 0 <= r <= self.head_dim:
             raise ValueError(f"qk_rope_head_dim: {r!r} is not an even number from 0 to head_dim {self.head_dim}")
+        n = self.least_nope_head_dim
+        if not is_whole(n) or not 0 <= n <= self.head_dim:
+            raise ValueError(f"partial_rope.qk_nope_head_dim: {n!r} is not a number from 0 to head_dim {self.head_dim}")
         if not isinstance(self.shared_rope, bool):
             raise ValueError(f"partial_rope.shared: {self.shared_rope!r} is not true or false")
         if self.method not in LOW_RANK_METHODS:
@@ -165,7 +174,7 @@ class LatentLayout:
     def projections(self) -> dict[str, tuple[int, int]]:
         """Name -> weight shape [out, in] of every projection that this layer has, in Hugging Face names."""
         shapes = {
-            "q_proj": (self.num_attention_heads * self.head_dim, self.hidden_size),
+            "q_proj": (self.num_attention_heads * self.qk_head_dim, self.hidden_size),
             "k_rope_proj": (self.rope_dim, self.hidden_size),
             "kv_down_proj": (self.kv_down_dim, self.hidden_size),
             "k_up_proj": (self.nope_dim, self.key_rank) if self.factors_key else (0, 0),

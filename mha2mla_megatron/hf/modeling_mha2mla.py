@@ -58,8 +58,8 @@ class MHA2MLARMSNorm(nn.Module):
 class MHA2MLAAttention(nn.Module):
     """Attention that caches rotated `k_rope` and latents only.
 
-    A head's rows are [r rotated | d - r others]; the rotated part is half-split. `rope_pairs` [R, r/2] says which of
-    the model's frequencies each head of rotated keys, and the query heads that read it, turn with.
+    A query or key head's rows are [r rotated | n others]; the rotated part is half-split. `rope_pairs` [R, r/2] says
+    which of the model's frequencies each head of rotated keys, and the query heads that read it, turn with.
     """
 
     rope_pairs: torch.Tensor
@@ -114,7 +114,7 @@ class MHA2MLAAttention(nn.Module):
         Returns ([b, s, h], attention weights or None).
         """
         batch, length, _ = hidden_states.shape
-        query = self.q_proj(hidden_states).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        query = self.q_proj(hidden_states).view(batch, length, -1, self.layout.qk_head_dim).transpose(1, 2)
         if self.q_norm is not None:
             query = self.q_norm(query)
         q_rope, q_nope = query.split((self.layout.qk_rope_head_dim, self.layout.qk_nope_head_dim), dim=-1)
@@ -179,7 +179,7 @@ class MHA2MLAAttention(nn.Module):
 
     def _key_parts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys before rotation, normalised where the model does that: the part to rotate [b, s, R r], which is empty
-        for r = 0, and full-rank K_nope [b, s, G (d - r)], None where there is none."""
+        for r = 0, and full-rank K_nope [b, s, G n], None where there is none."""
         k_rope = hidden_states[..., :0] if self.k_rope_proj is None else self.k_rope_proj(hidden_states)
         k_nope = None if self.k_nope_proj is None else self.k_nope_proj(hidden_states)
         if self.k_norm is None:
@@ -230,7 +230,7 @@ class MHA2MLAAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over the cached rows themselves.
 
-        q_rope [b, H, s, r], q_nope [b, H, s, d - r]; attend: their absorbed forms [b, H, s, R r] and [b, H, s, k] to
+        q_rope [b, H, s, r], q_nope [b, H, s, n]; attend: their absorbed forms [b, H, s, R r] and [b, H, s, k] to
         the averaged value columns [b, H, s, v], and probabilities or None. Returns the heads' outputs [b, s, H, d], and
         the probabilities for eager attention.
         """
@@ -261,7 +261,7 @@ class MHA2MLAAttention(nn.Module):
         return select(cos), select(sin)
 
     def _expand(self, unrotated: torch.Tensor, k_rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every head, each [b, G, t, d], from what is cached: [b, t, w] and [b, t, R r]."""
+        """Each head's keys [b, G, t, r + n] and values [b, G, t, d], from what is cached: [b, t, w] and [b, t, R r]."""
         layout = self.layout
         latents, k_nope, value = unrotated.split(layout.cache_parts, dim=-1)
         if self.k_up_proj is not None:

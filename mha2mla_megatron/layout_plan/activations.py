@@ -79,11 +79,15 @@ class ForwardPass:
         """Hidden states between two layers."""
         return self.split_tokens * self.architecture.hidden_size * self.element_size
 
-    @cached_property
-    def keys_and_values(self) -> int:
-        """Of this rank's tokens: [s, B, G/t, d] both."""
+    def _key_dim(self, layer: int) -> int:
+        """Dims of a query or key head; those of a value head are d."""
+        architecture = self.architecture
+        return architecture.head_dim if architecture.mla is None else architecture.layout(layer).qk_head_dim
+
+    def keys_and_values(self, layer: int) -> int:
+        """Of this rank's tokens: [s, B, G/t, dims] both."""
         _, groups = self._heads
-        return 2 * self.tokens * groups * self.architecture.head_dim * self.element_size
+        return self.tokens * groups * (self._key_dim(layer) + self.architecture.head_dim) * self.element_size
 
     @property
     def gathers_keys(self) -> bool:
@@ -188,7 +192,7 @@ class ForwardPass:
         heads, _ = self._heads
         result = self.tokens * heads * self.architecture.head_dim
         if recompute_core or not self.fp8:
-            core = (self._core_inputs if recompute_core else self._core(layer)) + self._read(result)
+            core = (self._core_inputs(layer) if recompute_core else self._core(layer)) + self._read(result)
         else:  # flash attention keeps its result in 16 bits, the projection after it in 8
             core = self._core(layer) + result * self.element_size + self._read(result)
         return self._norm + self._latents(layer) + self._rotary_tables(layer) + self._head_norms(recompute_core) + core
@@ -242,26 +246,27 @@ class ForwardPass:
             widths = (query + (0 if kept_anyway else heads + 2 * groups)) * e + (0 if self.fused else normed * FLOAT32)
         return self.tokens * (widths * d + normed * FLOAT32)
 
-    @cached_property
-    def _core_inputs(self) -> int:
+    def _core_inputs(self, layer: int) -> int:
         """Query, key, value. The value of an original model is a view of the whole projection [H + 2G heads]."""
         heads, groups = self._heads
         value = groups if self.architecture.mla is not None else heads + 2 * groups
-        return self.tokens * (heads + groups + value) * self.architecture.head_dim * self.element_size
+        numbers = (heads + groups) * self._key_dim(layer) + value * self.architecture.head_dim
+        return self.tokens * numbers * self.element_size
 
     def _core(self, layer: int) -> int:
         """Flash: query, key, value, one number a query. Else keys and values of all tokens, repeated for each query
         head, and the softmax [B, H, s, S] in float32, its copy in bf16, and the causal mask."""
         heads, groups = self._heads
         d, e = self.architecture.head_dim, self.element_size
-        query = self.tokens * heads * d * e
+        of_keys = self._key_dim(layer)
+        query = self.tokens * heads * of_keys * e
         if self.transformer_engine:
             return query + self._keys_and_values_kept(layer) + self.tokens * heads * FLOAT32
         everything = self.tokens * self.parallel.context_parallel_size
         if heads > groups or self.parallel.context_parallel_size > 1:
-            inputs = query + 2 * everything * heads * d * e
+            inputs = query + everything * heads * (of_keys + d) * e
         elif self.architecture.mla is None:
-            inputs = self._core_inputs
+            inputs = self._core_inputs(layer)
         else:
             inputs = query + self._keys_and_values_kept(layer)
         softmax = self._scores * (FLOAT32 if e == FLOAT32 else FLOAT32 + e)
@@ -271,10 +276,10 @@ class ForwardPass:
         """By the core, as they are. recompute=latent keeps the rotated part of a key that has another, and rebuilds the
         rest; a ring keeps keys and values in a buffer of its own, which is not rebuilt."""
         if self.recompute != "latent" or (self.parallel.context_parallel_size > 1 and not self.gathers_keys):
-            return self.keys_and_values
+            return self.keys_and_values(layer)
         layout, (_, groups) = self.architecture.layout(layer), self._heads
         rotated = (1 if layout.shared_rope else groups) * layout.qk_rope_head_dim
-        key = rotated if layout.factors_key else groups * layout.head_dim
+        key = rotated if layout.factors_key else groups * layout.qk_head_dim
         value = 0 if layout.factors_value else groups * layout.head_dim
         return self.tokens * (key + value) * self.element_size
 
@@ -298,16 +303,18 @@ class ForwardPass:
         mlp = 3 * self.tokens * width // tp * e
         if experts is not None:
             mlp += 2 * self.tokens * experts.num_experts_per_tok * self.architecture.hidden_size * e
-        attention = 2 * self.tokens * (heads + 2 * groups) * self.architecture.head_dim * e
+        attention = (
+            2 * self.tokens * ((heads + groups) * self._key_dim(layer) + groups * self.architecture.head_dim) * e
+        )
         if not self.transformer_engine:
             attention += self._scores * (2 * FLOAT32 + e)
         if cp > 1:
-            attention += self.keys_and_values * (2 * cp if self.gathers_keys else 4)
+            attention += self.keys_and_values(layer) * (2 * cp if self.gathers_keys else 4)
         gathered = stream // 2 if self.parallel.uses_sequence_parallel else 0
         if self.recompute == "latent":
-            recomputed = self.keys_and_values - self._keys_and_values_kept(layer)
+            recomputed = self.keys_and_values(layer) - self._keys_and_values_kept(layer)
         elif self.recompute == "selective":
-            recomputed = self._core(layer) - self._core_inputs
+            recomputed = self._core(layer) - self._core_inputs(layer)
         else:
             recomputed = self._attention(layer, False) + self._mlp(layer) if self.recompute == "full" else 0
         return stream + max(mlp, attention) + gathered + max(recomputed, 0)

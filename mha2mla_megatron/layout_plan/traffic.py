@@ -55,8 +55,8 @@ def step_traffic(
         if last:
             numbers = 7 if work.loss_models else 3  # two maxima and five sums for both losses
             sent["tensor: loss"] = _share(2 * numbers * FLOAT32 * work.tokens * micro_batches, tp)
-    if parallel.context_parallel_size > 1 and (layers := sum(len(chunk.layers) for chunk in chunks)):
-        sent["context: keys and values"] = sum(_context_parallel(work)) * layers * micro_batches
+    if parallel.context_parallel_size > 1 and (exchanged := sum(_context_parallel(work, chunks))):
+        sent["context: keys and values"] = exchanged * micro_batches
     if staged:
         sent["pipeline: send"] = _neighbours(chunks) * work.hidden * micro_batches
         name = "embedding.word_embeddings.weight" if first else "output_layer.weight"
@@ -78,9 +78,7 @@ def teacher_traffic(work: ForwardPass, stage: int, micro_batches: int) -> dict[s
         ring += sum(_latents(work, chunk)[0] for chunk in chunks)
         sent["tensor: the teacher's forward pass"] = _share(ring * micro_batches, tp)
     if work.parallel.context_parallel_size > 1:
-        forward, _ = _context_parallel(work)
-        layers = sum(len(chunk.layers) for chunk in chunks)
-        sent["context: the teacher's keys and values"] = forward * layers * micro_batches
+        sent["context: the teacher's keys and values"] = _context_parallel(work, chunks)[0] * micro_batches
     if work.parallel.pipeline_model_parallel_size > 1:  # beside the model's, both ways: its gradient is 0
         sent["pipeline: the teacher's hidden states"] = _neighbours(chunks) * work.hidden * micro_batches
     return sent
@@ -152,13 +150,14 @@ def _tensor_parallel(work: ForwardPass, chunk: Chunk) -> tuple[int, int]:
     return element * forward + choices, element * backward + again * choices
 
 
-def _context_parallel(work: ForwardPass) -> tuple[int, int]:
-    """Bytes that a layer's attention sends in the forward and in the backward pass of a micro-batch: n - 1 times its
-    own keys and values, whether in a ring or gathered, and in the backward pass their gradients as often.
+def _context_parallel(work: ForwardPass, chunks: Sequence[Chunk]) -> tuple[int, int]:
+    """Bytes that attention sends in the forward and in the backward pass of a micro-batch: n - 1 times its own keys and
+    values, whether in a ring or gathered, and in the backward pass their gradients as often.
 
     Transformer Engine fetches keys and values in the backward pass again, the local attention only where it recomputes.
     """
-    once = (work.parallel.context_parallel_size - 1) * work.keys_and_values
+    own = sum(work.keys_and_values(layer) for chunk in chunks for layer in chunk.layers)
+    once = (work.parallel.context_parallel_size - 1) * own
     again = work.transformer_engine + (work.recompute in ("selective", "full"))
     return once, once * (1 + again)
 

@@ -2,8 +2,8 @@
 
 Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
 B batch, h hidden size, H query heads, G key/value heads, R heads of rotated keys (G, or 1 that all share), d head dim,
-r rotary dims kept per head, c latent width, tp tensor-parallel size. Activations are [sequence, batch, ...], as
-everywhere in Megatron-core.
+r rotary dims kept per head, n other dims of a query or key head, c latent width, tp tensor-parallel size. Activations
+are [sequence, batch, ...], as everywhere in Megatron-core.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class MHA2MLASelfAttentionSubmodules:
 class MHA2MLASelfAttention(Attention):
     """Self-attention with partial RoPE and keys and values that come from latents.
 
-        query = linear_q x                                   H heads of d, inside a head [r | d - r]
-        key   = [rope(linear_k_rope x) | linear_k_up c_k]    G heads of [r | d - r]
+        query = linear_q x                                   H heads of [r | n]
+        key   = [rope(linear_k_rope x) | linear_k_up c_k]    G heads of [r | n]
         value = linear_v_up c_v                              G heads of d
         c_k, c_v = linear_kv_down x
 
@@ -87,6 +87,7 @@ class MHA2MLASelfAttention(Attention):
             **kwargs,
         )
         self.layout = layout
+        self.key_hidden_size = layout.qk_head_dim
         assert not (qk_norm and layout.shared_rope), "normalised keys are each head's own"
         # Attention.forward reads both, whether there are norms or not.
         self.q_layernorm = self.k_layernorm = None
@@ -156,7 +157,8 @@ class MHA2MLASelfAttention(Attention):
         output_gate: bool = False,
         split_qkv: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query [S, B, H/tp, d], key and value [S, B, G/tp, d] before rotation, from hidden states [s, B, h]."""
+        """Query [S, B, H/tp, r + n], key [S, B, G/tp, r + n] and value [S, B, G/tp, d] before rotation, from hidden
+        states [s, B, h]."""
         assert key_value_states is None and not output_gate and split_qkv, "not offered by this layer"
         query, k_rope, k_nope, value = self.projected(hidden_states)
         if k_rope is not None:
@@ -169,9 +171,10 @@ class MHA2MLASelfAttention(Attention):
     def projected(
         self, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        """Query [S, B, H/tp, d], the two parts of the key [S, B, G/tp, r and d - r], None where one is empty, value
+        """Query [S, B, H/tp, r + n], the two parts of the key [S, B, G/tp, r and n], None where one is empty, value
         [S, B, G/tp, d]. Of a shared first part there is one head."""
-        r, d = self.layout.qk_rope_head_dim, self.layout.head_dim
+        layout = self.layout
+        r, n = layout.qk_rope_head_dim, layout.qk_nope_head_dim
         latent_k = latent_v = hidden_states
         if self.linear_kv_down is not None:
             latent_k, latent_v = self._split_latents(self._latents(hidden_states))
@@ -179,11 +182,11 @@ class MHA2MLASelfAttention(Attention):
         if self.linear_k_rope is not None:
             k_rope = _heads(self._rope_rows(hidden_states), r)
         if self.linear_k_up is not None:
-            k_nope = _heads(self.linear_k_up(latent_k), d - r)
+            k_nope = _heads(self.linear_k_up(latent_k), n)
         elif self.linear_k_nope is not None:
-            k_nope = _heads(self.linear_k_nope(hidden_states), d - r)
+            k_nope = _heads(self.linear_k_nope(hidden_states), n)
         value = self.linear_v(hidden_states) if self.linear_v_up is None else self.linear_v_up(latent_v)
-        return _heads(self.linear_q(hidden_states), d), k_rope, k_nope, _heads(value, d)
+        return _heads(self.linear_q(hidden_states), r + n), k_rope, k_nope, _heads(value, layout.head_dim)
 
     def _rope_rows(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What is rotated of all tokens' keys, as a linear layer's result: [S, B, G r / tp], or what all heads share

@@ -32,8 +32,8 @@ class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
             query_heads=layout.num_attention_heads // processes,
             key_heads=layout.num_key_value_heads // processes,
             rope_heads=1 if layout.shared_rope else layout.num_key_value_heads // processes,
-            head_dim=layout.head_dim,
             rope_dim=layout.qk_rope_head_dim,
+            nope_dim=layout.qk_nope_head_dim,
         )
         self._angles: torch.Tensor | None = None
 
@@ -76,8 +76,8 @@ class RotatingMHA2MLASelfAttention(MHA2MLASelfAttention):
 
 
 class _Rotation(torch.autograd.Function):
-    """Query [S, B, H, d] and key [S, B, G, d] from their heads' parts, and the gradients of these. Of a key's rotated
-    part there are G heads, or 1."""
+    """Query [S, B, H, r + n] and key [S, B, G, r + n] from their heads' parts, and the gradients of these. Of a key's
+    rotated part there are G heads, or 1."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -118,9 +118,11 @@ class FusedMHA2MLASelfAttention(RotatingMHA2MLASelfAttention):
         names = []
         for name, module in self._projections.items():
             names += [f"{name}.weight"] + [f"{name}.bias"] * (getattr(module, "bias", None) is not None)
-        joint, sequence_parallel = self.layout.method == "joint", self.config.sequence_parallel
-        key_rank, shared_rope = self.layout.key_rank, self.layout.shared_rope
-        self._plan = QKVPlan(self.shape, shared_rope, tuple(names), joint, key_rank, self.tp_group, sequence_parallel)
+        layout, sequence_parallel = self.layout, self.config.sequence_parallel
+        joint, key_rank, shared_rope = layout.method == "joint", layout.key_rank, layout.shared_rope
+        self._plan = QKVPlan(
+            self.shape, layout.head_dim, shared_rope, tuple(names), joint, key_rank, self.tp_group, sequence_parallel
+        )
 
     def rebuild_keys_and_values(self) -> None:
         """From now on keep neither for the backward pass, but compute them there again from the latents."""

@@ -6,7 +6,8 @@ are summed by the products that make them, and weight gradients go straight into
 
 Shape letters: S sequence, s the part of it that this process holds (S / tp under sequence parallelism, else S),
 B batch, h hidden size, H query heads, G key/value heads (both those of this process), R heads of rotated keys (G, or 1
-that all share), d head dim, r rotary dims kept per head, C width of all latents, tp tensor-parallel size.
+that all share), d head dim, r rotary dims kept per head, n other dims of a query or key head, C width of all latents,
+tp tensor-parallel size.
 
 Over tensor-parallel processes (tp > 1) each computes some of the latents' columns, for all tokens, and gathers the
 others while it computes queries; so no weight is held twice, and no weight's gradient summed. Going back, the latents'
@@ -35,12 +36,14 @@ FROM_INPUT = ("q", "k_rope", "k_nope", "v")
 class QKVPlan:
     """What `latent_qkv` is given besides tensors.
 
-    shape: the heads of this process. shared_rope: whether all heads, those of other processes too, have one rotated
-    key. names: of the parameters in their order, `q.weight`, `q.bias`, ... with the projections q, k_rope, k_nope, v,
-    kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too. key_rank: how many columns k_up reads.
+    shape: the query and key heads of this process. value_dim: d, of a value head. shared_rope: whether all heads, those
+    of other processes too, have one rotated key. names: of the parameters in their order, `q.weight`, `q.bias`, ...
+    with the projections q, k_rope, k_nope, v, kv_down, k_up, v_up. joint: whether v_up reads what k_up reads, too.
+    key_rank: how many columns k_up reads.
     """
 
     shape: HeadShape
+    value_dim: int
     shared_rope: bool
     names: tuple[str, ...]
     joint: bool
@@ -62,7 +65,7 @@ class QKVPlan:
             "q": shape.query_heads * shape.head_dim,
             "k_rope": rope // self.tp_group.size() if self.shared_rope else rope,
             "k_nope": shape.key_heads * shape.nope_dim,
-            "v": shape.key_heads * shape.head_dim,
+            "v": shape.key_heads * self.value_dim,
         }
         return {name: widths[name] for name in self.from_input}
 
@@ -84,7 +87,8 @@ def latent_qkv(
     pairs: torch.Tensor,
     parameters: Sequence[torch.nn.Parameter],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Query [S, B, H, d], key and value [S, B, G, d], rotated, from the normalised input x [s, B, h].
+    """Query [S, B, H, r + n] and key [S, B, G, r + n], rotated, and value [S, B, G, d], from the normalised input x
+    [s, B, h].
 
     The last result is for rebuilding: this process's latents [S B, C/tp], None where there are none.
 
@@ -149,7 +153,7 @@ class _LatentQKV(torch.autograd.Function):
             ctx.mark_non_differentiable(latents)
         batch = x.shape[1]
         query, key = (part.view(-1, batch, *part.shape[1:]) for part in (query, key))
-        return query, key, value.reshape(key.shape), latents
+        return query, key, value.reshape(*key.shape[:3], plan.value_dim), latents
 
     @staticmethod
     def backward(ctx: Any, d_query: torch.Tensor, d_key: torch.Tensor, d_value: torch.Tensor, _: Any) -> tuple:  # type: ignore[override]

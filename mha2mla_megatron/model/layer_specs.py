@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -82,7 +83,10 @@ def layer_specs(
             core_attention=core_attention,
             linear_proj=linear_proj,
         )
-        layers = {index: converted_layer(architecture, index, layer, attention, parts, norm) for index in stage}
+        takes_widths = uses_transformer_engine(implementation)
+        layers = {
+            index: converted_layer(architecture, index, layer, attention, parts, norm, takes_widths) for index in stage
+        }
     layers |= {
         index: with_experts(layers[index], backend, norm)
         for index in stage
@@ -120,14 +124,20 @@ def converted_layer(
     attention: type[MHA2MLASelfAttention],
     parts: MHA2MLASelfAttentionSubmodules,
     norm: Callable[..., Any],
+    takes_widths: bool,
 ) -> TransformerLayerSubmodules:
-    """Upstream's layer with our attention; `index` counts the model's layers from 0."""
+    """Upstream's layer with our attention; `index` counts the model's layers from 0. takes_widths: whether core
+    attention is to be told of keys and values that differ in width, as Transformer Engine's is."""
     names = {k: v for k, v in layer.sharded_state_dict_keys_map.items() if k != "input_layernorm."}
+    layout = architecture.layout(index)
+    if layout.qk_head_dim != layout.head_dim and takes_widths:
+        core = partial(parts.core_attention, k_channels=layout.qk_head_dim, v_channels=layout.head_dim)
+        parts = dataclasses.replace(parts, core_attention=core)
     spec = ModuleSpec(
         module=attention,
         params={
             "attn_mask_type": AttnMaskType.causal,
-            "layout": architecture.layout(index),
+            "layout": layout,
             "qkv_bias": architecture.qkv_bias,
             "qk_norm": architecture.qk_norm,
         },

@@ -48,6 +48,8 @@ def transformer_config(
         num_attention_heads=architecture.num_attention_heads,
         num_query_groups=architecture.num_key_value_heads,
         kv_channels=architecture.head_dim,
+        # Of a converted model too, whose queries and keys may be wider.
+        softmax_scale=architecture.head_dim**-0.5,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.rms_norm_eps,
         gated_linear_unit=True,

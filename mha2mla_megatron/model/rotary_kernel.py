@@ -1,7 +1,7 @@
 """One kernel between the projections and attention: it rotates queries and keys and puts the keys together.
 
 Shape letters: S sequence, B batch, T = S B rows, H query heads, G key/value heads, R heads of rotated keys (G, or 1
-that all share), d head dim, r rotary dims kept per head.
+that all share), r rotary dims kept per head, n other dims, d = r + n.
 
 In plain torch this is a table of angles for each head, six elementwise operations over queries and over keys and
 one concatenation; here everything is read once and written once, and the rotation is in float32.
@@ -30,12 +30,13 @@ class HeadShape:
     rope_heads: int
     """Of rotated keys: as many as there are key heads, or 1 that all share."""
 
-    head_dim: int
     rope_dim: int
+    nope_dim: int
 
     @property
-    def nope_dim(self) -> int:
-        return self.head_dim - self.rope_dim
+    def head_dim(self) -> int:
+        """Of queries and keys: r + n."""
+        return self.rope_dim + self.nope_dim
 
 
 def rotate_and_join(
@@ -48,8 +49,8 @@ def rotate_and_join(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query [T, H, d] and key [T, G, d], ready for attention, of one floating type.
 
-    queries: [T, H d]. k_rope: [T, R r], None where r = 0. k_nope: [T, G (d - r)], None where r = d. Of these each row
-    is contiguous. angles: float32 [S, d], with T a multiple of S and the batch inside. pairs: int64 [R, r/2], which
+    queries: [T, H d]. k_rope: [T, R r], None where r = 0. k_nope: [T, G n], None where n = 0. Of these each row is
+    contiguous. angles: float32 [S, columns], with T a multiple of S and the batch inside. pairs: int64 [R, r/2], which
     angle each pair of dims (i, i + r/2) of a key head, and of its query heads, turns by.
     """
     rows = len(queries)
@@ -107,6 +108,7 @@ def _launch(
         rows // len(angles),
         half // half_vector,
         shape.nope_dim // nope_vector,
+        shape.head_dim // widest,
         *(stride // widest for stride in strides),
         half_vector=half_vector,
         nope_vector=nope_vector,
@@ -114,7 +116,6 @@ def _launch(
         query_heads=shape.query_heads,
         key_heads=shape.key_heads,
         rope_heads=shape.rope_heads,
-        d=shape.head_dim,
         rotates=half > 0,
         half_block=max(8, triton.next_power_of_2(half)),
         nope_block=max(8, triton.next_power_of_2(shape.nope_dim)),
@@ -123,7 +124,7 @@ def _launch(
     )
 
 
-@triton.jit(do_not_specialize=["half", "nope", "queries_stride", "rope_stride", "nope_stride"])
+@triton.jit(do_not_specialize=["half", "nope", "d", "queries_stride", "rope_stride", "nope_stride"])
 def _move_heads(
     queries,
     k_rope,
@@ -136,6 +137,7 @@ def _move_heads(
     batch,
     half,
     nope,
+    d,
     queries_stride,
     rope_stride,
     nope_stride,
@@ -145,7 +147,6 @@ def _move_heads(
     query_heads: tl.constexpr,
     key_heads: tl.constexpr,
     rope_heads: tl.constexpr,
-    d: tl.constexpr,
     rotates: tl.constexpr,
     half_block: tl.constexpr,
     nope_block: tl.constexpr,
@@ -153,8 +154,8 @@ def _move_heads(
     backward: tl.constexpr,
 ):
     """One head of a block of rows, between its parts and its place in query or key."""
-    half, nope = half * half_vector, nope * nope_vector
     widest: tl.constexpr = max(half_vector, nope_vector)
+    half, nope, d = half * half_vector, nope * nope_vector, d * widest
     queries_stride, rope_stride, nope_stride = queries_stride * widest, rope_stride * widest, nope_stride * widest
     row = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)[:, None]
     head = tl.program_id(1)

@@ -37,9 +37,11 @@ def training_flops(architecture: Architecture, sequence_length: int) -> float:
     if (experts := architecture.experts) is not None:
         idle = experts.num_experts - experts.num_experts_per_tok
         weights -= len(experts.layers) * idle * 3 * architecture.hidden_size * experts.intermediate_size
-    seen = sum(_mean_seen(architecture.window(layer), sequence_length) for layer in range(architecture.num_layers))
-    scores = seen * architecture.num_attention_heads * architecture.head_dim
-    return 6 * weights + 3 * 2 * 2 * scores
+    d, products = architecture.head_dim, 0.0
+    for layer in range(architecture.num_layers):
+        of_keys = d if architecture.mla is None else architecture.layout(layer).qk_head_dim
+        products += _mean_seen(architecture.window(layer), sequence_length) * (of_keys + d)
+    return 6 * weights + 3 * 2 * products * architecture.num_attention_heads
 
 
 def _mean_seen(window: int | None, sequence_length: int) -> float:

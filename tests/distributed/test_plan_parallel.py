@@ -93,7 +93,8 @@ def model_config(kind: str) -> dict[str, Any]:
     rope, method = PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), kind
     if kind == "shared":
         method = "joint"
-        rope = dataclasses.replace(rope, shared=True, strategy="activation", scores="statistics.safetensors")
+        own = dict(shared=True, qk_nope_head_dim=12)
+        rope = dataclasses.replace(rope, **own, strategy="activation", scores="statistics.safetensors")
     mla = MHA2MLAConfig(rope, LowRankConfig(method=method, kv_lora_rank=[24, 16, 20, 8]))
     config = original_config(**sizes, tie_word_embeddings=kind == "joint", qk_norm=kind == "value")
     return {**config, "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
