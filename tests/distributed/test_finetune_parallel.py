@@ -269,7 +269,7 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     words = run_words(workspace, "mla", root, *SCHEDULE, *LONG)
     with under_torchrun(root, output, "--max-restarts", "1", str(ROOT / "tools" / "finetune.py"), *words) as torchrun:
         worker = children(torchrun.pid, "finetune.py")[-1]
-        helpers = children(worker, "spawn_main")
+        started = children(worker, "")
         os.kill(worker, signal.SIGKILL)
         code = torchrun.wait(PATIENCE)
     assert code == 0, output.read_text()
@@ -279,7 +279,7 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     expected, found = (checkpoint_tensors(folder, 24) for folder in (results / "unbroken", root))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert helpers and not any(command_line(helper) for helper in helpers)
+    assert not any(command_line(process) for process in started)
 
 
 def test_a_hung_process_ends_the_others(workspace: Path, tmp_path: Path) -> None:
