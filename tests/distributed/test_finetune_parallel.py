@@ -20,6 +20,8 @@ import torch
 from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, children, make_llama, run_tool
+from tests.distributed import finetune_worker
+from tests.distributed.worlds import run_world
 from tests.finetune_cases import (
     checkpoint_tensors,
     exported,
@@ -106,7 +108,7 @@ def results(workspace: Path) -> Path:
 
     def add(name: str, model: str, *words: str, fault: str | None = None) -> None:
         argv = run_words(workspace, model, folder / name, *SCHEDULE, *words)
-        runs.append({"name": name, "argv": argv, "fault": fault, "rank": 1})
+        runs.append((name, argv, fault, 1, folder))
 
     for model in MODELS:
         single = finetune(workspace, model, folder / f"{model}-single", *SCHEDULE)
@@ -131,11 +133,8 @@ def results(workspace: Path) -> Path:
     add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
     add("bad-batch", "mla", "global_batch_size=2")
     add("bad-data", "mla", "data.train=/nowhere/text")
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run(
-        [*LAUNCHER, "-m", "tests.distributed.finetune_worker", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs.sort(key=lambda run: [word for word in run[1] if word.startswith("parallel.")])
+    run_world(2, folder, finetune_worker.run, runs)
     return folder
 
 
