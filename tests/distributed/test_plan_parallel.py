@@ -123,6 +123,7 @@ def test_one_step(tmp_path: Path, processes: int) -> None:
             "plan", tmp_path / "run.yaml", f"model={tmp_path / name}", f"gpus={processes}", "device=cpu", *settings,
             f"output={tmp_path / name}.plan.json",
         )  # fmt: skip
+    cases.sort(key=lambda case: [word for word in case["settings"] if word.startswith("parallel.")])
     run_world(processes, tmp_path, plan_worker.run, [(case, tmp_path) for case in cases])
     for name in CASES[processes]:
         plan = json.loads((tmp_path / f"{name}.plan.json").read_text())
