@@ -13,7 +13,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-TIMEOUT = 240
+TIMEOUT = 600
 """Seconds until processes that do not end are taken to hang."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")

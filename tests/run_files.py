@@ -3,28 +3,33 @@
 A file then finds no threads, process groups or freed memory that another one left, and a crash or a hang costs that
 file alone. One whose process was killed (it crashed, or took longer than LIMIT) is run once more, and named at the end
 with what it printed before.
+
+The processes are forks of this one, which has imported LIBRARIES: for most files that would take longer than the tests.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
+
+import pytest
 
 FOLDER = Path(__file__).parent
 AT_ONCE = 2
 LIMIT = 1200
 """Seconds: five times what the longest file takes on two cores."""
-NO_TESTS = 5
-"""pytest's exit code where its arguments select none in a file."""
+LIBRARIES = ("transformers.models.llama.modeling_llama", "megatron.core")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Result:
 
     @property
     def well(self) -> bool:
-        return self.code in (0, NO_TESTS)
+        return self.code in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
     def __str__(self) -> str:
         last = (self.output.strip().splitlines() or [""])[-1].strip("= ")
@@ -45,28 +50,53 @@ class Result:
         return f"{self.seconds:5.0f} s  {os.path.relpath(self.file, FOLDER.parent)}: {ended}"
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """A file whose tests are being run. process: its id, which is also that of its group."""
+
+    file: Path
+    process: int
+    output: IO[bytes]
+    started: float = field(default_factory=time.monotonic)
+
+    def result(self, limit: float) -> Result | None:
+        """None while it goes on, which it may for `limit` seconds."""
+        seconds = time.monotonic() - self.started
+        ended = os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None and seconds < limit:
+            return None
+        code = self.end()
+        self.output.seek(0)
+        return Result(self.file, code, self.output.read().decode(errors="replace"), seconds)
+
+    def end(self) -> int:
+        """End the process, if it has not ended, and those that it started and has left; the exit code."""
+        for kill in (os.killpg, os.kill):  # it has no group of its own before it has run at all
+            with contextlib.suppress(ProcessLookupError):
+                kill(self.process, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
 class Runner:
     """words: pytest's. limit: seconds for a file."""
 
     def __init__(self, words: Sequence[str], limit: float = LIMIT) -> None:
         self.words, self.limit = list(words), limit
-        self.running: set[subprocess.Popen[bytes]] = set()
+        self.running: list[Attempt] = []
         self.killed: list[Result] = []
-        self.interrupted = False
 
     def run(self, files: Sequence[Path]) -> int:
         """Print a line for each file when it has ended, at last what went wrong; 1 if anything did, otherwise 0."""
-        started = time.monotonic()
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            futures = [pool.submit(self._attempt, file) for file in files]
-            try:
-                results = [future.result() for future in futures]
-            except BaseException:  # an interrupt, which processes in sessions of their own do not get
-                self.interrupted = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self.running):
-                    _kill(process)
-                raise
+        started, waiting, results = time.monotonic(), list(files), list[Result]()
+        try:
+            while waiting or self.running:
+                while waiting and len(self.running) < AT_ONCE:
+                    self._start(waiting.pop(0))
+                time.sleep(0.05)
+                results += self._ended()
+        finally:  # an interrupt, which processes in sessions of their own do not get
+            for attempt in self.running:
+                attempt.end()
         bad = [result for result in results if not result.well]
         for result in [*self.killed, *bad]:
             print(f"\n== {result}\n{result.output}")
@@ -76,39 +106,56 @@ class Runner:
             print(f"FAILED {result}")
         return 1 if bad else 0
 
-    def _attempt(self, file: Path) -> Result:
-        result = self._process(file)
-        if result.code < 0 and not self.interrupted:
-            self.killed.append(result)
-            print(f"{result}; once more", flush=True)
-            result = self._process(file)
-        print(result, flush=True)
-        return result
+    def _ended(self) -> list[Result]:
+        """Of the files that have ended since the last call, but for those that are started once more."""
+        results = []
+        for attempt in list(self.running):
+            if (result := attempt.result(self.limit)) is None:
+                continue
+            self.running.remove(attempt)
+            once_more = result.code < 0 and all(before.file != result.file for before in self.killed)
+            print(f"{result}; once more" if once_more else result, flush=True)
+            if once_more:
+                self.killed.append(result)
+                self._start(result.file)
+            else:
+                results.append(result)
+        return results
 
-    def _process(self, file: Path) -> Result:
-        started = time.monotonic()
-        with tempfile.TemporaryFile() as output:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pytest", str(file), "--color=no", *self.words],
-                stdout=output, stderr=subprocess.STDOUT, cwd=FOLDER.parent, start_new_session=True,
-            )  # fmt: skip
-            self.running.add(process)
-            try:
-                code = process.wait(self.limit)
-            except subprocess.TimeoutExpired:
-                code = -signal.SIGKILL
-            finally:
-                _kill(process)
-                self.running.remove(process)
-            output.seek(0)
-            return Result(file, code, output.read().decode(errors="replace"), time.monotonic() - started)
+    def _start(self, file: Path) -> None:
+        output = tempfile.TemporaryFile()  # noqa: SIM115
+        sys.stdout.flush()
+        if process := os.fork():
+            self.running.append(Attempt(file, process, output))
+            return
+        code = 1
+        try:
+            code = _run_pytest([str(file), "--color=no", *self.words], output)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)  # the callers are the parent's
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and those that it started and has left."""
-    with contextlib.suppress(ProcessLookupError):  # nothing is left of it
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _run_pytest(words: list[str], output: IO[bytes]) -> int:
+    """In a session of its own, and with what it prints in `output`; the exit code."""
+    os.setsid()
+    for stream in (1, 2):
+        os.dup2(output.fileno(), stream)
+    os.chdir(FOLDER.parent)
+    code = pytest.main(words)
+    sys.stdout.flush()
+    return int(code)
+
+
+def _import_libraries() -> None:
+    """Where there is a GPU, nothing: forks could not use it if one of the libraries has looked for it."""
+    import torch
+
+    if torch.cuda.device_count() == 0:  # which asks the driver alone
+        with warnings.catch_warnings(action="ignore"):
+            for name in LIBRARIES:
+                importlib.import_module(name)
 
 
 def _takes_longer(file: Path) -> tuple[bool, int]:
@@ -118,5 +165,6 @@ def _takes_longer(file: Path) -> tuple[bool, int]:
 
 
 if __name__ == "__main__":
+    _import_libraries()
     found = sorted(FOLDER.rglob("test_*.py"), key=_takes_longer, reverse=True)
     sys.exit(Runner(sys.argv[1:]).run(found))

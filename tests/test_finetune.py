@@ -258,7 +258,7 @@ def test_keep_last_keeps_the_newest(workspace: Path, unbroken: dict[str, Path], 
 
 
 def test_sigterm_to_all_processes_saves_and_ends_well(workspace: Path, tmp_path: Path) -> None:
-    """As a scheduler sends it: also to the readers of the data and to the helper of the earlier save."""
+    """As a scheduler sends it: also to the readers of the data."""
     root, words = tmp_path / "run", ["steps=5000", "save_interval=2", "keep_last=1", "data.workers=1"]
     command = [sys.executable, str(ROOT / "tools" / "finetune.py"), *run_words(workspace, "mla", root, *words)]
     process, errors = terminate_at_step_3(command)

@@ -46,21 +46,22 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
     1: [
         dict(micro=BATCH), dict(), dict(micro=2, recompute="full"), dict(fused=True, micro=2, only="joint"),
         dict(fused=True, micro=2, recompute="latent", only="split"),
-        dict(fused=True, recompute="full", only="split"), dict(micro=2, recompute="full", only="experts"),
+        dict(fused=True, micro=2, recompute="full", only="split"), dict(micro=2, recompute="full", only="experts"),
         dict(fused=True, micro=2, recompute="latent", only="shared"),
     ],
     2: [
         dict(tp=2), dict(tp=2, sp=True), dict(tp=2, sp=True, recompute="full", only="split"),
-        dict(tp=2, fused=True, only="joint"), dict(tp=2, sp=True, fused=True, recompute="latent", only="split"),
+        dict(tp=2, fused=True, micro=2, only="joint"),
+        dict(tp=2, sp=True, fused=True, micro=2, recompute="latent", only="split"),
         dict(pp=2), dict(pp=2, stages="Et*5|t*3L"), dict(pp=2, vpp=2),
         dict(pp=2, vpp=4, recompute="full", only="original"),
         dict(cp=2), dict(cp=2, recompute="selective", only="joint"),
         dict(), dict(reduce=False, only="split"), dict(gather=True), dict(micro=2, gather=True, only="joint"),
-        dict(tp=2, only="shared"), dict(tp=2, sp=True, only="shared"), dict(tp=2, fused=True, only="shared"),
-        dict(tp=2, sp=True, fused=True, recompute="latent", only="shared"),
+        dict(tp=2, only="shared"), dict(tp=2, sp=True, only="shared"), dict(tp=2, fused=True, micro=2, only="shared"),
+        dict(tp=2, sp=True, fused=True, micro=2, recompute="latent", only="shared"),
     ],
     4: [
-        dict(tp=2, sp=True, gather=True, fused=True, only="joint"), dict(tp=2, cp=2, fused=True, only="split"),
+        dict(tp=2, sp=True, gather=True, fused=True, only="joint"), dict(tp=2, cp=2, fused=True, micro=2, only="split"),
         dict(tp=4, sp=True, only="original"), dict(tp=4, only="split"), dict(cp=4, only="joint"),
         dict(pp=4, vpp=2, only="split"), dict(pp=4, stages="E|t*5|t*3|L", only="joint"),
         dict(tp=2, pp=2, sp=True, only="joint"), dict(tp=2, cp=2, sp=True, only="original"),
@@ -77,7 +78,8 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
 }  # fmt: skip
 """Processes -> layouts; the processes that a layout leaves over are data parallel.
 
-micro: samples a micro batch, else 1. fused: the converted attention's fused path, its kernel interpreted.
+micro: samples a micro batch, else 1. fused: the converted attention's fused path, its kernel interpreted, which takes
+long for each micro batch.
 only: the one model that it is run with, else the `GENERAL` ones.
 """
 GENERAL = ("original", "joint", "split")
@@ -130,6 +132,7 @@ def run_everything(folder: Path) -> None:
             for number, (one, layout, model) in enumerate(RUNS)
             if one == world
         ]
+        runs.sort(key=lambda run: tuple(run[-1].parallel.sizes(world).values()))
         run_world(world, folder, layout_worker.run, runs)
 
 

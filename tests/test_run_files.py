@@ -10,10 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests.conftest import ROOT
-from tests.run_files import Runner
 
 NAP = f"1000.{os.getpid()}"
 """Seconds, by which this process's sleepers are known."""
@@ -34,14 +31,24 @@ def make(folder: Path, *names: str) -> list[Path]:
     return files
 
 
-def run(files: list[Path], limit: float, capsys: pytest.CaptureFixture[str]) -> tuple[int, list[str]]:
-    code = Runner(["-q", "-p", "no:cacheprovider"], limit).run(files)
-    return code, capsys.readouterr().out.splitlines()
+def command(files: list[Path], limit: float) -> list[str]:
+    script = f"""if True:
+        import pathlib, sys
+        from tests.run_files import Runner
+        files = map(pathlib.Path, {[str(file) for file in files]})
+        sys.exit(Runner(["-q", "-p", "no:cacheprovider"], {limit}).run([*files]))
+    """
+    return [sys.executable, "-c", script]
 
 
-def test_failing_and_crashing_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def run(files: list[Path], limit: float) -> tuple[int, list[str]]:
+    done = subprocess.run(command(files, limit), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return done.returncode, done.stdout.splitlines()
+
+
+def test_failing_and_crashing_files(tmp_path: Path) -> None:
     names = ["good", "bad", "once", "crashing"]
-    code, lines = run(make(tmp_path, *names), 120, capsys)
+    code, lines = run(make(tmp_path, *names), 120)
     first = [line for line in lines[: lines.index("")] if re.match(r" +\d+ s  ", line)]
     ended = {name: [line.split(": ", 1)[1] for line in first if f"test_{name}.py" in line] for name in names}
     assert len(ended["good"]) == 1 and ended["good"][0].startswith("1 passed")
@@ -54,8 +61,8 @@ def test_failing_and_crashing_files(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert [found and found[1] for found in failed] == ["bad", "crashing"]
 
 
-def test_a_hanging_file_is_ended_with_what_it_started(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, lines = run(make(tmp_path, "hanging"), 6, capsys)
+def test_a_hanging_file_is_ended_with_what_it_started(tmp_path: Path) -> None:
+    code, lines = run(make(tmp_path, "hanging"), 6)
     assert lines[0].endswith("ended by SIGKILL; once more") and lines[1].endswith("ended by SIGKILL")
     assert code == 1 and "1 failed, 1 run once more" in lines[-2]
     end = time.monotonic() + 10  # a killed process is there until it has had a turn to end
@@ -65,9 +72,8 @@ def test_a_hanging_file_is_ended_with_what_it_started(tmp_path: Path, capsys: py
 
 
 def test_an_interrupt_ends_the_processes(tmp_path: Path) -> None:
-    (file,) = make(tmp_path, "hanging")
-    script = f"from pathlib import Path; from tests.run_files import Runner; Runner([]).run([Path({str(file)!r})])"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE)
+    files = make(tmp_path, "hanging")
+    process = subprocess.Popen(command(files, 120), cwd=ROOT, stderr=subprocess.PIPE)
     end = time.monotonic() + 60
     while not sleeping() and time.monotonic() < end:
         time.sleep(0.1)

@@ -6,18 +6,15 @@ import errno
 import fcntl
 import io
 import logging
-import multiprocessing
 import os
+import queue
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from multiprocessing import resource_tracker
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,7 +193,9 @@ class StepSaver:
         # It plans anew until two plans in a row were the same.
         self.strategy = TorchDistSaveShardedStrategy(cached_metadata=True)
         self.planned = False
-        _start_writers_helper()
+        # Megatron's writer hands its results over within this process. The queue that it makes itself is for those of
+        # another process, and is one more process, which takes seconds to start and half a gigabyte.
+        filesystem_async._results_queue = queue.SimpleQueue()
 
     def begin(self, iteration: int, run: dict[str, Any]) -> PendingStep:
         """Start writing one step, whose `finish` must be called before the next one is started.
@@ -462,34 +461,3 @@ def _load(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: cannot be loaded ({type(reason).__name__}: {first_line(reason)})") from None
     except (CheckpointingException, OSError, EOFError) as error:
         raise UserError(f"{folder}: cannot be loaded ({first_line(error)})") from None
-
-
-def _start_writers_helper() -> None:
-    """Start the process that Megatron's writer hands its results to, deaf to the signals that end a run.
-
-    A scheduler or a shell may send those to every process of a job, and without its helper the last save would fail.
-    Where Megatron starts it, it outlives a run that is killed, with half a gigabyte.
-    """
-    if filesystem_async._results_queue is not None:
-        return
-    resource_tracker.ensure_running()  # it unblocks the signals, so it must not be started in between
-    deaf_to = (signal.SIGINT, signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf_to)
-    try:
-        manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-        manager.start(_end_with_parent)
-        filesystem_async._results_queue = manager.Queue()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it has ended, however it did."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()

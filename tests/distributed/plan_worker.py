@@ -1,16 +1,9 @@
-"""What one training step of several models at several layouts really takes and sends, measured on each process.
-
-    python -m torch.distributed.run --standalone --nproc-per-node N -m tests.distributed.plan_worker FOLDER
-
-runs every case of FOLDER/cases.json, a list of {"name", "config", "teacher", "settings"}, in one world, and leaves
-NAME.RANK.json. A teacher is a config too, or null.
-"""
+"""One of several processes that measure what a training step of a model at a layout really takes and sends."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mha2mla_megatron.architecture import parse_architecture
-from mha2mla_megatron.model.parallel import initialize_parallel, shut_down_parallel
+from mha2mla_megatron.model.parallel import initialize_parallel
 from mha2mla_megatron.settings import load_settings
 from mha2mla_megatron.training.config import FinetuneSettings
 from mha2mla_megatron.training.distillation import Distillation
@@ -118,13 +111,9 @@ def measure(config: dict[str, Any], words: list[str], teacher: dict[str, Any] | 
     }
 
 
-def main(folder: Path) -> None:
-    for case in json.loads((folder / "cases.json").read_text()):
-        found = measure(case["config"], case["settings"], case["teacher"])
-        (folder / f"{case['name']}.{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
-        gc.collect()
-    shut_down_parallel()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def run(case: dict[str, Any], folder: Path) -> None:
+    """Measure a case, {"name", "config", "teacher", "settings"}, into folder/NAME.RANK.json. A teacher is a config too,
+    or None."""
+    found = measure(case["config"], case["settings"], case["teacher"])
+    (folder / f"{case['name']}.{torch.distributed.get_rank()}.json").write_text(json.dumps(found))
+    gc.collect()

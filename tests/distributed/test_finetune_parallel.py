@@ -20,6 +20,8 @@ import torch
 from mha2mla_megatron.checkpoint.megatron import read_best, read_latest
 from mha2mla_megatron.checkpoint.rotation import saved_steps
 from tests.conftest import ROOT, children, make_llama, run_tool
+from tests.distributed import finetune_worker
+from tests.distributed.worlds import run_world
 from tests.finetune_cases import (
     checkpoint_tensors,
     exported,
@@ -106,7 +108,7 @@ def results(workspace: Path) -> Path:
 
     def add(name: str, model: str, *words: str, fault: str | None = None) -> None:
         argv = run_words(workspace, model, folder / name, *SCHEDULE, *words)
-        runs.append({"name": name, "argv": argv, "fault": fault, "rank": 1})
+        runs.append((name, argv, fault, 1, folder))
 
     for model in MODELS:
         single = finetune(workspace, model, folder / f"{model}-single", *SCHEDULE)
@@ -131,11 +133,8 @@ def results(workspace: Path) -> Path:
     add("nan-stop", "mla", "save_interval=1", *LAYOUTS["dp2"], fault="nan")
     add("bad-batch", "mla", "global_batch_size=2")
     add("bad-data", "mla", "data.train=/nowhere/text")
-    (folder / "runs.json").write_text(json.dumps(runs))
-    done = subprocess.run(
-        [*LAUNCHER, "-m", "tests.distributed.finetune_worker", str(folder)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    runs.sort(key=lambda run: [word for word in run[1] if word.startswith("parallel.")])
+    run_world(2, folder, finetune_worker.run, runs)
     return folder
 
 
@@ -269,7 +268,7 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     words = run_words(workspace, "mla", root, *SCHEDULE, *LONG)
     with under_torchrun(root, output, "--max-restarts", "1", str(ROOT / "tools" / "finetune.py"), *words) as torchrun:
         worker = children(torchrun.pid, "finetune.py")[-1]
-        helpers = children(worker, "spawn_main")
+        started = children(worker, "")
         os.kill(worker, signal.SIGKILL)
         code = torchrun.wait(PATIENCE)
     assert code == 0, output.read_text()
@@ -279,7 +278,7 @@ def test_under_torchrun_a_killed_process_has_all_start_again_and_go_on(
     expected, found = (checkpoint_tensors(folder, 24) for folder in (results / "unbroken", root))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert helpers and not any(command_line(helper) for helper in helpers)
+    assert not any(command_line(process) for process in started)
 
 
 def test_a_hung_process_ends_the_others(workspace: Path, tmp_path: Path) -> None:

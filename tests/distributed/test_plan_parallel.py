@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ import torch
 from mha2mla_megatron.config import LowRankConfig, MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.layout_plan.schedule import backward_passes
 from mha2mla_megatron.model.parallel import ParallelConfig
-from tests.conftest import ROOT, run_tool
+from tests.conftest import run_tool
+from tests.distributed import plan_worker
+from tests.distributed.worlds import run_world
 from tests.megatron_cases import original_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's kernels keep")
@@ -124,12 +124,8 @@ def test_one_step(tmp_path: Path, processes: int) -> None:
             "plan", tmp_path / "run.yaml", f"model={tmp_path / name}", f"gpus={processes}", "device=cpu", *settings,
             f"output={tmp_path / name}.plan.json",
         )  # fmt: skip
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*launcher, "-m", "tests.distributed.plan_worker", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    cases.sort(key=lambda case: [word for word in case["settings"] if word.startswith("parallel.")])
+    run_world(processes, tmp_path, plan_worker.run, [(case, tmp_path) for case in cases])
     for name in CASES[processes]:
         plan = json.loads((tmp_path / f"{name}.plan.json").read_text())
         for rank in range(processes):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -17,8 +16,5 @@ def run(tool: str, argv: list[str], unread: int | None = None) -> None:
 
     Raises AssertionError with what the tool said where it fails.
     """
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = (
-        str(number) for number in (torch.distributed.get_rank(), torch.distributed.get_world_size())
-    )
     with patch.object(CachedSource, "of_sample", None) if unread == torch.distributed.get_rank() else nullcontext():
         run_tool(tool, *argv)

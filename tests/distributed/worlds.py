@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,9 @@ from tests.forks import exit_codes, fork
 def run_world(size: int, folder: Path, job: Callable[..., None], runs: list[tuple[Any, ...]]) -> None:
     """Start `size` processes, which call `job`, a function of an importable module, with each of `runs` in turn.
 
+    Runs at one layout belong together: each change of it leaves gloo's threads of the one before, and with hundreds of
+    them every message is slow.
+
     Raises AssertionError with the tracebacks of those that failed.
     """
     store = folder / f"store-{size}-{job.__name__}"
@@ -27,6 +31,7 @@ def run_world(size: int, folder: Path, job: Callable[..., None], runs: list[tupl
 
 
 def _work(rank: int, size: int, store: Path, job: Callable[..., None], runs: list[tuple[Any, ...]]) -> None:
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(size)  # as torchrun does
     try:
         world = torch.distributed.FileStore(str(store), size)
         torch.distributed.init_process_group("gloo", store=world, rank=rank, world_size=size)
