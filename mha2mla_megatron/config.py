@@ -262,8 +262,9 @@ def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:
 def describe_conversion(values: dict[str, Any]) -> str:
     """The settings that decide shapes, of `dataclasses.asdict` of a resolved MHA2MLAConfig."""
     low_rank = values["low_rank"]
+    rope = values["partial_rope"]
     numbers = {
-        "qk_rope_head_dim": values["partial_rope"]["qk_rope_head_dim"],
+        **{key: rope.get(key) for key in ("qk_rope_head_dim", "qk_nope_head_dim")},
         **{key: low_rank.get(key) for key in ("kv_lora_rank", "k_lora_rank")},
     }
     words = [f"{key} {_same(value)}" for key, value in numbers.items() if value is not None]

@@ -49,7 +49,7 @@ class AllocationSettings:
     """Smallest r of a layer."""
 
     max_rope: int | None = None
-    """Largest r of a layer. None: d, of shared rotated keys d/2."""
+    """Largest r of a layer. None: d, of shared rotated keys without qk_nope_head_dim d/2."""
 
     min_rank: int = 1
     """Smallest c of a layer; rounded up to a multiple."""

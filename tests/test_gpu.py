@@ -13,6 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from tests.conftest import ROOT, make_tokenizer, run_tool
 from tests.finetune_cases import exported, finetune, losses, make_workspace, run_words, write_tokens
+from tests.test_shared_rope import convert, make_model
 
 
 @pytest.mark.gpu
@@ -92,6 +93,28 @@ def test_settings_train_alike_in_both_implementations(tmp_path: Path, words: lis
     errors = {name: (tensors[name].float() - t.float()).norm() / t.float().norm() for name, t in exact.items()}
     # 0.004 was seen; a tensor that is not trained, or trained twice, differs by more than 0.1.
     assert max(errors.values()) < 0.02, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("words", [[], ["recompute=latent"], ["cuda_graph=true"]], ids=["plain", "latent", "graph"])
+def test_wide_queries_and_keys_train_alike_in_both_implementations(
+    tmp_path: Path, text: Path, words: list[str]
+) -> None:
+    """Of r + d dims, beside values of d: bf16 and two ways of the same layer."""
+    original, statistics = make_model(tmp_path, text)
+    wide = ["partial_rope.shared=true", "partial_rope.qk_rope_head_dim=[0,8,16]", "partial_rope.qk_nope_head_dim=16"]
+    convert(original, tmp_path / "mla", statistics, *wide, "low_rank.method=joint", "low_rank.kv_lora_rank=24")
+    run_tool("convert_hf_to_megatron", tmp_path / "mla", tmp_path / "mla-megatron")
+    write_tokens(tmp_path / "text")
+    (tmp_path / "settings.yaml").write_text("")
+    expected, got = (
+        losses(finetune(tmp_path, "mla", tmp_path / name, *SHORT_RUN, *more, own_process=True))
+        for name, more in (
+            ("local", ["implementation=local"]), ("te", ["implementation=transformer_engine", *words]),
+        )
+    )  # fmt: skip
+    assert got == pytest.approx(expected, rel=1e-2)
 
 
 @pytest.mark.gpu

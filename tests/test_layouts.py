@@ -55,7 +55,7 @@ WORLDS: dict[int, list[dict[str, Any]]] = {
         dict(tp=2, sp=True, fused=True, micro=2, recompute="latent", only="split"),
         dict(pp=2), dict(pp=2, stages="Et*5|t*3L"), dict(pp=2, vpp=2),
         dict(pp=2, vpp=4, recompute="full", only="original"),
-        dict(cp=2), dict(cp=2, recompute="selective", only="joint"),
+        dict(cp=2), dict(cp=2, recompute="selective", only="shared"),
         dict(), dict(reduce=False, only="split"), dict(gather=True), dict(micro=2, gather=True, only="joint"),
         dict(tp=2, only="shared"), dict(tp=2, sp=True, only="shared"), dict(tp=2, fused=True, micro=2, only="shared"),
         dict(tp=2, sp=True, fused=True, micro=2, recompute="latent", only="shared"),

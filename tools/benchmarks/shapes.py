@@ -56,9 +56,11 @@ CONVERSIONS = {
     "mla-87.5": ("joint", 8),
     "split-68.75": ("split", 4),
     "shared-68.75": ("joint", 2),
+    "wide-68.75": ("joint", 2),
 }
 """What is converted how, by the cache that it saves in percent: uniform r = d/8, and latents of G d / this number; of
-shared rotated keys r = 3d/8, and latents of as many numbers more as these save.
+shared rotated keys r = 3d/8, and latents of as many numbers more as these save; wide: the same beside all d unrotated
+dims.
 
 Every layer has a table of pairs for each head, whatever the strategy that chose them: 2-norm trains at the same speed.
 """
@@ -84,12 +86,15 @@ def conversion(shape: Shape, model: str) -> MHA2MLAConfig:
     """How `original_config` becomes this one of `CONVERSIONS`."""
     method, part = CONVERSIONS[model]
     own, latents = shape.head_dim // 8, shape.groups * shape.head_dim // part
-    if not model.startswith("shared"):
+    if not model.startswith(("shared", "wide")):
         return MHA2MLAConfig(
             PartialRopeConfig(strategy="uniform", qk_rope_head_dim=own),
             LowRankConfig(method=method, kv_lora_rank=latents),
         )
-    rope = PartialRopeConfig(strategy="activation", scores="none", shared=True, qk_rope_head_dim=3 * own)
+    nope = shape.head_dim if model.startswith("wide") else None
+    rope = PartialRopeConfig(
+        strategy="activation", scores="none", shared=True, qk_rope_head_dim=3 * own, qk_nope_head_dim=nope
+    )
     return MHA2MLAConfig(rope, LowRankConfig(method=method, kv_lora_rank=latents + (shape.groups - 3) * own))
 
 

@@ -73,7 +73,7 @@ class BenchmarkSettings:
 
     models: list[str] = field(default_factory=lambda: ["original", "mla-68.75"])
     """Which models: original, mla-68.75, mla-87.5 (joint latents, by the part of the cache saved), split-68.75,
-    shared-68.75 (one rotated key for all heads)."""
+    shared-68.75 (one rotated key for all heads), wide-68.75 (the same beside all d unrotated dims)."""
 
     implementations: list[str] = field(default_factory=lambda: ["auto"])
     """Which are timed: those of `implementation` in tools/finetune.py, with +graph, +fp8, +latent, +full, +teacher for
