@@ -112,6 +112,10 @@ class Architecture:
         assert self.mla is not None
         return self.mla.layout(layer, *self.heads)
 
+    def qk_head_dim(self, layer: int) -> int:
+        """Dims of a query or key head; those of a value head are d."""
+        return self.head_dim if self.mla is None else self.layout(layer).qk_head_dim
+
     def experts_of(self, layer: int) -> Experts | None:
         """Those that the layer has for its feed-forward; None where that is dense."""
         return self.experts if self.experts is not None and layer in self.experts.layers else None

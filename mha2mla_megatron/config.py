@@ -81,6 +81,12 @@ class PartialRopeConfig:
         r = head_dim // 16 * 2
         return min(num_key_value_heads * r, head_dim // 4 * 2) if self.shared else r
 
+    def layout(
+        self, heads: tuple[int, int, int, int], r: int, method: str, c: int | None, k: int | None
+    ) -> LatentLayout:
+        """A layer's shapes at this r and these ranks. heads: h, H, G, d."""
+        return LatentLayout(*heads, r, method, c, k, bool(self.shared), self.qk_nope_head_dim or 0)
+
     def resolve(self, num_key_value_heads: int, head_dim: int) -> PartialRopeConfig:
         """The same with nothing left open for heads of this number and size."""
         strategy, r = self.chosen_strategy, self.qk_rope_head_dim
@@ -247,8 +253,7 @@ class MHA2MLAConfig:
         assert r is not None, "the config is not resolved"
         c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))
         heads = hidden_size, num_attention_heads, num_key_value_heads, head_dim
-        rope = self.partial_rope
-        return LatentLayout(*heads, r, self.low_rank.method, c, k, bool(rope.shared), rope.qk_nope_head_dim or 0)
+        return self.partial_rope.layout(heads, r, self.low_rank.method, c, k)
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> MHA2MLAConfig:

@@ -228,8 +228,7 @@ class Planner:
         """c None: nothing factored."""
         mla = self.converter.mla
         method = "none" if c is None else mla.low_rank.method
-        rope = mla.partial_rope
-        return LatentLayout(*self.original.heads, r, method, c, k, bool(rope.shared), rope.qk_nope_head_dim or 0)
+        return mla.partial_rope.layout(self.original.heads, r, method, c, k)
 
     def _ranks(self, r: int) -> list[int]:
         """Multiples within the bounds that a layer with this r can have, of split for both latents."""

@@ -32,6 +32,12 @@ KEY_WIDTHS = {"split": [8, 16, 0, 4], "joint": [6, 8, 0, 12]}
 """Of what keys are made in each: a latent of their own, a part of it or all; nothing where everything is rotated."""
 
 
+SHARED_KEYS: dict[str, Any] = dict(
+    shared=True, qk_nope_head_dim=12, strategy="activation", scores="statistics.safetensors"
+)
+"""Of PartialRopeConfig: one rotated key for all heads, which only statistics give, beside at least 12 dims of each."""
+
+
 def original_config(**changes: Any) -> dict[str, Any]:
     """The config.json of a Llama."""
     sizes = dict(
@@ -47,9 +53,8 @@ def converted_config(method: str, shared: bool = False, **changes: Any) -> dict[
     times = changes.get("num_hidden_layers", 4) // 4
     key_widths = KEY_WIDTHS.get(method)
     rope = PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times)
-    if shared:  # from statistics alone
-        own = dict(shared=True, qk_nope_head_dim=12)
-        rope = dataclasses.replace(rope, **own, strategy="activation", scores="statistics.safetensors")
+    if shared:
+        rope = dataclasses.replace(rope, **SHARED_KEYS)
         key_widths = key_widths and [width or 5 for width in key_widths]
     low_rank = LowRankConfig(
         method=method,

@@ -79,15 +79,15 @@ class ForwardPass:
         """Hidden states between two layers."""
         return self.split_tokens * self.architecture.hidden_size * self.element_size
 
-    def _key_dim(self, layer: int) -> int:
-        """Dims of a query or key head; those of a value head are d."""
-        architecture = self.architecture
-        return architecture.head_dim if architecture.mla is None else architecture.layout(layer).qk_head_dim
-
     def keys_and_values(self, layer: int) -> int:
         """Of this rank's tokens: [s, B, G/t, dims] both."""
         _, groups = self._heads
-        return self.tokens * groups * (self._key_dim(layer) + self.architecture.head_dim) * self.element_size
+        return (
+            self.tokens
+            * groups
+            * (self.architecture.qk_head_dim(layer) + self.architecture.head_dim)
+            * self.element_size
+        )
 
     @property
     def gathers_keys(self) -> bool:
@@ -250,7 +250,7 @@ class ForwardPass:
         """Query, key, value. The value of an original model is a view of the whole projection [H + 2G heads]."""
         heads, groups = self._heads
         value = groups if self.architecture.mla is not None else heads + 2 * groups
-        numbers = (heads + groups) * self._key_dim(layer) + value * self.architecture.head_dim
+        numbers = (heads + groups) * self.architecture.qk_head_dim(layer) + value * self.architecture.head_dim
         return self.tokens * numbers * self.element_size
 
     def _core(self, layer: int) -> int:
@@ -258,7 +258,7 @@ class ForwardPass:
         head, and the softmax [B, H, s, S] in float32, its copy in bf16, and the causal mask."""
         heads, groups = self._heads
         d, e = self.architecture.head_dim, self.element_size
-        of_keys = self._key_dim(layer)
+        of_keys = self.architecture.qk_head_dim(layer)
         query = self.tokens * heads * of_keys * e
         if self.transformer_engine:
             return query + self._keys_and_values_kept(layer) + self.tokens * heads * FLOAT32
@@ -304,7 +304,10 @@ class ForwardPass:
         if experts is not None:
             mlp += 2 * self.tokens * experts.num_experts_per_tok * self.architecture.hidden_size * e
         attention = (
-            2 * self.tokens * ((heads + groups) * self._key_dim(layer) + groups * self.architecture.head_dim) * e
+            2
+            * self.tokens
+            * ((heads + groups) * self.architecture.qk_head_dim(layer) + groups * self.architecture.head_dim)
+            * e
         )
         if not self.transformer_engine:
             attention += self._scores * (2 * FLOAT32 + e)

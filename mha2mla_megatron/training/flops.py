@@ -39,8 +39,7 @@ def training_flops(architecture: Architecture, sequence_length: int) -> float:
         weights -= len(experts.layers) * idle * 3 * architecture.hidden_size * experts.intermediate_size
     d, products = architecture.head_dim, 0.0
     for layer in range(architecture.num_layers):
-        of_keys = d if architecture.mla is None else architecture.layout(layer).qk_head_dim
-        products += _mean_seen(architecture.window(layer), sequence_length) * (of_keys + d)
+        products += _mean_seen(architecture.window(layer), sequence_length) * (architecture.qk_head_dim(layer) + d)
     return 6 * weights + 3 * 2 * products * architecture.num_attention_heads
 
 

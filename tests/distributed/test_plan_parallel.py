@@ -18,7 +18,7 @@ from mha2mla_megatron.model.parallel import ParallelConfig
 from tests.conftest import run_tool
 from tests.distributed import plan_worker
 from tests.distributed.worlds import run_world
-from tests.megatron_cases import original_config
+from tests.megatron_cases import SHARED_KEYS, original_config
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the CPU's kernels keep")
 
@@ -93,8 +93,7 @@ def model_config(kind: str) -> dict[str, Any]:
     rope, method = PartialRopeConfig(qk_rope_head_dim=[0, 4, 16, 8]), kind
     if kind == "shared":
         method = "joint"
-        own = dict(shared=True, qk_nope_head_dim=12)
-        rope = dataclasses.replace(rope, **own, strategy="activation", scores="statistics.safetensors")
+        rope = dataclasses.replace(rope, **SHARED_KEYS)
     mla = MHA2MLAConfig(rope, LowRankConfig(method=method, kv_lora_rank=[24, 16, 20, 8]))
     config = original_config(**sizes, tie_word_embeddings=kind == "joint", qk_norm=kind == "value")
     return {**config, "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}
