@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ import torch
 from mha2mla_megatron import errors
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def load_script(file: Path) -> Any:
+    """A script that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location("_".join(file.relative_to(ROOT).with_suffix("").parts), file)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_tool(
@@ -31,10 +41,7 @@ def run_tool(
     if own_process:
         done = subprocess.run([sys.executable, str(file), *argv], capture_output=True, text=True, cwd=ROOT)
     else:
-        spec = importlib.util.spec_from_file_location(f"tools_{tool}", file)
-        assert spec is not None and spec.loader is not None
-        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_script(file)
         out, err, code = io.StringIO(), io.StringIO(), 0
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:

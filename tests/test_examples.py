@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import os
 import shlex
@@ -11,11 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.conftest import make_llama, make_tokenizer, run_tool
+from tests.conftest import load_script, make_llama, make_tokenizer, run_tool
 
 ROOT = Path(__file__).resolve().parents[1]
 BASH = shutil.which("bash") or "/bin/bash"
@@ -140,14 +138,6 @@ def test_shell_script_parses(script: Path) -> None:
     assert script.read_text().startswith("#!")
 
 
-def quickstart_module() -> Any:
-    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "examples" / "quickstart.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 class OnceAsProcess:
     """In the place of `subprocess`: the first run of a script is a process, later ones of a tool are in this one."""
 
@@ -166,7 +156,7 @@ class OnceAsProcess:
 @pytest.mark.slow
 def test_quickstart_on_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every stage of the quickstart, its table and its picture; the model is a random one with the same heads."""
-    quickstart, scripts = quickstart_module(), OnceAsProcess()
+    quickstart, scripts = load_script(ROOT / "examples" / "quickstart.py"), OnceAsProcess()
     monkeypatch.setattr(quickstart, "subprocess", scripts)
     monkeypatch.setattr(sys, "argv", ["quickstart.py", str(tmp_path / "out"), "0.01"])
     config = {"num_attention_heads": 9, "hidden_size": 576, "head_dim": 64, "num_hidden_layers": 2}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import yaml
 
 from mha2mla_megatron import errors
-from tests.conftest import PROSE, ROOT, make_tokenizer
+from tests.conftest import PROSE, ROOT, load_script, make_tokenizer
 
 MIX = ROOT / "examples" / "data" / "paper_mix.yaml"
 PAPER = {
@@ -25,11 +23,7 @@ PAPER = {
 
 
 def prepare(*words: object) -> None:
-    spec = importlib.util.spec_from_file_location("prepare", ROOT / "examples" / "data" / "prepare.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["prepare"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    errors.run_tool(module.main, [str(word) for word in words])
+    errors.run_tool(load_script(ROOT / "examples" / "data" / "prepare.py").main, [str(word) for word in words])
 
 
 @pytest.fixture
