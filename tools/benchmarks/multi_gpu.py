@@ -62,6 +62,9 @@ TARGETS = {2: 0.95, 4: 0.90, 8: 0.90}
 
 TENSOR_TARGET = 0.85
 
+ACCUMULATED = "4 micro batches"
+"""A step of so many, as the name says, beside those of one: what happens once a step weighs less in it."""
+
 
 @dataclass(frozen=True)
 class MultiGpuSettings:
@@ -369,6 +372,8 @@ class Plan:
                         micro, batches, seconds = None, {"weak": 1}, 9.0
                         if size == 1:
                             batches["strong"], seconds = self.size, 9 + 1.5 * self.size
+                        if shape == "7B" and part == "scaling" and (size == 1 or layout.get("tp", 1) > 1):
+                            batches[ACCUMULATED], seconds = 4, seconds + 6
                         if layout.get("pp", 1) > 1:
                             micro, batches = 1, {"weak": 8}
                         report = self._trained(part, shape, kind, size, name)
@@ -415,7 +420,8 @@ class Plan:
         spread = (max(ms) - min(ms)) / statistics.median(ms)
         text = f"{name}: {rate:,.0f} tokens/s, {statistics.median(ms):.1f} ms a step, spread {spread:.0%}"
         verdict, numbers = "", {}
-        single = self.rates.get((shape, kind, "one GPU weak", 1))
+        alike = name if name == ACCUMULATED else "weak"
+        single = self.rates.get((shape, kind, f"one GPU {alike}", 1))
         if size > 1 and single is not None:
             numbers["efficiency"] = efficiency = rate / (size * single)
             text += f"; {efficiency:.3f} of {size} x one GPU"

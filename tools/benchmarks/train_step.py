@@ -85,6 +85,9 @@ class BenchmarkSettings:
     steps: int = 9
     """Timed steps of each round."""
 
+    micro_batches: int = 1
+    """Whose gradients are added up in a step."""
+
     rounds: int = 2
     """Times that models and implementations take turns."""
 
@@ -175,13 +178,13 @@ def _error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return ((logits.float() - exact).norm() / exact.norm()).item()
 
 
-def run_settings(shape: Shape, word: str) -> FinetuneSettings:
-    """Of a run with this one of `implementations`."""
+def run_settings(shape: Shape, word: str, micro_batches: int = 1) -> FinetuneSettings:
+    """Of a run with this one of `implementations`, and so many micro batches a step."""
     implementation, *options = word.split("+")
     return FinetuneSettings(
         steps=10_000,
         micro_batch_size=shape.micro_batch_size,
-        global_batch_size=shape.micro_batch_size,
+        global_batch_size=shape.micro_batch_size * micro_batches,
         implementation=implementation,
         data=DataSettings(sequence_length=shape.sequence_length),
         **{key: value for option in options for key, value in OPTIONS[option].items()},
@@ -234,7 +237,7 @@ def training_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def peer_step(shape: Shape, model: str, compiled: bool, device: torch.device) -> Callable[[], Any]:
+def peer_step(shape: Shape, model: str, compiled: bool, micro_batches: int, device: torch.device) -> Callable[[], Any]:
     """The same of a model in transformers, all of it in bf16."""
     import dataclasses
 
@@ -257,9 +260,10 @@ def peer_step(shape: Shape, model: str, compiled: bool, device: torch.device) ->
     batch = next(random_batches(shape, device))
 
     def step() -> None:
-        # transformers shifts the labels itself.
-        loss = forward(input_ids=batch["tokens"], labels=batch["tokens"], use_cache=False).loss
-        loss.backward()
+        for _ in range(micro_batches):
+            # transformers shifts the labels itself.
+            loss = forward(input_ids=batch["tokens"], labels=batch["tokens"], use_cache=False).loss
+            (loss / micro_batches).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -363,15 +367,17 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
         for run in runs:
             implementation, model = run
             if implementation in PEERS:
-                make = partial(peer_step, shape, model, implementation == "transformers_compiled", device)
+                compiled = implementation == "transformers_compiled"
+                make = partial(peer_step, shape, model, compiled, settings.micro_batches, device)
             else:
-                wanted = run_settings(shape, implementation)
+                wanted = run_settings(shape, implementation, settings.micro_batches)
                 make = partial(training_step, make_architecture(shape, model), shape, wanted, device)
             try:
                 last[run] = timed_steps(make, settings.steps, settings.profile * (turn == settings.rounds - 1))
                 if run in teachers:
-                    alone = partial(teacher_forward, shape, run_settings(shape, implementation), device)
-                    teachers[run] += timed_steps(alone, settings.steps, 0)["ms"]
+                    alone = partial(teacher_forward, shape, wanted, device)
+                    forward = timed_steps(alone, settings.steps, 0)["ms"]  # of one micro batch
+                    teachers[run] += [settings.micro_batches * ms for ms in forward]
             except torch.cuda.OutOfMemoryError:
                 print(f"  {name:<5} {implementation:<27} {model:<11} does not fit", flush=True)
                 continue
@@ -381,8 +387,9 @@ def speed(name: str, settings: BenchmarkSettings, ceiling: float, device: torch.
         if not times:
             continue
         ms = statistics.median(times)
-        rate, flops = 1000 * shape.tokens / ms, 1000 * step_flops(shape, model) / ms
-        row = {"shape": name, "implementation": implementation, "model": model, "ms": ms,
+        batches = settings.micro_batches
+        rate, flops = 1000 * batches * shape.tokens / ms, 1000 * batches * step_flops(shape, model) / ms
+        row = {"shape": name, "implementation": implementation, "model": model, "micro_batches": batches, "ms": ms,
                "spread": (max(times) - min(times)) / ms, "tokens_per_second": rate, "flops": flops,
                "mfu": flops / ceiling, **{k: last[implementation, model][k] for k in ("GiB", "kernels")}}  # fmt: skip
         rows.append(row)
