@@ -94,7 +94,7 @@ def test_the_table_is_what_the_tools_give(tmp_path: Path, workspace: Path, finis
     assert sorted(found) == sorted(TABLE)
     assert found["ours -50 %"]["cache_fraction"] <= 0.5 and found["original"]["cache_fraction"] == 1
     assert found["paper -50 %"]["cache_elements"] == 2 * 4 + 24
-    stages_before = {"second stage, fine-tuned": 2, "second stage, distilled": 2}
+    stages_before = {"second stage": 1, "second stage, fine-tuned": 2, "second stage, distilled": 2}
     for name, one in found.items():
         runs = stages_before.get(name, int(name.endswith(("tuned", "distilled"))))
         assert one["tokens"] == runs * STEPS * 4 * 32, name
@@ -173,6 +173,32 @@ def test_a_run_stays_until_nobody_learns_from_it(tmp_path: Path, workspace: Path
     done = run_tool("quality_table", tmp_path / "table.yaml", words[1])
     assert "original, fine-tuned: fine-tune" not in done.stdout, "its teacher was there"
     assert not list((tmp_path / "out" / "work").glob("run_*"))
+
+
+def test_a_fine_tuned_original_is_calibrated_before_it_is_converted(
+    tmp_path: Path, workspace: Path, finished: Path
+) -> None:
+    """As by the commands, by hand."""
+    config = yaml.safe_load((workspace / "table.yaml").read_text())
+    row = {**config["rows"]["ours -50 %"], "from": "original, fine-tuned", "finetune": False, "distill": False}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump({**config, "rows": {"tuned first": row}, "tasks": []}))
+    shutil.copytree(finished, tmp_path / "out")
+    run_tool("quality_table", tmp_path / "table.yaml", f"out={tmp_path / 'out'}", "only=[tuned first]")
+    found = results(tmp_path / "out")["tuned first"]
+    assert found["tokens"] == STEPS * 4 * 32
+
+    run_tool("convert_hf_to_megatron", workspace / "model", tmp_path / "megatron")
+    (tmp_path / "finetune.yaml").write_text(yaml.safe_dump(config["finetune"]))
+    run_tool("finetune", tmp_path / "finetune.yaml", f"load={tmp_path / 'megatron'}", f"save={tmp_path / 'run'}")
+    run_tool("convert_megatron_to_hf", tmp_path / "run", tmp_path / "tuned")
+    words = [f"{key}={value}" for key, value in config["calibrate"].items()]
+    run_tool("calibrate", tmp_path / "tuned", workspace / "train.jsonl", tmp_path / "s.safetensors", *words)
+    words = ["dtype=float32", "cache_budget=0.5", "allocation.tokens=64", f"statistics={tmp_path / 's.safetensors'}"]
+    run_tool("convert_mha_to_mla", tmp_path / "tuned", tmp_path / "mla", *words)
+    words = ["window=64", "dtype=float32", f"output={tmp_path / 'p.json'}"]
+    run_tool("evaluate_perplexity", tmp_path / "mla", workspace / "heldout.txt", *words)
+    (by_hand,) = json.loads((tmp_path / "p.json").read_text())["results"]
+    assert found["texts"]["held out"]["perplexity"] == by_hand["perplexity"]
 
 
 def test_nothing_is_done_twice_and_results_travel_without_models(

@@ -318,12 +318,19 @@ def test_backends(method: str, backend: str, nbits: int, axis: int) -> None:
 
 @pytest.mark.parametrize("backend", [pytest.param(b, marks=pytest.mark.skipif(not INSTALLED[b], reason=f"no {b} here"))
                                      for b in INSTALLED])  # fmt: skip
-def test_backend_sequences_are_apart(backend: str) -> None:
-    """Reordering moves what is stored; a sequence's values do not depend on its neighbours."""
+@pytest.mark.parametrize("axis", ["token", "channel"])
+def test_backend_sequences_are_apart(backend: str, axis: str) -> None:
+    """Reordering moves what is stored; a sequence is as exact beside neighbours of another size as alone.
+
+    Not equal: HQQ's search of the grids ends when their mean error over all sequences does not fall any more.
+    """
     config = make_model().config
     keys, values = random_rows(3, 1, 11, 5), random_rows(3, 1, 11, 0)
-    layer = quantized_cache(config, backend, nbits=4, residual_length=4).layers[0]
-    alone = quantized_cache(config, backend, nbits=4, residual_length=4).layers[0]
+    keys[1] *= 1000
+    axis_key = {"hqq": {"token": 1, "channel": 0}, "quanto": {"token": 0, "channel": -1}}[backend][axis]
+    layer, alone = (
+        quantized_cache(config, backend, nbits=4, residual_length=4, axis_key=axis_key).layers[0] for _ in range(2)
+    )
     for start, stop in ((0, 8), (8, 9), (9, 11)):
         layer.update(keys[..., start:stop, :], values[..., start:stop, :])
         alone.update(keys[2:, :, start:stop, :], values[2:, :, start:stop, :])
@@ -331,7 +338,11 @@ def test_backend_sequences_are_apart(backend: str) -> None:
     layer.batch_select_indices(torch.tensor([True, False, True]))
     layer.batch_repeat_interleave(2)
     seen = layer.update(keys[[2, 2, 0, 0], :, :1], values[[2, 2, 0, 0], :, :1])[0]
-    assert torch.equal(seen[:2], alone.update(keys[2:, :, :1], values[2:, :, :1])[0].expand(2, -1, -1, -1))
+    wanted = alone.update(keys[2:, :, :1], values[2:, :, :1])[0]
+    exact = torch.cat([keys[[2, 0]], keys[[2, 0], :, :1]], dim=-2)
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[2], seen[3])
+    assert (seen[0] - exact[0]).norm() <= 1.1 * (wanted[0] - exact[0]).norm()
+    assert 0 < (seen[2] - exact[1]).norm() < 0.1 * exact[1].norm()
     with pytest.raises(ValueError, match="cannot remove tokens"):
         layer.crop(-1)
     with pytest.raises(ValueError, match="q_group_size 0"):

@@ -21,69 +21,71 @@ ROWS_PER_BYTE = 8
 """Packing joins at most so many rows (of 1 bit) in a byte, and wants whole bytes."""
 
 
-class _PerSequence(QuantizedLayer):
-    """Quantises each sequence by itself, as a matrix padded to what the backend takes.
+class _Groups(QuantizedLayer):
+    """Quantises all sequences in one call, as a matrix with a group in each row: none holds parts of two sequences.
 
     Groups are as long as `q_group_size` or a little shorter, so that whole groups fill a row (or a column) with next to
-    no padding.
+    no padding. The order of the sequences is kept beside the matrix, whose packing joins rows: it changes without a
+    copy, and lasts until all of it is quantised again.
     """
 
     is_croppable = False
 
-    def _quantize(self, tensor: torch.Tensor, axis: int) -> list[Any]:
-        return [self._quantize_sequence(rows, axis) for rows in tensor]
+    within_row: int
+    """The backend's number of the axis whose groups lie in a row of the tensor."""
 
-    def _dequantize(self, q_tensor: list[Any]) -> torch.Tensor:
-        return torch.stack([self._dequantize_sequence(*sequence) for sequence in q_tensor])
-
-    def _quantize_sequence(self, rows: torch.Tensor, axis: int) -> tuple[torch.Size, Any]:
-        """rows [heads, t, w]. Returns its shape and what the backend made of it, an empty tensor unchanged."""
-        if rows.numel() == 0:
-            return rows.shape, rows
-        matrix = rows.flatten(0, 1)
-        length, width = matrix.shape
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> dict[str, Any]:
+        """tensor [b, heads, t, w]."""
+        if tensor.numel() == 0:
+            return {"empty": tensor}
+        sequences = tensor.flatten(1, 2)
+        length, width = sequences.shape[1:]
         limit = self.q_group_size
-        # Backends number their axes differently: quanto's 0 and HQQ's 1 are groups within a row.
-        within_row = axis == (0 if isinstance(self, QuantoQuantizedLayer) else 1)
-        groups = math.ceil((width if within_row else length) / limit)
-        if within_row:
-            self.q_group_size = math.ceil(width / groups)
-            length, width = _round_up(length), groups * self.q_group_size
+        rows, size = (0, width) if axis == self.within_row else (1, length)
+        count = math.ceil(size / limit)
+        self.q_group_size = math.ceil(size / count)
+        if rows == 0:
+            length, width = _round_up(length), count * self.q_group_size
         else:
-            self.q_group_size = _round_up(math.ceil(length / groups))
-            length = groups * self.q_group_size
-        # Repeated values, unlike zeros, widen no group's range.
-        down, across = (
-            torch.arange(size, device=rows.device).clamp(max=old - 1)
-            for size, old in zip((length, width), matrix.shape, strict=True)
-        )
+            length, width = count * self.q_group_size, _round_up(width)
+        padded = _repeat_last(_repeat_last(sequences, 1, length), 2, width)
+        groups = padded.unflatten(2, (count, -1)) if rows == 0 else padded.unflatten(1, (count, -1)).movedim(2, -1)
         try:
-            return rows.shape, super()._quantize(matrix[down][:, across], axis)  # type: ignore[safe-super]
+            packed = super()._quantize(groups.flatten(0, -2), self.within_row)  # type: ignore[safe-super]
         finally:
             self.q_group_size = limit
+        return {"packed": packed, "groups": groups.shape, "rows": rows, "shape": tensor.shape, "order": None}
 
-    def _dequantize_sequence(self, shape: torch.Size, quantized: Any) -> torch.Tensor:
-        if 0 in shape:
-            return quantized
-        matrix: Any = super()._dequantize(quantized)  # type: ignore[safe-super]
-        return matrix[: shape[0] * shape[1], : shape[2]].reshape(shape)
+    def _dequantize(self, q_tensor: dict[str, Any]) -> torch.Tensor:
+        if "empty" in q_tensor:
+            return q_tensor["empty"]
+        matrix: Any = super()._dequantize(q_tensor["packed"])  # type: ignore[safe-super]
+        groups = matrix.view(q_tensor["groups"])
+        padded = groups.flatten(2) if q_tensor["rows"] == 0 else groups.movedim(-1, 2).flatten(1, 2)
+        _, heads, length, width = q_tensor["shape"]
+        sequences = padded[:, : heads * length, :width].unflatten(1, (heads, length))
+        return sequences if q_tensor["order"] is None else sequences[q_tensor["order"]]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select([i for i in range(len(self._quantized_keys)) for _ in range(repeats)])
+        self._select(lambda sequences: sequences.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(len(self._quantized_keys), device=indices.device)[indices].tolist())
+        self._select(lambda sequences: sequences[indices.to(sequences.device)])
 
-    def _select(self, indices: list[int]) -> None:
-        self._quantized_keys = [self._quantized_keys[i] for i in indices]
-        self._quantized_values = [self._quantized_values[i] for i in indices]
+    def _select(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if not self.is_initialized:
+            return
+        for stored in (self._quantized_keys, self._quantized_values):
+            if "empty" in stored:
+                stored["empty"] = chosen(stored["empty"])
+                continue
+            order = stored["order"]
+            stored["order"] = chosen(torch.arange(stored["shape"][0], device=self.device) if order is None else order)
         if self.keys is not None and self.values is not None and self.keys.dim() > 1:  # emptied, they have one dim
-            self.keys, self.values = self.keys[indices], self.values[indices]
+            self.keys, self.values = chosen(self.keys), chosen(self.values)
 
     def crop(self, tokens_to_remove: int) -> None:
         """transformers' would shorten the window alone and lose count of its tokens."""
@@ -91,12 +93,12 @@ class _PerSequence(QuantizedLayer):
             raise ValueError("crop: the hqq and quanto caches cannot remove tokens; use backend latent")
 
 
-class HQQLatentLayer(_PerSequence, HQQQuantizedLayer):
-    pass
+class HQQLatentLayer(_Groups, HQQQuantizedLayer):
+    within_row = 1
 
 
-class QuantoLatentLayer(_PerSequence, QuantoQuantizedLayer):
-    pass
+class QuantoLatentLayer(_Groups, QuantoQuantizedLayer):
+    within_row = 0
 
 
 LAYERS: dict[str, Callable[..., QuantizedLayer]] = {"hqq": HQQLatentLayer, "quanto": QuantoLatentLayer}
@@ -138,6 +140,12 @@ def quantized_cache(config: Any, backend: str = "quanto", static: bool = False, 
     if settings.get("q_group_size", 1) < 1:
         raise ValueError(f"cache_config: q_group_size {settings['q_group_size']} is not a positive number")
     return cache
+
+
+def _repeat_last(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """As long as `size`: repeated values, unlike zeros, widen no group's range."""
+    places = torch.arange(size, device=tensor.device).clamp(max=tensor.shape[dim] - 1)
+    return tensor.index_select(dim, places)
 
 
 def _round_up(rows: int) -> int:

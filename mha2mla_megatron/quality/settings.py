@@ -47,7 +47,8 @@ class QualitySettings:
     """Name -> conversion settings. Beside them `series`, which rows of several cache sizes share and the picture
     connects (default: the name), `finetune` and `distill`, whether the row is trained so (default: true), or settings
     that differ from those below, and `from`: a trained line of the table above this row, such as "a row, fine-tuned",
-    whose model is converted instead of the original (then without statistics, which are the original's)."""
+    whose model is converted instead of the original: with its own statistics if it is not converted yet, such as
+    "original, fine-tuned", otherwise without any."""
 
     finetune: dict[str, Any] = field(default_factory=dict)
     """Settings of tools/finetune.py for all runs, but load, save and distillation. Empty: nothing is fine-tuned."""
@@ -124,8 +125,13 @@ class Work:
 
     def __init__(self, out: Path, model: str, statistics: str) -> None:
         self.root = out / "work"
-        self.statistics = self.root / f"statistics_{statistics[:12]}.safetensors"
+        self.made_of = statistics
         self.original = self.root / f"original_{model[:12]}_megatron"
+
+    def statistics(self, source: Entry | None) -> Path:
+        """Of the original, or of the fine-tuned original of the line `source`."""
+        name = self.made_of[:12] if source is None else f"{self.made_of[:12]}_{source.key[:12]}"
+        return self.root / f"statistics_{name}.safetensors"
 
     def converted(self, entry: Entry) -> Path:
         return self.root / f"converted_{entry.conversion_key[:12]}"
@@ -155,8 +161,8 @@ def expand(settings: QualitySettings, model_sha256: str, text_sha256: str | None
         source = _trained_line(f"rows.{row}.from", own.pop("from", None), entries)
         conversion = None
         if values is not None:
-            known = settings.calibration_text is not None and source is None
-            given = {"statistics": str(work.statistics)} if known else {}
+            known = settings.calibration_text is not None and (source is None or source.conversion is None)
+            given = {"statistics": str(work.statistics(source))} if known else {}
             given.update({**dict(leaves("base", settings.base)), **dict(leaves(f"rows.{row}", own))})
             conversion = conversion_settings(row, given)
         about = {**(inputs if conversion else {"model": model_sha256}), "conversion": _plain(conversion)}

@@ -102,12 +102,10 @@ class Quality:
         folder = self.work.converted(entry)
         if not (folder / "config.json").exists():
             model = self.model if entry.source is None else self._model(entry.source)
-            if entry.conversion.statistics == str(self.work.statistics) and not self.work.statistics.exists():
+            statistics = self.work.statistics(entry.source)
+            if entry.conversion.statistics == str(statistics) and not statistics.exists():
                 with self._timed(entry, "calibrate"):
-                    calibrate(
-                        self.model, Path(str(self.settings.calibration_text)), self.work.statistics,
-                        self.settings.calibrate,
-                    )  # fmt: skip
+                    calibrate(model, Path(str(self.settings.calibration_text)), statistics, self.settings.calibrate)
             with self._timed(entry, "convert"):
                 convert_model(model, folder, entry.conversion)
         return folder
@@ -151,6 +149,8 @@ class Quality:
         layers = range(architecture.num_layers)
         after = before if entry.conversion is None else sum(architecture.layout(i).cache_elements for i in layers)
         found["cache_elements"], found["cache_fraction"] = after / architecture.num_layers, after / before
+        if entry.training is None and entry.source is not None:
+            found["tokens"] = self.results[entry.source.name]["tokens"]
         for name, text in settings.texts.items():
             if name not in found["texts"]:
                 with self._timed(entry, f"perplexity {name}"):
