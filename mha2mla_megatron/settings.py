@@ -95,9 +95,23 @@ def _to_object(merged: Any) -> Any:
 def _read_yaml(file: Path) -> Any:
     require_file(file)
     try:
-        return OmegaConf.load(file)
+        found = OmegaConf.load(file)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise UserError(f"{file}: cannot be read as YAML ({first_line(error)})") from None
+    if (wrong := _other_than_a_name(found)) is not None:
+        raise UserError(f"{file}: the key {wrong} is not a text; put it into quotes")
+    return found
+
+
+def _other_than_a_name(node: Any, prefix: str = "") -> str | None:
+    """The first key that YAML took for a number, a date or the like."""
+    for key in node if OmegaConf.is_dict(node) else ():
+        if not isinstance(key, str):
+            return f"{prefix}{key} ({type(key).__name__})"
+        # The node, for a value may be an interpolation.
+        if (found := _other_than_a_name(node._get_node(key), f"{prefix}{key}.")) is not None:
+            return found
+    return None
 
 
 def _merge(base: Any, update: Any, source: str) -> Any:

@@ -17,6 +17,7 @@ from mha2mla_megatron.hf.decode_triton_mha2mla import (
     has_triton,
     visible_bounds,
 )
+from mha2mla_megatron.hf.offloaded_cache_mha2mla import OffloadedLatentCache
 from tests.conftest import ROOT, refused, run_cases_in_eight_processes, run_tool, start_cases
 from tests.decode_kernel_cases import TOLERANCES, Case, make_inputs, relative_error
 from tests.kernel_variants import counted_variants
@@ -162,6 +163,25 @@ def test_model_on_the_gpu(method: str) -> None:
         model.config.mla_decode, model.config.mla_kernel = decode, kernel
         results.append(model.generate(prompt, attention_mask=mask, cache_implementation=cache, **GREEDY).tolist())
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_offloaded_rows_come_back_as_they_went() -> None:
+    """Where the GPU is far behind its host: a layer's way back has to wait for its way there."""
+    from tests.test_latent_cache import make_model
+
+    cache = OffloadedLatentCache(make_model().config)
+    rows = torch.randn(4, 3, 2, 1, 1000, 256, device="cuda")  # four steps of three layers
+    seen = []
+    for step in rows:
+        for layer, new in enumerate(step):
+            torch.cuda._sleep(20_000_000)  # about 10 ms
+            seen.append(cache.update(new, -new, layer))
+    for number, (keys, values) in enumerate(seen):
+        step, layer = divmod(number, 3)
+        assert torch.equal(keys, torch.cat(list(rows[: step + 1, layer]), dim=-2)), (step, layer)
+        assert torch.equal(values, -keys)
 
 
 @pytest.mark.gpu

@@ -20,7 +20,7 @@ CODE_FILES = (
     "layout_mha2mla.py", "configuration_mha2mla.py", "modeling_mha2mla.py", "experts_mha2mla.py",
     "decode_mha2mla.py", "decode_triton_mha2mla.py", "decode_packed_mha2mla.py", "quantise_mha2mla.py",
     "quantise_triton_mha2mla.py", "packed_tokens_mha2mla.py", "latent_cache_mha2mla.py", "static_cache_mha2mla.py",
-    "backend_cache_mha2mla.py",
+    "backend_cache_mha2mla.py", "offloaded_cache_mha2mla.py",
 )  # fmt: skip
 CODE_FOLDER = Path(__file__).resolve().parents[1] / "hf"
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

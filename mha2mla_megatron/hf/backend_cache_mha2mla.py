@@ -78,7 +78,8 @@ class _Groups(QuantizedLayer):
     def _select(self, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if not self.is_initialized:
             return
-        for stored in (self._quantized_keys, self._quantized_values):
+        both: tuple[Any, Any] = self._quantized_keys, self._quantized_values
+        for stored in both:
             if "empty" in stored:
                 stored["empty"] = chosen(stored["empty"])
                 continue

@@ -37,6 +37,7 @@ from .decode_mha2mla import (
 )
 from .latent_cache_mha2mla import LatentQuantizedCache
 from .layout_mha2mla import LatentLayout, biased_projections
+from .offloaded_cache_mha2mla import OffloadedLatentCache
 from .static_cache_mha2mla import StaticLatentCache, StaticLatentLayer
 
 
@@ -324,18 +325,28 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Builds the quantised caches of `generate` itself: transformers' layers fail on many shapes, and know no
-        latents."""
-        quantized = generation_config.cache_implementation == "quantized" and generation_config.use_cache is not False
+        """Builds the quantised and the offloaded caches of `generate` itself: transformers' quantised layers fail on
+        many shapes, and know no latents."""
+        own = generation_config.cache_implementation in ("quantized", "offloaded")
+        own = own and generation_config.use_cache is not False
         held = model_kwargs.get("past_key_values")
         if isinstance(held, StaticLatentCache):
             held.require_room(max_cache_length)
-        if quantized and held is not None and generation_config.is_assistant:
+        if own and held is not None and generation_config.is_assistant:
             return  # an assistant's own, of its guesses before; for another caller a cache beside the words is an error
-        if not quantized or held is not None:
+        if not own or held is not None:
             prepare: Callable = super()._prepare_cache_for_generation  # type: ignore[misc]
             prepare(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)
             return
+        if generation_config.cache_implementation == "offloaded":
+            cache: Cache = OffloadedLatentCache(self.config)
+        else:
+            cache = self._quantized_cache(generation_config, max_cache_length)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+
+    def _quantized_cache(self, generation_config: Any, max_cache_length: int) -> Cache:
         settings = cache_settings(generation_config.cache_config)
         if settings.get("static"):
             # As for transformers' static cache: never shorter than before, or the compiled step would be made anew.
@@ -345,9 +356,7 @@ class MHA2MLALlamaForCausalLM(SmolLM3ForCausalLM):
         cache = quantized_cache(self.config, **settings)
         if isinstance(cache, StaticLatentCache):
             cache.require_room(max_cache_length)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        return cache
 
 
 __all__ = ["MHA2MLALlamaForCausalLM", "MHA2MLALlamaModel"]
