@@ -248,6 +248,12 @@ def test_time_up_in_the_middle_of_a_training(
     assert mine["curves"] == whole["curves"] and mine["texts"] == whole["texts"] and mine["tasks"] == whole["tasks"]
 
 
+def test_a_name_that_yaml_takes_for_a_number(tmp_path: Path) -> None:
+    (tmp_path / "table.yaml").write_text("rows:\n  2e-3: {}\n")
+    line = refused("quality_table", tmp_path / "table.yaml")
+    assert line == f"error: {tmp_path}/table.yaml: the key rows.0.002 (float) is not a text; put it into quotes"
+
+
 def test_time_that_is_up_at_once(workspace: Path, tmp_path: Path) -> None:
     """And an empty mapping, which leaves out what the file has: nothing is trained."""
     words = (workspace / "table.yaml", f"out={tmp_path / 'out'}", "rows={}", "finetune={}", "distillation={}")
