@@ -1,13 +1,14 @@
 """One model converted many ways, and the perplexity of each on one text at its cache size.
 
 A row is a conversion; its settings are those common to all (`base`), then its own, then one combination of the grid's
-values; of what is set twice, the later counts. results.json, .csv and .png are written again after each row. Its key is
-a hash of all that its numbers depend on; a row whose key is there already is not run again.
+values; of what is set twice, the later counts. It is measured without a cache, or through each of `caches`.
+results.json, .csv and .png are written again after each measurement. Its key is a hash of all that its numbers depend
+on; one whose key is there already is not made again.
 """
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -31,16 +32,13 @@ from mha2mla_megatron.checkpoint.hf import HFReader
 from mha2mla_megatron.convert import OF_THE_OUTPUT, ConvertSettings, convert_model
 from mha2mla_megatron.data.documents import read_text
 from mha2mla_megatron.errors import UserError, require_one_of
-from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, evaluate_perplexity
-from mha2mla_megatron.files import file_sha256, new_files, write_json
+from mha2mla_megatron.evaluation.cached_perplexity import KINDS, check_options, make_cache
+from mha2mla_megatron.evaluation.perplexity import PerplexitySettings, evaluate_perplexity, read_config
+from mha2mla_megatron.files import file_sha256
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.ranks import require_one_process
 from mha2mla_megatron.settings import load_settings, to_dict
-
-COLUMNS = (
-    "name", "group", "cache_elements", "cache_fraction", "perplexity", "perplexity_standard_error", "ratio",
-    "convert_seconds", "evaluate_seconds", "refused",
-)  # fmt: skip
+from mha2mla_megatron.sweep_results import write_results
 
 
 @dataclass(frozen=True)
@@ -60,12 +58,28 @@ class SweepSettings:
     perplexity: PerplexitySettings = field(default_factory=lambda: PerplexitySettings(dtype="float32"))
     """Of all models, the original's too: in one type, so that rounding is not taken for an effect of the conversion."""
 
+    caches: list[str] = field(default_factory=list)
+    """Caches that every model is measured through: full, int8, int4, int2, hqq8, hqq4, hqq2, quanto4, quanto2; those
+    that the original cannot have are left out for it. Empty: without a cache."""
+
+    cache_options: dict[str, int] = field(default_factory=dict)
+    """Settings of the quantised ones, as in `perplexity`."""
+
     keep_models: bool = False
     """Leave the converted folders in OUT/models."""
 
     def __post_init__(self) -> None:
         if self.perplexity.output is not None:
             raise UserError("perplexity.output: a sweep writes results.json into OUT; leave it unset")
+        if self.perplexity.cache is not None:
+            raise UserError(f"perplexity.cache: a sweep has a list of them, caches=[{self.perplexity.cache}]")
+        for kind in self.caches:
+            require_one_of("caches", kind, KINDS)
+        check_options(self.caches, self.cache_options)
+
+    def options_of(self, cache: str | None) -> dict[str, int]:
+        """Those of `cache_options` that this cache takes: all or none."""
+        return {} if cache in (None, "full") else self.cache_options
 
 
 class Row(NamedTuple):
@@ -77,6 +91,24 @@ class Row(NamedTuple):
 
     def folder(self, key: str) -> str:
         return f"models/{re.sub(r'[^A-Za-z0-9]+', '_', self.name)}_{key[:8]}"
+
+
+class Measurement(NamedTuple):
+    """One model through one cache. row: None for the original. cache: None for none."""
+
+    row: Row | None
+    cache: str | None
+
+    @property
+    def name(self) -> str:
+        return self._with_cache("original" if self.row is None else self.row.name)
+
+    @property
+    def group(self) -> str:
+        return self._with_cache("original" if self.row is None else self.row.group)
+
+    def _with_cache(self, name: str) -> str:
+        return name if self.cache is None else f"{name}, {self.cache}"
 
 
 def expand_rows(settings: SweepSettings) -> list[Row]:
@@ -117,21 +149,35 @@ def sweep(source: Path, text: Path, target: Path, settings: SweepSettings) -> di
         # The others change no number but in its last digits.
         "perplexity": {name: getattr(settings.perplexity, name) for name in ("window", "max_windows", "dtype", "bos")},
     }
-    keys = {row.name: _hash({**inputs, "settings": files.by_content(row.settings)}) for row in rows}
+
+    def key_of(row: Row | None, cache: str | None) -> str:
+        parts: dict[str, Any] = {} if row is None else {"settings": files.by_content(row.settings)}
+        if cache is not None:
+            parts["cache"] = {
+                "kind": cache,
+                "options": settings.options_of(cache),
+                "chunk": settings.perplexity.cache_chunk,
+            }
+        return _hash({**inputs, **parts})
+
+    models = _Models(source, target, {row.name: target / row.folder(key_of(row, None)) for row in rows}, settings)
     done = {entry["key"]: entry for entry in found["rows"] + found["earlier"] if "refused" not in entry}
     first, before = found["original"], original.whole_cache_elements
-    if first.get("key") != _hash(inputs):
+    if first.get("key") != key_of(None, None):
         print("== original", file=sys.stderr, flush=True)
-        first = {"name": "original", "key": _hash(inputs), **_measure(source, text, settings)}
+        first = {"name": "original", "key": key_of(None, None), **_measure(source, text, settings, None)}
         first |= {"cache_elements": before, "cache_fraction": 1.0, "ratio": 1.0}
+    measurements = [Measurement(None, kind) for kind in _caches_of(source, settings)]
+    measurements += [Measurement(row, kind) for row in rows for kind in settings.caches or [None]]
+    keys = {measurement.name: key_of(*measurement) for measurement in measurements}
     entries: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        key = keys[row.name]
-        if key in done and (not settings.keep_models or (target / row.folder(key)).is_dir()):
-            entries[row.name] = done[key] | {"name": row.name, "group": row.group}
+    for measurement in measurements:
+        name, key = measurement.name, keys[measurement.name]
+        if key in done and (measurement.row is None or models.are_enough(measurement.row)):
+            entries[name] = done[key] | {"name": name, "group": measurement.group}
 
     def results() -> dict[str, Any]:
-        shown = [entries[row.name] for row in rows if row.name in entries]
+        shown = [entries[measurement.name] for measurement in measurements if measurement.name in entries]
         return {
             "source": str(source),
             "text": str(text),
@@ -147,61 +193,31 @@ def sweep(source: Path, text: Path, target: Path, settings: SweepSettings) -> di
         }
 
     write_results(target, results())
-    missing = [row for row in rows if row.name not in entries]
+    missing = [measurement for measurement in measurements if measurement.name not in entries]
     progress = Progress("sweep", len(missing), "rows")
-    for number, row in enumerate(missing, start=1):
-        print(f"== row {number} of {len(missing)}: {row.name}", file=sys.stderr, flush=True)
-        entry = {"name": row.name, "group": row.group, "key": keys[row.name], "settings": to_dict(row.settings)}
-        entries[row.name] = entry
-        try:
-            entry |= _run(source, text, target, row, keys[row.name], settings)
-            entry["cache_elements"] = entry["cache_elements_per_token"] / original.num_layers
-            entry["cache_fraction"] = entry["cache_elements"] / before
-            entry["ratio"] = entry["perplexity"] / first["perplexity"]
-        except UserError as error:
-            entry["refused"] = str(error)
-        write_results(target, results())
-        progress.advance()
-        gc.collect()  # models hold cycles, and with them a GPU's memory
+    try:
+        for number, measurement in enumerate(missing, start=1):
+            row, name = measurement.row, measurement.name
+            print(f"== row {number} of {len(missing)}: {name}", file=sys.stderr, flush=True)
+            entry = {"name": name, "group": measurement.group, "cache": measurement.cache, "key": keys[name]}
+            entry["settings"] = None if row is None else to_dict(row.settings)
+            entries[name] = entry
+            try:
+                folder, about = models.of(row)
+                entry |= {"cache_elements_per_token": before * original.num_layers, **about}
+                entry |= _measure(folder, text, settings, measurement.cache)
+                entry["cache_elements"] = entry["cache_elements_per_token"] / original.num_layers
+                entry["cache_fraction"] = entry["cache_elements"] / before
+                entry["ratio"] = entry["perplexity"] / first["perplexity"]
+            except UserError as error:
+                entry["refused"] = str(error)
+            write_results(target, results())
+            progress.advance()
+            gc.collect()  # models hold cycles, and with them a GPU's memory
+    finally:
+        models.close()
     progress.close()
     return results()
-
-
-def write_results(folder: Path, results: dict[str, Any]) -> None:
-    """All three files; results.json first, from which the others can be made again."""
-    with new_files([folder / "results.json"], overwrite=True) as (file,):
-        write_json(file, results)
-    with new_files([folder / "results.csv", folder / "results.png"], overwrite=True) as (table, picture):
-        with table.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows((results["original"], *results["rows"]))
-        draw_sweep(results, picture)
-
-
-def draw_sweep(results: dict[str, Any], file: Path) -> None:
-    """Perplexity against cache, a colour and marker for each row's name without the grid's values, as PNG."""
-    from matplotlib import ticker
-    from matplotlib.figure import Figure
-
-    done = [entry for entry in results["rows"] if "refused" not in entry]
-    shown = [entry["perplexity"] for entry in (results["original"], *done)]
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(shown[0], color="black", linestyle="--", label="original")
-    for index, group in enumerate(dict.fromkeys(entry["group"] for entry in done)):
-        points = sorted((100 * e["cache_fraction"], e["perplexity"]) for e in done if e["group"] == group)
-        # Ten colours, ten markers; from the eleventh group on, other pairs of them.
-        axes.plot(*zip(*points, strict=True), f"C{index % 10}", marker="osD^vP*X<>"[index * 11 // 10 % 10], label=group)
-    axes.set(xlabel="cache, % of the original's", ylabel="perplexity", yscale="log")
-    # A log axis labels powers of ten only, and a sweep may lie between two of them.
-    dense = ticker.MaxNLocator(8) if max(shown) < 5 * min(shown) else ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 7))
-    axes.yaxis.set_major_locator(dense)
-    axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(ticker.NullLocator())
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(file, dpi=130, format="png")
 
 
 def leaves(where: str, values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -267,27 +283,68 @@ def _read_results(target: Path) -> dict[str, Any]:
         raise UserError(f"{file}: not the results of a sweep") from None
 
 
-def _run(source: Path, text: Path, target: Path, row: Row, key: str, settings: SweepSettings) -> dict[str, Any]:
-    """Convert and measure one row."""
-    scratch = target / ".scratch"
-    folder = target / row.folder(key) if settings.keep_models else scratch / "model"
-    try:
+class _Models:
+    """Converted models, one at a time: the last row's stays until another is asked for.
+
+    kept: where each row's is left, with `keep_models`.
+    """
+
+    def __init__(self, source: Path, target: Path, kept: dict[str, Path], settings: SweepSettings) -> None:
+        self.source, self.kept, self.keep = source, kept, settings.keep_models
+        self.scratch = target / ".scratch"
+        self.row: Row | None = None
+        self.last: tuple[Path, dict[str, Any]] | UserError
+
+    def are_enough(self, row: Row) -> bool:
+        """Whether a row that has been measured needs no model, or has it."""
+        return not self.keep or self.kept[row.name].is_dir()
+
+    def of(self, row: Row | None) -> tuple[Path, dict[str, Any]]:
+        """(the row's model, what its conversion says); for None the original. Raises UserError for what is refused."""
+        if row is None:
+            return self.source, {}
+        if row != self.row:
+            self.close()
+            self.row, self.last = row, self._convert(row)
+        if isinstance(self.last, UserError):
+            raise self.last
+        return self.last
+
+    def close(self) -> None:
+        self.row = None
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _convert(self, row: Row) -> tuple[Path, dict[str, Any]] | UserError:
         start = time.monotonic()
-        report = convert_model(source, folder, dataclasses.replace(row.settings, overwrite=True))
+        folder = self.kept[row.name] if self.keep else self.scratch / "model"
+        try:
+            report = convert_model(self.source, folder, dataclasses.replace(row.settings, overwrite=True))
+        except UserError as error:
+            return error
         assert report is not None
-        return {
+        return folder, {
             "mha2mla": report["mha2mla"],
             "cache_elements_per_token": report["cache_elements_per_token"]["after"],
             "convert_seconds": round(time.monotonic() - start, 3),
-            **_measure(folder, text, settings),
         }
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _measure(folder: Path, text: Path, settings: SweepSettings) -> dict[str, Any]:
+def _caches_of(source: Path, settings: SweepSettings) -> list[str]:
+    """The caches that the original is measured through beside its own."""
+    if not settings.caches:
+        return []
+    found, config = [], read_config(str(source), source)
+    for kind in dict.fromkeys(settings.caches):
+        with contextlib.suppress(UserError):
+            make_cache(str(source), config, kind, settings.options_of(kind))
+            found.append(kind)
+    return found
+
+
+def _measure(folder: Path, text: Path, settings: SweepSettings, cache: str | None) -> dict[str, Any]:
     start = time.monotonic()
-    figures = dataclasses.asdict(evaluate_perplexity([str(folder)], text, settings.perplexity)[0])
+    wanted = dataclasses.replace(settings.perplexity, cache=cache, cache_options=settings.options_of(cache))
+    figures = dataclasses.asdict(evaluate_perplexity([str(folder)], text, wanted)[0])
     del figures["model"]  # a scratch folder
     return {**figures, "evaluate_seconds": round(time.monotonic() - start, 3)}
 

@@ -148,6 +148,41 @@ def test_statistics(tmp_path: Path, model: Path, text: Path, statistics: Path) -
     assert rows_run(done) == ["data-aware", "budget, cache_elements=24"]
 
 
+def test_caches(tmp_path: Path, model: Path, text: Path) -> None:
+    """Each model through each cache, converted once; the original through those that it can have."""
+    settings = {
+        "rows": {"joint": {"low_rank.method": "joint", "grid": {"low_rank.kv_lora_rank": [8, 16]}}},
+        "caches": ["full", "int4", "int2"],
+        "cache_options": {"residual_length": 0, "group_size": 4},
+    }
+    config, out = write(tmp_path / "sweep.yaml", settings), tmp_path / "out"
+    results, done = run(model, text, out, config)
+    names = [f"joint, kv_lora_rank={c}, {cache}" for c in (8, 16) for cache in settings["caches"]]
+    assert [row["name"] for row in results["rows"]] == ["original, full", *names]
+    assert rows_run(done) == ["original", "original, full", *names] and done.stderr.count("MHA -> MLA: 0/") <= 2
+    rows = {row["name"]: row for row in results["rows"]}
+    assert rows["original, full"]["perplexity"] == pytest.approx(results["original"]["perplexity"], rel=1e-5)
+    assert rows["original, full"]["cache_bytes_per_token"] == results["original"]["cache_bytes_per_token"]
+    run_tool("convert_mha_to_mla", model, tmp_path / "mla", "low_rank.method=joint", "dtype=float32",
+             "low_rank.kv_lora_rank=16")  # fmt: skip
+    run_tool("evaluate_perplexity", tmp_path / "mla", text, "window=32", "max_windows=6", "cache=int4",
+             "cache_options={residual_length: 0, group_size: 4}", f"output={tmp_path}/ppl.json")  # fmt: skip
+    (expected,) = json.loads((tmp_path / "ppl.json").read_text())["results"]
+    int4 = rows["joint, kv_lora_rank=16, int4"]
+    assert int4["cache"] == "int4" and int4["group"] == "joint, int4"
+    for figure in ("perplexity", "perplexity_standard_error", "tokens", "cache_bytes_per_token"):
+        assert int4[figure] == expected[figure]
+    with (out / "results.csv").open() as stream:
+        assert [row["cache"] for row in csv.DictReader(stream)] == ["", "full", *settings["caches"] * 2]
+
+    # Other options make the quantised ones anew, another cache is measured alone, and one that is not there is said so.
+    again, done = run(model, text, out, config, "cache_options.group_size=8")
+    assert rows_run(done) == [name for name in names if "full" not in name]
+    again, done = run(model, text, out, config, "caches=[full,int8]")
+    assert rows_run(done) == [f"joint, kv_lora_rank={c}, int8" for c in (8, 16)]
+    assert again["rows"][1] == rows[names[0]]
+
+
 def test_refusals(tmp_path: Path, model: Path, text: Path, statistics: Path) -> None:
     """Before any work: nothing is left behind."""
     out = tmp_path / "out"
@@ -171,6 +206,9 @@ def test_refusals(tmp_path: Path, model: Path, text: Path, statistics: Path) -> 
     assert "rows.a: 3 is not a mapping of settings" in line({"rows": {"a": 3}})
     assert "grid: heal.steps: 3 is not a list" in line({}, "grid.heal.steps=3")
     assert "unknown key 'gird'" in line({"gird": {}})
+    assert "perplexity.cache: a sweep has a list of them, caches=[int4]" in line({}, "perplexity.cache=int4")
+    assert "caches: unknown value 'int3'; valid: full, int8" in line({}, "caches=[int3]")
+    assert "'group_size' is given, but no quantised cache" in line({}, "cache_options.group_size=4", "caches=[full]")
     assert "perplexity.output: a sweep writes results.json" in line({}, "perplexity.output=x.json")
     assert f"{tmp_path / 'none'}: cannot be read (No such file" in line({}, f"base.statistics={tmp_path / 'none'}")
     other = make_tokenizer(make_llama(tmp_path / "other", seed=1))

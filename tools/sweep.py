@@ -16,6 +16,7 @@ USAGE = "sweep.py MODEL TEXT OUT [config=FILE.yaml] [key=value ...]"
 COLUMNS = {
     "elements": ("cache_elements", ".6g"),
     "of cache": ("cache_fraction", ".2%"),
+    "bytes/token": ("cache_bytes_per_token", ".6g"),
     "perplexity": ("perplexity", ".4f"),
     "std. error": ("perplexity_standard_error", ".4f"),
     "ratio": ("ratio", ".4f"),
