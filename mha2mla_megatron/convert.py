@@ -204,7 +204,7 @@ def convert_model(source: Path, target: Path, settings: ConvertSettings) -> dict
             model, sequences = OriginalModel(reader, original, device), converter.statistics.sequences
             if settings.budgeted:
                 if "plan" not in partial.done:
-                    planner = Planner(converter, settings.allocation, model, sequences, ranks)
+                    planner = Planner(converter, settings.allocation, model, sequences, settings.heal, ranks)
                     made = dataclasses.asdict(planner.plan(settings.budget(original)))
                     partial.first(lambda: partial.finish("plan", made))
                 plan = Plan(**partial.done["plan"])

@@ -143,6 +143,13 @@ class Healer:
             self.expected = self._map(original.run, self.expected)
             self.reached = self._map(lambda x: original.run(x, attention), self.reached)
 
+    def pass_by(self, layer: int) -> None:
+        """Go on to the next layer with this one as the original has it, in both streams."""
+        assert layer == self.next_layer, "layers are healed in order"
+        self.next_layer += 1
+        with torch.no_grad():
+            self.expected = self.reached = self._map(self.model.layer(layer).run, self.expected)
+
     def _train(self, attention: nn.Module, task: Task) -> None:
         settings = self.settings
         error = self._relative_error(attention, task)

@@ -27,6 +27,7 @@ from mha2mla_megatron.calibration.original import OriginalModel
 from mha2mla_megatron.config import MHA2MLAConfig
 from mha2mla_megatron.converted_attention import make_attention
 from mha2mla_megatron.errors import UserError, require_at_least
+from mha2mla_megatron.healing import Healer, HealSettings
 from mha2mla_megatron.hf.layout_mha2mla import LatentLayout
 from mha2mla_megatron.progress import Progress
 from mha2mla_megatron.ranks import ALONE, Ranks
@@ -64,6 +65,10 @@ class AllocationSettings:
     tokens: int = 1024
     """Tokens of the measurements, taken from the statistics file; at least one of its sequences."""
 
+    heal_steps: int = 0
+    """Steps of healing, with the other settings of `heal`, before a layer is measured: what healing mends costs nothing
+    then. A lost rotation is mended more easily than a lost rank."""
+
     def __post_init__(self) -> None:
         for key, value, minimum in (
             ("rope_multiple", 2 if self.rope_multiple is None else self.rope_multiple, 2),
@@ -71,6 +76,7 @@ class AllocationSettings:
             ("min_rope", self.min_rope, 0),
             ("min_rank", self.min_rank, 1),
             ("tokens", self.tokens, 1),
+            ("heal_steps", self.heal_steps, 0),
         ):
             require_at_least(f"allocation.{key}", value, minimum)
         if not 0 < self.key_share <= 1:
@@ -122,10 +128,12 @@ class Planner:
         settings: AllocationSettings,
         model: OriginalModel,
         sequences: torch.Tensor,
+        heal: HealSettings,
         ranks: Ranks = ALONE,
     ) -> None:
-        """sequences: int [n, S], for the measurements."""
+        """sequences: int [n, S], for the measurements, and for the healing before them."""
         self.ranks = ranks
+        self.heal = dataclasses.replace(heal, steps=settings.heal_steps)
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
@@ -270,15 +278,20 @@ class Planner:
         runs = sum(len(set(layouts)) * (self.original.num_layers - layer) for layer, layouts in wanted.items())
         progress = Progress("measure", runs, "layers")
         variants: dict[tuple[int, LatentLayout], torch.Tensor] = {}
+        healer = Healer(model, self.original, self.sequences, self.heal) if self.heal.steps > 0 else None
         for index in range(self.original.num_layers):
             layer = model.layer(index)
             for key, hidden in variants.items():
                 variants[key] = layer.run(hidden.to(model.device)).cpu()
             for layout in dict.fromkeys(wanted.get(index, ())):
                 tensors = self.converter.convert(index, layout).tensors
+                if healer is not None:
+                    tensors = healer.heal(index, layout, tensors)
                 attention = make_attention(self.original, layout, tensors, model.device)
                 variants[index, layout] = layer.run(original, attention).cpu()
             original = layer.run(original)
+            if healer is not None and index < max(layers, default=0):
+                healer.pass_by(index)
             progress.advance(len(variants))
             del layer  # before the next one is read
         progress.close()

@@ -637,6 +637,24 @@ def test_layers_are_measured_alone(tmp_path: Path, model: Path, statistics: Path
         assert found["kl_fewest_pairs"] > found["kl_pairs"] > 0
 
 
+def test_layers_are_measured_healed(tmp_path: Path, model: Path, statistics: Path) -> None:
+    """As above, of the last layer: healing finds nothing to mend in those below it, which keep everything."""
+    words = [f"statistics={statistics}", "cache_budget=0.4", "partial_rope.shared=false", "allocation.tokens=64"]
+    plain = report_of(convert(model, tmp_path / "plain", *words))["allocation"]["layers"]
+    healed = report_of(convert(model, tmp_path / "mla", *words, "allocation.heal_steps=5"))["allocation"]["layers"]
+    for key in ("kl_pairs", "kl_pairs_and_rank", "kl_fewest_pairs"):
+        assert all(0 < after[key] < before[key] for after, before in zip(healed, plain, strict=True)), key
+    count = max(1, 64 // tokens_of(statistics).shape[1])
+    tokens = load_file(statistics)["sequences"][-count:].long()
+    expected = logits(model, tokens)[:, 3::4].log_softmax(-1)
+    rope = [D] * (L - 1) + [0]
+    words = [f"statistics={statistics}", f"partial_rope.qk_rope_head_dim={rope}", "low_rank.method=none"]
+    other = logits(convert(model, tmp_path / "last", *words, "heal.steps=5"), tokens)[:, 3::4].log_softmax(-1)
+    divergence = (expected.exp() * (expected - other)).sum(-1).mean().item()
+    # Layers that lose nothing come out of healing with float32's rounding.
+    assert healed[-1]["kl_fewest_pairs"] == pytest.approx(divergence, rel=1e-2)
+
+
 def test_the_whole_budget_loses_nothing(tmp_path: Path, model: Path, statistics: Path) -> None:
     folder = convert(model, tmp_path / "mla", f"statistics={statistics}", "cache_budget=1.0")
     check_budget(folder, statistics, BEFORE * L)
