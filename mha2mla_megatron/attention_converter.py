@@ -51,8 +51,6 @@ class _Layer:
 
     weights: dict[str, torch.Tensor]
     statistics: LayerStatistics | None
-    pair_losses: torch.Tensor | None
-    """[G, P], float64: what each lost rotation costs in the attention weights."""
     scores: torch.Tensor | None
     """[G, P], what the strategy ranks pairs by."""
     query_map: torch.Tensor | None
@@ -170,17 +168,6 @@ class AttentionConverter:
         converted.update(split.norms)
         return converted, split.pairs, self._metric(source, split)
 
-    def pair_loss(self, layer: int, layout: LatentLayout) -> float:
-        """The price of the lost rotations: KL divergence of the attention weights per query, summed over heads."""
-        source = self._layer(layer)
-        losses = source.pair_losses
-        assert losses is not None, "there are no statistics"
-        if source.mixtures is not None:
-            kept = sum(self._chosen(mixtures, layout).gain for mixtures in source.mixtures)
-        else:
-            kept = losses.gather(1, self._pairs(source, layout).to(losses.device)).sum().item()
-        return max(0.0, losses.sum().item() - kept)
-
     def rank_losses(self, layer: int, layout: LatentLayout) -> list[torch.Tensor]:
         """The price of every rank from 0 on, in the objective, for each latent, keys' before values': float64 [ranks],
         not increasing and convex. Of split, a layer that rotates every key has [0] for the keys, which it need not
@@ -286,7 +273,7 @@ class AttentionConverter:
         unfitted = scaling_map(scale, self.original.num_attention_heads, self.original.head_dim // 2)
         query_map = None if scale == 1 or self.original.qk_norm else unfitted
         if self.statistics is None:
-            return _Layer(weights, None, None, scores, query_map, scale, None, None)
+            return _Layer(weights, None, scores, query_map, scale, None, None)
         statistics, tokens = self.statistics.layer(layer, self.device), self.statistics.tokens
         rotates = layer not in self.original.no_rope_layers
         if rope.query_map and rotates:
@@ -310,7 +297,7 @@ class AttentionConverter:
                 KeyMixtures(part, statistics.input_moment / tokens, its)
                 for part, its in zip(keys.chunk(count), turned.chunk(count), strict=True)
             ]
-        return _Layer(weights, statistics, losses, scores, query_map, scale, columns, mixtures)
+        return _Layer(weights, statistics, scores, query_map, scale, columns, mixtures)
 
     def _pairs(self, source: _Layer, layout: LatentLayout) -> torch.Tensor:
         return kept_pairs(

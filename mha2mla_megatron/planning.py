@@ -1,11 +1,11 @@
 """From a cache budget to r and c of every layer: losses of all choices, scaled by what was measured, then allocated.
 
-For one layer the loss of (r, c) is modelled as alpha pair_loss(r)^gamma + beta rank_loss(r, c), of split with the sum
-of the keys' and the values' rank losses, which are in one unit; so their widths are chosen apart. Both losses are
-computed from the statistics; alpha, gamma and beta are set by three measurements of each layer, converted alone at a
-reference point and with its smallest r, as the Kullback-Leibler divergence of the model's next-token distribution from
-the original's. So they hold what second-order statistics leave out: the softmax's curvature, and what later layers make
-of the error.
+For one layer the loss of (r, c) is modelled as rope_loss(r) + beta rank_loss(r, c), of split with the sum of the keys'
+and the values' rank losses, which are in one unit; so their widths are chosen apart. Losses are Kullback-Leibler
+divergences of the model's next-token distribution from the original's, measured with that layer alone converted:
+rope_loss with nothing factored, at several r (between them its logarithm is linear); beta at a reference point, where
+rank_loss is computed from the statistics. So they hold what second-order statistics leave out: the softmax's curvature,
+what later layers make of the error, and the dims that heads lose beside mixed keys.
 
 Shape letters: L layers, S tokens of a sequence, b sequences, d head dim, G key/value heads.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,7 @@ class AllocationSettings:
     """Tokens of the measurements, taken from the statistics file; at least one of its sequences."""
 
     heal_steps: int = 0
-    """Steps of healing, with the other settings of `heal`, before a layer is measured: what healing mends costs nothing
+    """Steps of healing, with the other settings of `heal`, before each measurement: what healing mends costs nothing
     then. A lost rotation is mended more easily than a lost rank."""
 
     def __post_init__(self) -> None:
@@ -100,23 +101,21 @@ class Plan:
 class _Measured:
     """Kullback-Leibler divergences of the model with one layer converted."""
 
-    pairs: float
-    """With the reference's r, nothing factored."""
+    rope: dict[int, float]
+    """r -> with nothing factored."""
     both: float
     """With the reference's r and c."""
-    fewest_pairs: float
-    """With the layer's smallest r, nothing factored."""
 
 
 @dataclass(frozen=True)
 class _Losses:
-    """A layer's losses, as the statistics have them or scaled to nats."""
+    """A layer's losses in nats, for every r that it can have."""
 
-    pairs: dict[int, float]
-    """r -> pair loss."""
+    rope: dict[int, float]
+    """r -> what its rotation loses."""
 
     ranks: dict[int, list[torch.Tensor]]
-    """r -> loss of each rank from 0 on, for each latent; before they are scaled at the knots alone."""
+    """r -> loss of each rank from 0 on, for each latent."""
 
 
 class Planner:
@@ -137,7 +136,7 @@ class Planner:
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
         d = self.original.head_dim
-        # A head may keep d - r dims beside shared keys, whose loss is not in the prices: half of them are enough.
+        # A head keeps d - r dims beside shared keys: beyond half of them it loses more than it gains.
         rope = converter.mla.partial_rope
         shared = rope.shared
         usual = d // 2 if shared and rope.qk_nope_head_dim is None else d
@@ -174,8 +173,8 @@ class Planner:
         reference = self._reference(budget // layers)
         # A layer is measured by running those above it.
         measured = self._of_layers(reference, self._measure, {layer: layers - layer for layer in range(layers)})
-        losses = self._of_layers(reference, self._losses, dict.fromkeys(range(layers), 1))
-        return self.ranks.first(lambda: self._spend(budget, reference, measured, losses))
+        ranks = self._of_layers(reference, self._rank_losses, dict.fromkeys(range(layers), 1))
+        return self.ranks.first(lambda: self._spend(budget, reference, measured, ranks))
 
     def _of_layers[T](
         self,
@@ -189,9 +188,15 @@ class Planner:
             found.update(part)
         return [found[layer] for layer in sizes]
 
-    def _spend(self, budget: int, reference: tuple[int, int], measured: list[_Measured], losses: list[_Losses]) -> Plan:
+    def _spend(
+        self,
+        budget: int,
+        reference: tuple[int, int],
+        measured: list[_Measured],
+        ranks: list[dict[int, list[torch.Tensor]]],
+    ) -> Plan:
         scaled = [
-            self._scaled(layer, reference, *found) for layer, found in enumerate(zip(measured, losses, strict=True))
+            self._scaled(layer, reference, *found) for layer, found in enumerate(zip(measured, ranks, strict=True))
         ]
         if self.settings.per_layer:
             picked = allocate([self._choices([one], [layer]) for layer, one in enumerate(scaled)], budget)
@@ -207,9 +212,8 @@ class Planner:
                 "reference": {"qk_rope_head_dim": reference[0], "kv_lora_rank": reference[1]},
                 "layers": [
                     {
-                        "kl_pairs": found.pairs,
-                        "kl_pairs_and_rank": found.both,
-                        "kl_fewest_pairs": found.fewest_pairs,
+                        "kl_rope": found.rope,
+                        "kl_rope_and_rank": found.both,
                         "predicted_loss": choice.loss,
                     }
                     for found, choice in zip(measured, picked, strict=True)
@@ -304,38 +308,41 @@ class Planner:
             return (expected.exp() * ratio).sum(-1).mean().item()
 
         found = {key: divergence(hidden) for key, hidden in variants.items()}
-        return {layer: _Measured(*(found[layer, layout] for layout in layouts)) for layer, layouts in wanted.items()}
+        return {
+            layer: _Measured({own.qk_rope_head_dim: found[layer, own] for own in rope}, found[layer, both])
+            for layer, (*rope, both) in wanted.items()
+        }
 
     def _measured_layouts(self, layer: int, reference: tuple[int, int]) -> tuple[LatentLayout, ...]:
-        """Of the figures of `_Measured`, in their order; some are the same where the layer has but one r."""
+        """With nothing factored, of growing r; and last the reference, which may be one of them."""
         r, c = self._own_reference(layer, reference)
-        return self._layout(r, None), self._layout(r, c), self._layout(self._dims(layer)[0], None)
+        dims = self._knots(layer, reference)
+        # Each costs a run of the model: of a head's own pairs, those beyond half of the dims lose next to nothing.
+        rope = [knot for knot in dims if knot <= max(r, self.original.head_dim // 2) or knot == dims[-1]]
+        return *(self._layout(knot, None) for knot in rope), self._layout(r, c)
 
-    def _losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, _Losses]:
-        """The losses of each of `layers` at every r it can have."""
-        converter, found = self.converter, {}
+    def _rank_losses(self, reference: tuple[int, int], layers: list[int]) -> dict[int, dict[int, list[torch.Tensor]]]:
+        """Of each of `layers`, at the knots: r -> loss of each rank from 0 on, for each latent, in the objective's
+        units."""
+        found = {}
         progress = Progress("allocate", len(layers), "layers")
         for layer in layers:
-            dims = self._dims(layer)
-            knots = self._knots(dims, self._own_reference(layer, reference)[0])
-            ranks = {r: converter.rank_losses(layer, self._layout(r, 1)) for r in knots}
-            pairs = {r: converter.pair_loss(layer, self._layout(r, None)) for r in {*dims, *knots}}
-            found[layer] = _Losses(pairs, ranks)
+            knots = self._knots(layer, reference)
+            found[layer] = {r: self.converter.rank_losses(layer, self._layout(r, 1)) for r in knots}
             progress.advance()
         progress.close()
         return found
 
-    def _scaled(self, layer: int, reference: tuple[int, int], measured: _Measured, losses: _Losses) -> _Losses:
-        """One layer's losses in nats."""
+    def _scaled(
+        self, layer: int, reference: tuple[int, int], measured: _Measured, ranks: dict[int, list[torch.Tensor]]
+    ) -> _Losses:
         dims, (r0, c0) = self._dims(layer), self._own_reference(layer, reference)
-        rank_loss = sum(_at(curve, c0) for curve in losses.ranks[r0])
+        rank_loss = sum(_at(curve, c0) for curve in ranks[r0])
         # Where the model sees nothing of a loss (or sees noise), a small part of it is believed all the same.
-        pairs = max(measured.pairs, 0.01 * measured.both, 1e-6)
-        beta = max(measured.both - measured.pairs, 0.1 * measured.both, 1e-6) / max(rank_loss, 1e-30)
-        of_pairs = _through((losses.pairs[r0], pairs), (losses.pairs[dims[0]], max(pairs, measured.fewest_pairs)))
+        beta = max(measured.both - measured.rope[r0], 0.1 * measured.both, 1e-6) / max(rank_loss, 1e-30)
         return _Losses(
-            {r: of_pairs(losses.pairs[r]) for r in dims},
-            {r: [beta * curve for curve in _between(losses.ranks, r)] for r in dims},
+            {r: _at_rope(measured.rope, r) for r in dims},
+            {r: [beta * curve for curve in _between(ranks, r)] for r in dims},
         )
 
     def _choices(self, scaled: list[_Losses], layers: list[int]) -> list[Choice]:
@@ -345,13 +352,13 @@ class Planner:
         choices = []
         for r in max(dims, key=len):
             own = [r if r in its else 0 for its in dims]
-            pairs = sum(one.pairs[its] for one, its in zip(scaled, own, strict=True))
+            rope = sum(one.rope[its] for one, its in zip(scaled, own, strict=True))
             curves = [
                 _sum(parts) for parts in zip(*(one.ranks[i] for one, i in zip(scaled, own, strict=True)), strict=True)
             ]
             for c, k, loss in self._widths(set(own), curves):
                 cost = sum(self._layout(its, c, k).cache_elements for its in own)
-                choices.append(Choice(r, c, k, cost, pairs + loss))
+                choices.append(Choice(r, c, k, cost, rope + loss))
         return choices
 
     def _widths(self, dims: set[int], curves: list[torch.Tensor]) -> Iterator[tuple[int, int | None, float]]:
@@ -374,11 +381,12 @@ class Planner:
             ]
             i, j = (i + 1, j) if gains[0] > gains[1] or j + 1 == len(ranks) else (i, j + 1)
 
-    def _knots(self, dims: list[int], reference: int) -> list[int]:
-        """The r at which rank losses are computed; they change slowly with r, and between knots linearly."""
+    def _knots(self, layer: int, reference: tuple[int, int]) -> list[int]:
+        """The r at which a layer's losses are found: they change slowly, and are interpolated between."""
+        dims = self._dims(layer)
         step = max(self.rope_multiple, self.original.head_dim // 8)
         knots = {r for r in dims if r % step == 0}
-        return sorted(knots | {dims[0], dims[-1], reference})
+        return sorted(knots | {dims[0], dims[-1], self._own_reference(layer, reference)[0]})
 
     def _alike(self, scaled: list[_Losses], budget: int) -> list[Choice]:
         """The (r, c) with the smallest summed loss that all layers can share, those that rotate nothing with r = 0."""
@@ -388,22 +396,21 @@ class Planner:
         r, c, k = best[:3]
         picked = []
         for one in scaled:
-            own = r if r in one.pairs else 0
+            own = r if r in one.rope else 0
             widths = (c,) if k is None else (k, c)
-            loss = one.pairs[own] + sum(_at(curve, rank) for curve, rank in zip(one.ranks[own], widths, strict=True))
+            loss = one.rope[own] + sum(_at(curve, rank) for curve, rank in zip(one.ranks[own], widths, strict=True))
             picked.append(Choice(own, c, k, self._layout(own, c, k).cache_elements, loss))
         return picked
 
 
-def _through(point: tuple[float, float], other: tuple[float, float]) -> Callable[[float], float]:
-    """y = alpha x^gamma through two points (x, y); through the first and 0 where the other is no larger."""
-    (x, y), (other_x, other_y) = point, other
-    if x < 1e-9 * other_x:  # nothing is lost at the first: only the other says something
-        x, y = other
-    if not x < other_x:
-        return lambda loss: y * loss / max(x, 1e-30)
-    gamma = min(max(math.log(other_y / y) / math.log(other_x / x), 0.5), 3.0)  # beyond, a measurement is noise
-    return lambda loss: y * (loss / x) ** gamma
+def _at_rope(measured: dict[int, float], r: int) -> float:
+    """The loss at r, its logarithm linear between the measured r on either side; 1e-6 at least."""
+    points = sorted(measured)
+    right = bisect_left(points, r)
+    high = points[right]
+    low = high if r == high else points[right - 1]
+    part = 0.0 if low == high else (r - low) / (high - low)
+    return max(measured[low], 1e-6) ** (1 - part) * max(measured[high], 1e-6) ** part
 
 
 def _at(curve: torch.Tensor, rank: int) -> float:

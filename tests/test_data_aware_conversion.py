@@ -620,7 +620,7 @@ def test_a_budget_is_divided_between_keys_and_values(
 
 
 def test_layers_are_measured_alone(tmp_path: Path, model: Path, statistics: Path) -> None:
-    """What the report says was measured with a layer's fewest pairs is the divergence of a model that keeps all
+    """What the report says was measured without a layer's rotations is the divergence of a model that keeps all
     rotations but in this layer, over the stored tokens."""
     words = [f"statistics={statistics}", "cache_budget=0.4", "partial_rope.shared=false", "allocation.tokens=64"]
     report = report_of(convert(model, tmp_path / "mla", *words))
@@ -633,8 +633,9 @@ def test_layers_are_measured_alone(tmp_path: Path, model: Path, statistics: Path
         other = logits(convert(model, tmp_path / f"only_{index}", *words), tokens)[:, 3::4].log_softmax(-1)
         divergence = (expected.exp() * (expected - other)).sum(-1).mean().item()
         # float32 on both sides, of a divergence near 0.1.
-        assert found["kl_fewest_pairs"] == pytest.approx(divergence, rel=1e-3)
-        assert found["kl_fewest_pairs"] > found["kl_pairs"] > 0
+        assert found["kl_rope"]["0"] == pytest.approx(divergence, rel=1e-3)
+        assert list(found["kl_rope"]) == ["0", "2", "4", "6", "8", "16"]
+        assert found["kl_rope"]["0"] > found["kl_rope"]["2"] > found["kl_rope"]["16"]
 
 
 def test_layers_are_measured_healed(tmp_path: Path, model: Path, statistics: Path) -> None:
@@ -642,8 +643,9 @@ def test_layers_are_measured_healed(tmp_path: Path, model: Path, statistics: Pat
     words = [f"statistics={statistics}", "cache_budget=0.4", "partial_rope.shared=false", "allocation.tokens=64"]
     plain = report_of(convert(model, tmp_path / "plain", *words))["allocation"]["layers"]
     healed = report_of(convert(model, tmp_path / "mla", *words, "allocation.heal_steps=5"))["allocation"]["layers"]
-    for key in ("kl_pairs", "kl_pairs_and_rank", "kl_fewest_pairs"):
-        assert all(0 < after[key] < before[key] for after, before in zip(healed, plain, strict=True)), key
+    for after, before in zip(healed, plain, strict=True):
+        assert 0 < after["kl_rope_and_rank"] < before["kl_rope_and_rank"]
+        assert 0 < after["kl_rope"]["2"] < before["kl_rope"]["2"]
     count = max(1, 64 // tokens_of(statistics).shape[1])
     tokens = load_file(statistics)["sequences"][-count:].long()
     expected = logits(model, tokens)[:, 3::4].log_softmax(-1)
@@ -652,7 +654,7 @@ def test_layers_are_measured_healed(tmp_path: Path, model: Path, statistics: Pat
     other = logits(convert(model, tmp_path / "last", *words, "heal.steps=5"), tokens)[:, 3::4].log_softmax(-1)
     divergence = (expected.exp() * (expected - other)).sum(-1).mean().item()
     # Layers that lose nothing come out of healing with float32's rounding.
-    assert healed[-1]["kl_fewest_pairs"] == pytest.approx(divergence, rel=1e-2)
+    assert healed[-1]["kl_rope"]["0"] == pytest.approx(divergence, rel=1e-2)
 
 
 def test_the_whole_budget_loses_nothing(tmp_path: Path, model: Path, statistics: Path) -> None:
