@@ -112,18 +112,19 @@ class Healer:
         self.next_layer = 0
         self.expected = model.embed(tokens)
         self.reached = self.expected.clone()
+        self._task: Task | None = None  # of the next layer, which several conversions of it share
 
     def heal(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The layer's tensors, trained. Returns tensors of the same names, float32."""
         assert layer == self.next_layer, "layers are healed in order"
-        task = self._task(layer)
+        task = self._task = self._task or self._make_task(layer)
         attention = make_attention(self.original, layout, balanced(tensors, layout), self.model.device)
         self._train(attention, task)
         self._solve_output(attention, task)
         return {name: tensor.detach().clone() for name, tensor in attention.state_dict().items()}
 
     @torch.no_grad()
-    def _task(self, layer: int) -> Task:
+    def _make_task(self, layer: int) -> Task:
         original = self.model.layer(layer)
         goal = self._map(lambda x: x + original.attention(original.normed(x)), self.expected)
         sizes = goal.square().mean(-1)
@@ -135,8 +136,7 @@ class Healer:
 
     def follow(self, layer: int, layout: LatentLayout, tensors: dict[str, torch.Tensor]) -> None:
         """Go on to the next layer, from what this one puts out with its tensors as they are written."""
-        assert layer == self.next_layer, "layers are healed in order"
-        self.next_layer += 1
+        self._leave(layer)
         original = self.model.layer(layer)
         attention = make_attention(self.original, layout, tensors, self.model.device)
         with torch.no_grad():
@@ -145,10 +145,14 @@ class Healer:
 
     def pass_by(self, layer: int) -> None:
         """Go on to the next layer with this one as the original has it, in both streams."""
-        assert layer == self.next_layer, "layers are healed in order"
-        self.next_layer += 1
+        self._leave(layer)
         with torch.no_grad():
             self.expected = self.reached = self._map(self.model.layer(layer).run, self.expected)
+
+    def _leave(self, layer: int) -> None:
+        assert layer == self.next_layer, "layers are healed in order"
+        self.next_layer += 1
+        self._task = None  # before the streams go on: it is as large as they are
 
     def _train(self, attention: nn.Module, task: Task) -> None:
         settings = self.settings

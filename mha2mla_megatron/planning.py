@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -405,12 +405,16 @@ class Planner:
 
 def _at_rope(measured: dict[int, float], r: int) -> float:
     """The loss at r, its logarithm linear between the measured r on either side; 1e-6 at least."""
-    points = sorted(measured)
-    right = bisect_left(points, r)
-    high = points[right]
-    low = high if r == high else points[right - 1]
-    part = 0.0 if low == high else (r - low) / (high - low)
+    low, high, part = _bracket(measured, r)
     return max(measured[low], 1e-6) ** (1 - part) * max(measured[high], 1e-6) ** part
+
+
+def _bracket(knots: Iterable[int], r: int) -> tuple[int, int, float]:
+    """The knots on either side of r, and how much of the way it is to the second; r itself twice where it is one."""
+    ordered = sorted(knots)
+    high = ordered[bisect_left(ordered, r)]
+    low = high if high == r else ordered[bisect_left(ordered, r) - 1]
+    return low, high, (r - low) / max(high - low, 1)
 
 
 def _at(curve: torch.Tensor, rank: int) -> float:
@@ -425,10 +429,9 @@ def _sum(curves: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _between(curves: dict[int, list[torch.Tensor]], r: int) -> list[torch.Tensor]:
     """Each latent's rank losses at r, linear between those at the knots on either side."""
-    if r in curves:
+    low, high, part = _bracket(curves, r)
+    if low == high:
         return curves[r]
-    low, high = max(k for k in curves if k < r), min(k for k in curves if k > r)
-    part = (r - low) / (high - low)
     return [_sum([below * (1 - part), above * part]) for below, above in zip(curves[low], curves[high], strict=True)]
 
 
