@@ -233,7 +233,7 @@ class MHA2MLAConfig:
         if low_rank.per_query_head and not (rope.shared and low_rank.method in ("joint", "split")):
             raise UserError(
                 "low_rank.per_query_head=true needs partial_rope.shared=true and low_rank.method joint or split (they "
-                f"are {rope.shared} and {low_rank.method}): otherwise whole heads are cached, which would be more of them"
+                f"are {rope.shared} and {low_rank.method}): otherwise whole heads are cached, and more of them"
             )
         if no_rope_layers and isinstance(rope.qk_rope_head_dim, int):
             dims = [0 if layer in no_rope_layers else rope.qk_rope_head_dim for layer in range(num_layers)]

@@ -524,8 +524,13 @@ REFUSED = {
         ["low_rank.per_query_head", "partial_rope.shared"],
     ),
     "up-projections of query heads beside whole values": (
-        ["STATISTICS", "partial_rope.shared=true", "low_rank.method=key", "low_rank.kv_lora_rank=8"]
-        + ["low_rank.per_query_head=true"],
+        [
+            "STATISTICS",
+            "partial_rope.shared=true",
+            "low_rank.method=key",
+            "low_rank.kv_lora_rank=8",
+            "low_rank.per_query_head=true",
+        ],
         ["low_rank.per_query_head", "low_rank.method", "key"],
     ),
     "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
