@@ -76,12 +76,6 @@ class Architecture:
         """Elements per token and layer of a cache of whole keys and values."""
         return 2 * self.num_key_value_heads * self.head_dim
 
-    @property
-    def attended_key_heads(self) -> int:
-        """Key/value heads that attention has before it: of a converted model perhaps one for each query head."""
-        own = self.mla is not None and self.mla.low_rank.per_query_head
-        return self.num_attention_heads if own else self.num_key_value_heads
-
     def window(self, layer: int) -> int | None:
         """How many tokens a layer sees; None: all."""
         return self.sliding_window if layer in self.window_layers else None

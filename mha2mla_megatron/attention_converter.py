@@ -6,7 +6,6 @@ of rotated keys (G, or 1 that all share), c rank.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -119,18 +118,7 @@ class AttentionConverter:
             self.statistics = Statistics(Path(file), original, model_fingerprint(reader, original))
 
     def convert(self, layer: int, layout: LatentLayout) -> ConvertedAttention:
-        """The layer in the given shapes: rows reordered to [r | n] per head, then K_nope and V factored. Where it has
-        more key/value heads than the original, up-projections are repeated."""
-        copies = layout.num_key_value_heads // self.original.num_key_value_heads
-        if copies > 1:
-            grouped = self.convert(
-                layer, dataclasses.replace(layout, num_key_value_heads=self.original.num_key_value_heads)
-            )
-            tensors = {
-                name: _repeated(tensor, copies, self.original.num_key_value_heads) if "_up_proj." in name else tensor
-                for name, tensor in grouped.tensors.items()
-            }
-            return dataclasses.replace(grouped, tensors=tensors)
+        """The layer in the given shapes: rows reordered to [r | n] per head, then K_nope and V factored."""
         if self.original.mla is None:
             converted, pairs, metric = self._partial_rope(self._layer(layer), layout)
         else:
@@ -391,8 +379,3 @@ def _relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     """||difference|| / ||whole||; 0 of nothing, as of a layer that was pruned away."""
     norm = whole.to(torch.float64).norm().item()
     return difference.norm().item() / norm if norm else 0.0
-
-
-def _repeated(rows: torch.Tensor, copies: int, heads: int) -> torch.Tensor:
-    """Each head's rows several times in a row: [heads n, ...] -> [heads copies n, ...]."""
-    return rows.unflatten(0, (heads, -1)).repeat_interleave(copies, dim=0).flatten(0, 1)

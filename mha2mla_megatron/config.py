@@ -138,11 +138,6 @@ class LowRankConfig:
     """How many columns keys are made of, which need less than values: of joint the first ones of the latent, of split
     the width of their own; one number or a list with one per layer. null: as many as values."""
 
-    per_query_head: bool = False
-    """Each query head has up-projections of its own (joint and split, of rotated keys that all heads share), instead of
-    one for each key/value head, which they are copies of until they are trained: as in DeepSeek's MLA. More weights and
-    wider keys and values in training; cache and decoding are the same."""
-
     d_kv: Any = None
     """The paper's name for c / G, latent width per kv head; given instead of kv_lora_rank, never with it."""
 
@@ -230,11 +225,6 @@ class MHA2MLAConfig:
         """
         rope = self.partial_rope.resolve(num_key_value_heads, head_dim)
         low_rank = self.low_rank.resolve(num_key_value_heads)
-        if low_rank.per_query_head and not (rope.shared and low_rank.method in ("joint", "split")):
-            raise UserError(
-                "low_rank.per_query_head=true needs partial_rope.shared=true and low_rank.method joint or split (they "
-                f"are {rope.shared} and {low_rank.method}): otherwise whole heads are cached, and more of them"
-            )
         if no_rope_layers and isinstance(rope.qk_rope_head_dim, int):
             dims = [0 if layer in no_rope_layers else rope.qk_rope_head_dim for layer in range(num_layers)]
             rope = dataclasses.replace(rope, qk_rope_head_dim=dims)
@@ -249,7 +239,7 @@ class MHA2MLAConfig:
         for layer in range(num_layers):
             _check_layer(
                 resolved,
-                resolved.grouped_layout(layer, hidden_size, num_attention_heads, num_key_value_heads, head_dim),
+                resolved.layout(layer, hidden_size, num_attention_heads, num_key_value_heads, head_dim),
                 layer,
                 layer not in no_rope_layers,
             )
@@ -259,15 +249,6 @@ class MHA2MLAConfig:
         self, layer: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int
     ) -> LatentLayout:
         """One layer's shapes, from a resolved config."""
-        if self.low_rank.per_query_head:
-            num_key_value_heads = num_attention_heads
-        return self.grouped_layout(layer, hidden_size, num_attention_heads, num_key_value_heads, head_dim)
-
-    def grouped_layout(
-        self, layer: int, hidden_size: int, num_attention_heads: int, num_key_value_heads: int, head_dim: int
-    ) -> LatentLayout:
-        """The same with an up-projection for each of the original's key/value heads, whatever low_rank.per_query_head:
-        what it is converted to first."""
         r = layer_value(self.partial_rope.qk_rope_head_dim, layer)
         assert r is not None, "the config is not resolved"
         c, k = (layer_value(rank, layer) for rank in (self.low_rank.kv_lora_rank, self.low_rank.k_lora_rank))

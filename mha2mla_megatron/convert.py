@@ -403,7 +403,7 @@ def _convert_layer(
         "latent_width": layout.kv_down_dim,
         "rope_pairs": result.pairs.tolist(),
         **result.errors,
-        "cache_elements_before": converted.whole_cache_elements,
+        "cache_elements_before": 2 * layout.value_dim,
         "cache_elements_after": layout.cache_elements,
     }
 

@@ -17,7 +17,7 @@ def make_attention(
     config = MHA2MLALlamaConfig(
         hidden_size=original.hidden_size,
         num_attention_heads=original.num_attention_heads,
-        num_key_value_heads=layout.num_key_value_heads,
+        num_key_value_heads=original.num_key_value_heads,
         head_dim=original.head_dim,
         attention_bias=original.qkv_bias,
         attention_output_bias=original.attention_output_bias,

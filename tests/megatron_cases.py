@@ -47,10 +47,9 @@ def original_config(**changes: Any) -> dict[str, Any]:
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **changes}
 
 
-def converted_config(method: str, shared: bool = False, per_query_head: bool = False, **changes: Any) -> dict[str, Any]:
+def converted_config(method: str, shared: bool = False, **changes: Any) -> dict[str, Any]:
     """The config.json of a converted model whose layers all differ in r and c. shared: all heads of a layer have one
-    rotated key, and at least 12 dims of their own, so that queries and keys of some layers are wider than values.
-    per_query_head: of LowRankConfig."""
+    rotated key, and at least 12 dims of their own, so that queries and keys of some layers are wider than values."""
     times = changes.get("num_hidden_layers", 4) // 4
     key_widths = KEY_WIDTHS.get(method)
     rope = PartialRopeConfig(qk_rope_head_dim=ROPE_DIMS * times)
@@ -61,7 +60,6 @@ def converted_config(method: str, shared: bool = False, per_query_head: bool = F
         method=method,
         kv_lora_rank=None if method == "none" else LATENT_WIDTHS * times,
         k_lora_rank=key_widths and key_widths * times,
-        per_query_head=per_query_head,
     )
     mla = MHA2MLAConfig(rope, low_rank)
     return {**original_config(**changes), "model_type": "mha2mla_llama", "mha2mla": dataclasses.asdict(mla)}

@@ -378,41 +378,6 @@ def test_queries_and_keys_wider_than_values(tmp_path: Path, grouped: tuple[Path,
 
 
 @pytest.mark.parametrize("method", ["joint", "split"])
-def test_up_projections_of_each_query_head(tmp_path: Path, grouped: tuple[Path, Path], method: str) -> None:
-    """They start as copies, so the model and its cache are the same; healing trains them apart; and every form of the
-    model is the same one, DeepSeek's layout among them."""
-    model, statistics = grouped
-    words = ["cache_budget=0.5", f"low_rank.method={method}"]
-    own = "low_rank.per_query_head=true"
-    folders = {
-        "groups": convert(model, tmp_path / "groups", statistics, *words),
-        "heads": convert(model, tmp_path / "heads", statistics, *words, own),
-        "healed": convert(model, tmp_path / "healed", statistics, *words, own, "heal.steps=3"),
-    }
-    before, after = (logits(folders[name], statistics) for name in ("groups", "heads"))
-    assert (after - before).abs().max() < FLOAT32
-    reports = [json.loads((folder / "conversion_report.json").read_text()) for folder in folders.values()]
-    assert reports[0]["cache_elements_per_token"] == reports[1]["cache_elements_per_token"]
-    assert reports[0]["layers"] == reports[1]["layers"]
-    healed = load_file(folders["healed"] / "model.safetensors")
-    for layer in range(3):
-        up = healed[f"model.layers.{layer}.self_attn.v_up_proj.weight"].unflatten(0, (4, D))
-        assert (up[0] - up[1]).norm() > 1e-3 * up[0].norm()
-    run_tool("verify_conversion", model, folders["healed"])
-    run_tool("convert_hf_to_megatron", folders["healed"], tmp_path / "megatron")
-    run_tool("verify_conversion", folders["healed"], tmp_path / "megatron")
-    loaded, tokens = load(folders["healed"]), load_file(statistics)["sequences"][:2, :20].long()
-    loaded.config.mla_decode = "absorbed"
-    with torch.no_grad():
-        past = loaded(tokens[:, :12], use_cache=True).past_key_values
-        steps = [loaded(tokens[:, i : i + 1], past_key_values=past).logits for i in range(12, 20)]
-        whole = loaded(tokens, use_cache=False).logits
-    assert (torch.cat(steps, 1) - whole[:, 12:]).abs().max() < FLOAT32
-    cached = sum(part.numel() for layer in past.layers for part in (layer.keys, layer.values)) / tokens.numel()
-    assert cached == reports[2]["cache_elements_per_token"]["after"]
-
-
-@pytest.mark.parametrize("method", ["joint", "split"])
 def test_a_budget_with_healing(tmp_path: Path, grouped: tuple[Path, Path], method: str) -> None:
     """r + c elements are cached; the exported model says so, loads, and is nearer to the original than one whose layers
     have pairs of their own, at the same cache and nothing healed."""
@@ -518,20 +483,6 @@ REFUSED = {
     "no unrotated dims": (
         ["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_nope_head_dim=0"],
         ["qk_nope_head_dim", "0"],
-    ),
-    "up-projections of query heads beside whole heads": (
-        ["STATISTICS", "partial_rope.shared=false", "cache_budget=0.4", "low_rank.per_query_head=true"],
-        ["low_rank.per_query_head", "partial_rope.shared"],
-    ),
-    "up-projections of query heads beside whole values": (
-        [
-            "STATISTICS",
-            "partial_rope.shared=true",
-            "low_rank.method=key",
-            "low_rank.kv_lora_rank=8",
-            "low_rank.per_query_head=true",
-        ],
-        ["low_rank.per_query_head", "low_rank.method", "key"],
     ),
     "no bool": (["STATISTICS", "partial_rope.shared=maybe"], ["partial_rope.shared", "maybe"]),
     "wider than a head": (["STATISTICS", "partial_rope.shared=true", "partial_rope.qk_rope_head_dim=18"], ["18", "16"]),

@@ -97,7 +97,7 @@ class MHA2MLALlamaConfig(LlamaConfig):
         return LatentLayout(
             self.hidden_size,
             self.num_attention_heads,
-            self.num_attention_heads if low_rank.get("per_query_head") else self.num_key_value_heads,
+            self.num_key_value_heads,
             self.head_dim,
             r,
             low_rank["method"],

@@ -185,7 +185,7 @@ class ForwardPass:
     def _heads(self) -> tuple[int, int]:
         """H / t, G / t."""
         tp = self.parallel.tensor_model_parallel_size
-        return self.architecture.num_attention_heads // tp, self.architecture.attended_key_heads // tp
+        return self.architecture.num_attention_heads // tp, self.architecture.num_key_value_heads // tp
 
     def _attention(self, layer: int, recompute_core: bool) -> int:
         """Norm, latents, rotary tables, norms of heads, what the core keeps, and its result [H d]."""

@@ -109,7 +109,7 @@ def check_layout(architecture: Architecture, parallel: ParallelConfig, world_siz
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     sizes = {
-        "num_key_value_heads": architecture.attended_key_heads,  # which divide the query heads
+        "num_key_value_heads": architecture.num_key_value_heads,  # which divide the query heads
         "intermediate_size": architecture.intermediate_size,
         "vocab_size": architecture.vocab_size,
     }

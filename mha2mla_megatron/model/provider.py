@@ -46,7 +46,7 @@ def transformer_config(
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,
         num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.attended_key_heads,
+        num_query_groups=architecture.num_key_value_heads,
         kv_channels=architecture.head_dim,
         # Of a converted model too, whose queries and keys may be wider.
         softmax_scale=architecture.head_dim**-0.5,
