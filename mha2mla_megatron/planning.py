@@ -25,7 +25,7 @@ from mha2mla_megatron.allocation import Choice, allocate
 from mha2mla_megatron.architecture import Architecture
 from mha2mla_megatron.attention_converter import AttentionConverter
 from mha2mla_megatron.calibration.original import OriginalModel
-from mha2mla_megatron.config import MHA2MLAConfig
+from mha2mla_megatron.config import MHA2MLAConfig, PartialRopeConfig
 from mha2mla_megatron.converted_attention import make_attention
 from mha2mla_megatron.errors import UserError, require_at_least
 from mha2mla_megatron.healing import Healer, HealSettings
@@ -41,6 +41,10 @@ class AllocationSettings:
     per_layer: bool = True
     """true: r and c of each layer where they buy most. false: the best r and c that all layers share."""
 
+    rope_per_layer: bool | None = None
+    """false: the best r that all layers share, and c of each layer. None: false of shared rotated keys, whose layers
+    fine-tuning brings further if they are alike; true of each head's own. Nothing to choose with per_layer=false."""
+
     rope_multiple: int | None = None
     """r is a multiple of this (even). None: 2, of shared rotated keys 8, which tensor-parallel processes can share."""
 
@@ -51,7 +55,8 @@ class AllocationSettings:
     """Smallest r of a layer."""
 
     max_rope: int | None = None
-    """Largest r of a layer. None: d, of shared rotated keys without qk_nope_head_dim d/2."""
+    """Largest r of a layer. None: d, of shared rotated keys d/4 if they are healed, otherwise d/2 without
+    qk_nope_head_dim."""
 
     min_rank: int = 1
     """Smallest c of a layer; rounded up to a multiple."""
@@ -84,6 +89,26 @@ class AllocationSettings:
             raise UserError(f"allocation.key_share: {self.key_share} is not above 0 and at most 1")
         if self.rope_multiple is not None and self.rope_multiple % 2:
             raise UserError(f"allocation.rope_multiple: {self.rope_multiple} is odd; rotary dims come in pairs")
+
+    def rope_dims(self, head_dim: int, rope: PartialRopeConfig, healed: bool) -> range:
+        """The r that a layer can have; raises UserError if the bounds leave none."""
+        multiple = self.rope_multiple or (8 if rope.shared else 2)
+        largest = head_dim
+        if self.max_rope is not None:
+            largest = min(self.max_rope, head_dim)
+        elif rope.shared and healed:
+            # Measured: together with the other layers' a lost rank is mended less than what is seen of a layer alone,
+            # and a lost rotation more.
+            largest = max(head_dim // 4, multiple, self.min_rope)
+        elif rope.shared and rope.qk_nope_head_dim is None:
+            # A head keeps d - r dims beside shared keys: beyond half of them it loses more than it gains.
+            largest = head_dim // 2
+        dims = range(-(-self.min_rope // multiple) * multiple, largest + 1, multiple)
+        if not dims:
+            raise UserError(
+                f"allocation: no multiple of rope_multiple={multiple} from min_rope={self.min_rope} to {largest}"
+            )
+        return dims
 
 
 @dataclass(frozen=True)
@@ -135,19 +160,9 @@ class Planner:
         self.heal = dataclasses.replace(heal, steps=settings.heal_steps)
         self.converter, self.settings, self.model, self.sequences = converter, settings, model, sequences
         self.original: Architecture = converter.original
-        d = self.original.head_dim
-        # A head keeps d - r dims beside shared keys: beyond half of them it loses more than it gains.
         rope = converter.mla.partial_rope
-        shared = rope.shared
-        usual = d // 2 if shared and rope.qk_nope_head_dim is None else d
-        limit = usual if settings.max_rope is None else min(settings.max_rope, d)
-        self.rope_multiple = step = settings.rope_multiple or (8 if shared else 2)
-        self.rope_dims = [r for r in range(0, limit + 1, step) if r >= settings.min_rope]
-        if not self.rope_dims:
-            raise UserError(
-                f"allocation: no multiple of rope_multiple={step} from min_rope={settings.min_rope} to {limit}"
-            )
-
+        self.rope_per_layer = not rope.shared if settings.rope_per_layer is None else settings.rope_per_layer
+        self.rope_dims = settings.rope_dims(self.original.head_dim, rope, heal.steps > 0)
         for r in self.rope_dims:  # what the strategy cannot have is said before minutes of measuring
             rope = dataclasses.replace(converter.mla.partial_rope, qk_rope_head_dim=r)
             self.original.resolve(dataclasses.replace(converter.mla, partial_rope=rope))
@@ -198,10 +213,15 @@ class Planner:
         scaled = [
             self._scaled(layer, reference, *found) for layer, found in enumerate(zip(measured, ranks, strict=True))
         ]
-        if self.settings.per_layer:
+        losses: dict[int, float] = {}
+        if not self.settings.per_layer:
+            picked = self._alike(scaled, budget)
+        elif self.rope_per_layer:
             picked = allocate([self._choices([one], [layer]) for layer, one in enumerate(scaled)], budget)
         else:
-            picked = self._alike(scaled, budget)
+            plans = self._for_each_rope(scaled, budget)
+            losses = {r: sum(choice.loss for choice in plan) for r, plan in plans.items()}
+            picked = plans[min(losses, key=lambda r: (losses[r], r))]
         return Plan(
             [choice.qk_rope_head_dim for choice in picked],
             [choice.kv_lora_rank for choice in picked],
@@ -210,6 +230,8 @@ class Planner:
                 "budget": budget,
                 "cost": sum(choice.cost for choice in picked),
                 "reference": {"qk_rope_head_dim": reference[0], "kv_lora_rank": reference[1]},
+                # Of one r for all layers: what each that could have been chosen would lose.
+                "predicted_loss_by_rope": losses,
                 "layers": [
                     {
                         "kl_rope": found.rope,
@@ -221,9 +243,9 @@ class Planner:
             },
         )
 
-    def _dims(self, layer: int) -> list[int]:
+    def _dims(self, layer: int) -> range:
         """The r that a layer can have: 0 where the original rotates nothing."""
-        return [0] if layer in self.original.no_rope_layers else self.rope_dims
+        return range(1) if layer in self.original.no_rope_layers else self.rope_dims
 
     @property
     def _is_split(self) -> bool:
@@ -384,9 +406,22 @@ class Planner:
     def _knots(self, layer: int, reference: tuple[int, int]) -> list[int]:
         """The r at which a layer's losses are found: they change slowly, and are interpolated between."""
         dims = self._dims(layer)
-        step = max(self.rope_multiple, self.original.head_dim // 8)
+        step = max(self.rope_dims.step, self.original.head_dim // 8)
         knots = {r for r in dims if r % step == 0}
         return sorted(knots | {dims[0], dims[-1], self._own_reference(layer, reference)[0]})
+
+    def _for_each_rope(self, scaled: list[_Losses], budget: int) -> dict[int, list[Choice]]:
+        """r that all layers share and the budget pays for -> the best with c of each layer."""
+        layers = [self._choices([one], [layer]) for layer, one in enumerate(scaled)]
+        plans = {}
+        for r in self.rope_dims:
+            own = [
+                [choice for choice in choices if choice.qk_rope_head_dim == (r if r in one.rope else 0)]
+                for choices, one in zip(layers, scaled, strict=True)
+            ]
+            if sum(min(choice.cost for choice in choices) for choices in own) <= budget:
+                plans[r] = allocate(own, budget)
+        return plans
 
     def _alike(self, scaled: list[_Losses], budget: int) -> list[Choice]:
         """The (r, c) with the smallest summed loss that all layers can share, those that rotate nothing with r = 0."""

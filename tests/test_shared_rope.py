@@ -354,7 +354,8 @@ def test_queries_and_keys_wider_than_values(tmp_path: Path, grouped: tuple[Path,
     model is the same one; and it decodes from its cache."""
     model, statistics = grouped
     words = ["cache_budget=0.7", f"partial_rope.{key}=true", f"partial_rope.qk_nope_head_dim={D}", "heal.steps=3"]
-    folder = convert(model, tmp_path / "mla", statistics, *words, f"allocation.min_rope={least}")
+    words += [f"allocation.min_rope={least}", f"allocation.max_rope={D}", "allocation.rope_per_layer=true"]
+    folder = convert(model, tmp_path / "mla", statistics, *words)
     layers = json.loads((folder / "conversion_report.json").read_text())["layers"]
     assert any(layer["qk_rope_head_dim"] > D // 2 for layer in layers)
     heads = 1 if key == "shared" else 2
@@ -394,6 +395,30 @@ def test_a_budget_with_healing(tmp_path: Path, grouped: tuple[Path, Path], metho
     cached = sum(part.numel() for layer in cache.layers for part in (layer.keys, layer.values)) / 9
     assert cached == report["cache_elements_per_token"]["after"] <= 0.5 * report["cache_elements_per_token"]["before"]
     run_tool("verify_conversion", model, shared)
+
+
+def test_layers_of_a_budget_share_one_r(tmp_path: Path, grouped: tuple[Path, Path]) -> None:
+    """Of all that they can share the one that is predicted to lose least, each layer with a rank of its own. A choice
+    for each layer may lose less, by the same measurements, and never more."""
+    model, statistics = grouped
+    words = ["cache_budget=0.5", "allocation.rope_multiple=2", "allocation.rank_multiple=2"]
+    found = {}
+    for key, more in {"one": [], "each": ["allocation.rope_per_layer=true"]}.items():
+        folder = convert(model, tmp_path / key, statistics, *words, *more)
+        found[key] = json.loads((folder / "conversion_report.json").read_text())
+    (r,) = {layer["qk_rope_head_dim"] for layer in found["one"]["layers"]}
+    assert len({layer["kv_lora_rank"] for layer in found["one"]["layers"]}) > 1
+    losses = found["one"]["allocation"]["predicted_loss_by_rope"]
+    assert list(losses) == ["0", "2", "4", "6", "8"]
+    assert str(r) == min(losses, key=lambda key: losses[key])
+    one, each = (sum(layer["predicted_loss"] for layer in found[key]["allocation"]["layers"]) for key in found)
+    assert one == losses[str(r)] and each <= one
+    assert found["each"]["allocation"]["predicted_loss_by_rope"] == {}
+    # Healed, they have d/4 at most, unless more is asked for.
+    for key, more, expected in (("healed", [], ["0", "2", "4"]), ("more", ["allocation.min_rope=6"], ["6"])):
+        folder = convert(model, tmp_path / key, statistics, *words, *more, "heal.steps=2")
+        report = json.loads((folder / "conversion_report.json").read_text())["allocation"]
+        assert list(report["predicted_loss_by_rope"]) == expected
 
 
 CHOICES = {
